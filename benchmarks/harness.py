@@ -1,0 +1,133 @@
+"""Time, peak memory and provenance, the same for every benchmark.
+
+Variants take turns within each repetition, so a busy or throttled machine slows all of them alike, and a ratio is the
+median of per-repetition ratios. Memory is measured in a call of its own, before the timed ones and after a warm-up.
+"""
+
+import ctypes
+import gc
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one call costs."""
+
+    times: list[float]
+    """Milliseconds of each repetition, in order."""
+    peak_mib: float
+    """Largest extra memory during a call, results included; see `peak_memory`."""
+
+    @property
+    def ms(self) -> float:
+        return median(self.times)
+
+    @property
+    def min_ms(self) -> float:
+        return min(self.times)
+
+    def ratio_to(self, other: "Measured") -> float:
+        """Time relative to `other`, measured in the same run."""
+        return median(a / b for a, b in zip(self.times, other.times, strict=True))
+
+
+def measure(variants: Mapping[str, Callable[[], object]], repetitions: int = 5) -> dict[str, Measured]:
+    """Measure each function, which must drop what it computes, in turns."""
+    peaks = {}
+    for name, fn in variants.items():
+        fn()  # compile, fill caches
+        peaks[name] = peak_memory(fn)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repetitions):
+        for name, fn in variants.items():
+            times[name].append(milliseconds(fn))
+    return {name: Measured(times[name], peaks[name]) for name in variants}
+
+
+def milliseconds(fn: Callable[[], object]) -> float:
+    """Time one call from an idle device to an idle device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_memory(fn: Callable[[], object]) -> float:
+    """MiB that a call needs at its worst moment, above what was in use before it.
+
+    CUDA: what PyTorch's allocator handed out. CPU (Linux): physical memory of the whole process, its high-water mark
+    reset just before the call; so matmul libraries' own buffers count, and memory allocated but never touched does not.
+    """
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)  # memory the C library keeps for reuse would hide what the call uses
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    fn()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def provenance() -> dict[str, str]:
+    """Say where, when and on what a number was measured."""
+    if DEVICE == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
+        machine = f"{model}, {torch.get_num_threads()} threads"
+    commit = _git("rev-parse", "--short", "HEAD") or "none"
+    return {
+        "machine": machine,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "trl": _version("trl"),
+        "commit": commit + ("+dirty" if _git("status", "--porcelain") else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+
+def record(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a file, one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,30 @@
+"""Direct Preference Optimization without the logits: Triton kernels, packed batches and a thin trainer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+    from fastdpo.logprobs import linear_logprobs
+    from fastdpo.objectives import DPOOutput, dpo_loss
+    from fastdpo.packing import shared_prefix_batch
+    from fastdpo.trainer import DPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["DPOConfig", "DPOOutput", "DPOTrainer", "dpo_loss", "linear_logprobs", "shared_prefix_batch"]
+
+_HOME = {
+    "DPOConfig": "config",
+    "DPOOutput": "objectives",
+    "DPOTrainer": "trainer",
+    "dpo_loss": "objectives",
+    "linear_logprobs": "logprobs",
+    "shared_prefix_batch": "packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # imported on first use: the op and the loss need torch alone, the trainer all of transformers
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

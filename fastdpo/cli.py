@@ -1,0 +1,166 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+logger = logging.getLogger("fastdpo")
+
+# what the final table shows of the held-out split: metric, label, format
+HELD_OUT = (
+    ("rewards/accuracies", "reward accuracy", "{:.3f}"),
+    ("rewards/margins", "reward margin", "{:+.3f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("logps/chosen", "log-prob of chosen", "{:.2f}"),
+    ("logps/rejected", "log-prob of rejected", "{:.2f}"),
+)
+THROUGHPUT = (
+    ("tokens_per_second", "tokens per second", "{:,.0f}"),
+    ("padding_saved", "padding avoided, share of the padded batch", "{:.1%}"),
+    ("prompt_shared", "tokens shared, share of the unpadded batch", "{:.1%}"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `fastdpo` command."""
+    parser = argparse.ArgumentParser(prog="fastdpo", description="Direct Preference Optimization without the logits.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "train",
+        help="train a model on preference pairs",
+        usage="fastdpo train CONFIG.yaml [--any-field value ...]",
+        epilog="Fields are those of fastdpo.DPOConfig (with all of transformers.TrainingArguments) and RunConfig.",
+    )
+    command.add_argument("config", type=Path, help="YAML file of settings")
+    args, rest = parser.parse_known_args(argv)
+    # OpenMP threads that wait for work spin, unless told not to before torch loads: beside other processes a run on
+    # the CPU took five times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        train(args.config, _overrides(rest))
+    except (ValueError, OSError) as error:  # the message says what to mend; -X dev shows where it was raised
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"fastdpo: {error}")
+
+
+def train(config: Path, overrides: dict[str, Any]) -> None:
+    """Train, evaluate before and after, save the model, draw `training.png`, print the table."""
+    from fastdpo.config import read_config
+
+    run, args = read_config(config, overrides)  # before the slow imports: mistakes show at once
+
+    from fastdpo import report
+    from fastdpo.trainer import DPOTrainer
+
+    model, tokenizer = _load_model(run, args)
+    train_dataset, eval_dataset = _load_datasets(run)
+    args.eval_on_start = eval_dataset is not None
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=_lora(run),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if eval_dataset is not None and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step:
+        trainer.evaluate()
+
+    trainer.save_model()
+    trainer.save_state()
+    picture = Path(args.output_dir) / "training.png"
+    report.draw_training(trainer.state.log_history, picture)
+    _print_tables(trainer.state.log_history)
+    print(f"model: {args.output_dir}\npicture: {picture}")  # noqa: T201
+
+
+def _overrides(rest: list[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` to a dict; values are read as YAML."""
+    values: dict[str, Any] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"expected --field value, got {word!r}")
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            value = next(words, "")
+        if not value:
+            raise ValueError(f"--{key} needs a value")
+        values[key.replace("-", "_")] = yaml.safe_load(value)
+    return values
+
+
+def _load_model(run: Any, args: Any) -> tuple[Any, Any]:
+    """The policy and its tokenizer, from trained weights or built with random ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    source = run.model_name_or_path or run.config_name
+    code = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(source, **code)
+    if run.model_name_or_path:
+        return run.model_name_or_path, tokenizer
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code), **code)
+    logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
+    return model, tokenizer
+
+
+def _load_datasets(run: Any) -> tuple[Any, Any]:
+    from datasets import DatasetDict, load_dataset
+
+    kind = Path(run.dataset_name).suffix.removeprefix(".")
+    if kind in ("json", "jsonl", "csv", "parquet"):
+        splits = load_dataset(kind.removesuffix("l"), data_files=run.dataset_name)
+    else:
+        splits = load_dataset(run.dataset_name)
+    assert isinstance(splits, DatasetDict)
+    if run.dataset_train_split not in splits:
+        raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
+    if run.dataset_test_split not in splits:
+        logger.warning("%s has no split %r: nothing is held out", run.dataset_name, run.dataset_test_split)
+    return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
+
+
+def _lora(run: Any) -> Any | None:
+    if not run.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        target_modules=run.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [entry for entry in log_history if "eval_loss" in entry]
+
+
+def _print_tables(log_history: list[dict[str, float]]) -> None:
+    from fastdpo.report import summary_table
+
+    if held_out := _held_out(log_history):
+        before, after = held_out[0], held_out[-1]
+        rows = [
+            (label, form.format(before[f"eval_{name}"]), form.format(after[f"eval_{name}"]))
+            for name, label, form in HELD_OUT
+        ]
+        print(summary_table(rows, ("held out", "before", "after")))  # noqa: T201
+    logged = [entry for entry in log_history if "tokens_per_second" in entry]
+    if logged:
+        rates = [
+            (label, form.format(sum(entry[name] for entry in logged) / len(logged))) for name, label, form in THROUGHPUT
+        ]
+        print(summary_table(rates, ("training", "mean")))  # noqa: T201

@@ -1,0 +1,217 @@
+"""Every setting of a run, and every check that needs no model.
+
+`DPOConfig` is what `DPOTrainer` takes; `RunConfig` is what the command line needs beside it; `read_config` makes both
+from one flat YAML file.
+"""
+
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from fastdpo.logprobs import BACKWARDS, IMPLS
+from fastdpo.objectives import check_objective
+
+ON_BAD_ROW = ("error", "drop")
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Settings of `DPOTrainer`: those of `transformers.TrainingArguments`, TRL's names for DPO, and a few of ours.
+
+    Raises:
+        ValueError: a setting is unknown, out of range or impossible in combination; the message names the field, its
+            value and the fix. Nothing has been loaded by then.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    # Defaults that differ from TrainingArguments
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward: less memory, about 20%% slower. Unset: on."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bf16. Unset: on where the device has it, unless fp16 is set."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: a loss that is not finite stops training."}
+    )
+
+    # The objective
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": "The objective; `sigmoid` is DPO."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Strength of the pull towards the reference, > 0; 0.1 to 0.5 is usual."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability that a preference label is flipped (cDPO), in [0, 0.5)."}
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of `from_pretrained` where the model is given by name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let a model repository run its own code. Off unless you trust it."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of policy and reference to 0, as DPO assumes."}
+    )
+
+    # The data
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt + completion in tokens; the end of longer ones is cut. None: no limit."},
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
+    on_bad_row: str = field(
+        default="error",
+        metadata={"help": "A malformed dataset row: `error` stops and names it, `drop` leaves it out and says so."},
+    )
+
+    # Packing and the head
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Compute the common start of a pair once instead of twice."}
+    )
+    head_impl: str = field(
+        default="auto", metadata={"help": "Implementation of the fused LM head: auto, torch, triton or eager."}
+    )
+    head_backward: str = field(default="auto", metadata={"help": "Backward of the fused LM head: auto or exact."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if len(self.loss_type) != 1:
+            raise ValueError(f"loss_type must name one objective, got {self.loss_type}")
+        check_objective(self.loss_type[0], self.beta, self.label_smoothing)
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
+        for name, allowed in (
+            ("head_impl", IMPLS),
+            ("head_backward", BACKWARDS),
+            ("on_bad_row", ON_BAD_ROW),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter must be False: it would log a loss that is not finite as a plausible number"
+            )
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
+        self._resolve_checkpointing()
+        super().__post_init__()
+
+    def _resolve_checkpointing(self) -> None:
+        """On unless switched off, under TRL's name for it and under the one newer transformers give it."""
+        wanted = True if self.gradient_checkpointing is None else self.gradient_checkpointing
+        if not hasattr(self, "activation_checkpointing"):
+            self.gradient_checkpointing = wanted
+        elif getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
+            self.activation_checkpointing = wanted
+            self.gradient_checkpointing = None
+
+
+@dataclass
+class RunConfig:
+    """What `fastdpo train` needs beside `DPOConfig`: the model, the data, the adapter. Names are those of TRL's CLI."""
+
+    dataset_name: str
+    """A folder of JSONL, Parquet or CSV files named after their splits, one such file, or a dataset on the Hub."""
+
+    model_name_or_path: str | None = None
+    """The policy to start from; also its own reference."""
+
+    config_name: str | None = None
+    """Instead of `model_name_or_path`: a model config to build with random weights."""
+
+    dataset_train_split: str = "train"
+    """The split to train on."""
+
+    dataset_test_split: str = "test"
+    """The split held out for evaluation; without it nothing is evaluated, and the log says so."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter instead of the whole model."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+
+    lora_alpha: int = 32
+    """Scale of the adapter, divided by its rank."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input; `disable_dropout` switches it off too."""
+
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter; None: PEFT's choice for the model."""
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError(
+                "give either model_name_or_path (trained weights) or config_name (random weights), "
+                f"got {self.model_name_or_path!r} and {self.config_name!r}"
+            )
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
+    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` win over it.
+
+    Raises:
+        ValueError: a key is unknown (the nearest valid one is named), a value has the wrong type, or a config refuses.
+        OSError: the file can't be read.
+    """
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    values |= overrides
+    known = {f.name: cls for cls in (RunConfig, DPOConfig) for f in fields(cls) if f.init}
+    hints = typing.get_type_hints(RunConfig) | typing.get_type_hints(DPOConfig)
+    chosen: dict[type, dict[str, Any]] = {RunConfig: {}, DPOConfig: {}}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        chosen[known[key]][key] = _typed(key, value, hints[key])
+    if "dataset_name" not in values:
+        raise ValueError(f"{path} must set dataset_name")
+    return RunConfig(**chosen[RunConfig]), DPOConfig(**chosen[DPOConfig])
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as one of the types that `hint` allows. YAML reads 1e-6 as text; it is taken for the number meant."""
+    allowed = [typing.get_origin(t) or t for t in (typing.get_args(hint) if _is_union(hint) else (hint,))]
+    if value is None and type(None) in allowed:
+        return None
+    if type(value) in allowed:
+        return value
+    if float in allowed and type(value) in (int, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if value is False and key.endswith("_strategy"):
+        return "no"  # what YAML reads as False
+    if list in allowed and isinstance(value, str):
+        return [value]
+    if str in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)):
+        return value  # an enum's value or an alternative spelling, which the config itself resolves
+    names = " or ".join(sorted({t.__name__ for t in allowed if isinstance(t, type)} - {"NoneType"}))
+    raise ValueError(f"{key} must be {names}, got {value!r}")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, type(int | str))

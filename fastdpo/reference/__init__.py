@@ -1,0 +1,1 @@
+"""The reference: where it comes from, and what it said."""

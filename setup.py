@@ -1,0 +1,14 @@
+"""Where the packages live; everything else is in pyproject.toml.
+
+The Triton sources sit in the top-level folder `kernels/` and are imported as `fastdpo.kernels`. They are
+never installed as a package called `kernels`: that name is Hugging Face's, and transformers imports it.
+Hence this mapping, the link `fastdpo/kernels -> ../kernels` for tools that read the tree, and no
+`kernels/__init__.py`.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["fastdpo", "fastdpo.impl", "fastdpo.reference", "fastdpo.kernels"],
+    package_dir={"fastdpo.kernels": "kernels"},
+)

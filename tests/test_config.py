@@ -1,0 +1,88 @@
+"""Settings are typed, checked before anything loads, and mistakes are named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdpo.config import DPOConfig, RunConfig, read_config
+
+MINIMAL = "dataset_name: data\nconfig_name: model\nreport_to: none\n"
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL + f"output_dir: {tmp_path}\nbf16: false\nlearning_rate: 1e-5\n")
+    return path
+
+
+def test_reads_numbers_as_people_write_them(yaml_file: Path) -> None:
+    run, args = read_config(yaml_file, {"beta": 1, "max_length": None, "num_train_epochs": 2})
+    assert run == RunConfig(dataset_name="data", config_name="model")
+    assert args.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as text
+    assert (args.beta, args.max_length, args.num_train_epochs) == (1.0, None, 2.0)
+
+
+def test_no_is_a_strategy_although_yaml_reads_it_as_false(yaml_file: Path) -> None:
+    args = read_config(yaml_file, {"save_strategy": False, "eval_strategy": False})[1]
+    assert (args.save_strategy, args.eval_strategy) == ("no", "no")
+
+
+def test_overrides_win(yaml_file: Path) -> None:
+    assert read_config(yaml_file, {"learning_rate": 0.5})[1].learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"lerning_rate": 1e-4}, "unknown setting 'lerning_rate'; did you mean 'learning_rate'"),
+        ({"qqqq": 1}, "unknown setting 'qqqq'$"),
+        ({"beta": "high"}, "beta must be float, got 'high'"),
+        ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
+        ({"beta": float("nan")}, "beta must be a positive number, got nan"),
+        ({"label_smoothing": 0.7}, "label_smoothing must be in"),
+        ({"prefix_sharing": "maybe"}, "prefix_sharing must be bool, got 'maybe'"),
+        ({"max_length": 12.5}, "max_length must be int, got 12.5"),
+        ({"max_length": 0}, "max_length must be at least 2"),
+        ({"per_device_train_batch_size": True}, "per_device_train_batch_size must be int, got True"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "loss_type must name one objective"),
+        ({"loss_type": "ipso"}, "loss_type 'ipso' is unknown"),
+        ({"head_impl": "cuda"}, "head_impl must be one of auto, eager, torch, triton, got 'cuda'"),
+        ({"head_backward": "sparse"}, "head_backward must be one of auto, exact, got 'sparse'"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
+        ({"config_name": None}, "give either model_name_or_path .* or config_name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(yaml_file, bad)
+
+
+def test_a_config_without_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("config_name: model\n")
+    with pytest.raises(ValueError, match="must set dataset_name"):
+        read_config(path, {})
+
+
+def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- beta\n")
+    with pytest.raises(ValueError, match="must hold `key: value` lines, got list"):
+        read_config(path, {})
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, True), ({"gradient_checkpointing": False}, False)], ids=str)
+def test_checkpointing_is_on_unless_switched_off(tmp_path: Path, given: dict[str, bool], expected: bool) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), **given)
+    assert args.gradient_checkpointing is expected
+
+
+def test_a_config_survives_its_own_dict(tmp_path: Path) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), beta=0.3, gradient_checkpointing=False)
+    again = DPOConfig(**{f: getattr(args, f) for f in ("output_dir", "beta", "loss_type", "gradient_checkpointing")})
+    assert (again.beta, again.loss_type, again.gradient_checkpointing) == (0.3, ["sigmoid"], False)

@@ -1,0 +1,86 @@
+"""The installed package: `kernels/` arrives as fastdpo.kernels and never as `kernels`."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, as git would check it out: building writes beside the sources."""
+    copy = tmp_path_factory.mktemp("source")
+    files = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
+    run("cp", "-P", "--parents", *files, copy, cwd=ROOT)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    run(sys.executable, "-c", code, cwd=source)
+    return next(out.glob("*.tar.gz"))
+
+
+def build_wheel(tree: Path, out: Path) -> Path:
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, tree, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+def check_wheel(wheel: Path, tmp_path: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"fastdpo/kernels/{module}.py" for module in MODULES} <= set(names)
+    assert not [name for name in names if name.startswith("kernels/")]
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    imports = "".join(f", fastdpo.kernels.{module}" for module in MODULES)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import fastdpo, fastdpo.trainer, transformers{imports}; "
+        f"assert fastdpo.__file__.startswith({str(site)!r}), fastdpo.__file__"
+    )
+    run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_wheel(source: Path, tmp_path: Path) -> None:
+    check_wheel(build_wheel(source, tmp_path), tmp_path)
+
+
+def test_sdist_and_the_wheel_made_of_it(sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (tree,) = (tmp_path / "unpacked").iterdir()
+    check_wheel(build_wheel(tree, tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+def test_editable_and_plain_install(source: Path, tmp_path: Path) -> None:
+    """In a bare environment that sees this one's packages through a .pth file."""
+    for options in (["-e"], []):
+        venv = tmp_path / f"venv{len(options)}"
+        run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+        python = venv / "bin" / "python"
+        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+        theirs = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+        # fastdpo's own editable finder of the outer environment must not answer for the inner one
+        (site / "outer.pth").write_text("\n".join(theirs))
+        run(
+            sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation",
+            *options, source, cwd=tmp_path,
+        )  # fmt: skip
+        imports = "".join(f", fastdpo.kernels.{module}" for module in MODULES)
+        code = f"import fastdpo.trainer, transformers{imports}; print(fastdpo.__file__)"
+        where = run(python, "-c", code, cwd=tmp_path).strip()
+        assert where.startswith(str(source if options else venv)), where

@@ -1,0 +1,403 @@
+"""fastdpo.DPOTrainer on models small enough to train in seconds."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+import fastdpo
+from tests.no_logits import NoLogits
+
+VOCAB = 331
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    set_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB,
+            "initializer_range": 0.2,  # so that gradients are not tiny
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        | changes
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(n: int, seed: int = 0) -> Dataset:
+    """Tokenised pairs of ragged lengths; the chosen response counts up, the rejected one is noise."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return torch.randint(3, VOCAB, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+
+    pairs = []
+    for _ in range(n):
+        start = int(torch.randint(3, 200, (), generator=g))
+        shared = ids(0, 3)
+        chosen = shared + [start + i for i in range(int(torch.randint(2, 9, (), generator=g)))] + [2]
+        pairs.append({"prompt_ids": [1, *ids(1, 12)], "chosen_ids": chosen, "rejected_ids": shared + ids(1, 9) + [2]})
+    return Dataset.from_list(pairs)
+
+
+class NoTokenizer:
+    """Rows are tokenised already; the Trainer only wants something to save."""
+
+    bos_token_id = None
+
+    def save_pretrained(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., fastdpo.DPOTrainer]:
+    def make(model: Any = None, ref_model: Any = None, peft_config: Any = None, data: Any = None, **args: Any) -> Any:
+        args = {
+            "output_dir": str(tmp_path / "out"),
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "seed": 1,
+        } | args
+        eval_dataset = args.pop("eval_dataset", None)
+        return fastdpo.DPOTrainer(
+            model=tiny_llama() if model is None else model,
+            ref_model=ref_model,
+            args=fastdpo.DPOConfig(**args),
+            train_dataset=rows(32) if data is None else data,
+            eval_dataset=eval_dataset,
+            processing_class=NoTokenizer(),
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def test_first_loss_is_ln_2_and_training_learns(make: Callable[..., Any]) -> None:
+    trainer = make(max_steps=30)
+    trainer.train()
+    first, last = losses(trainer)[0], losses(trainer)[-1]
+    assert abs(first - math.log(2)) < 1e-6  # policy == reference
+    assert last < 0.3
+    assert trainer.state.log_history[0]["rewards/accuracies"] == 0.5  # all ties
+    assert trainer.state.log_history[-2]["rewards/accuracies"] > 0.9
+
+
+TOKEN_METRICS = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("accumulate", "steps"), [(2, 20), (1, 6)], ids=["accumulated", "plain"])
+def test_same_numbers_as_trl(accumulate: int, steps: int, tmp_path: Path) -> None:
+    """Per-step loss within 1e-5 and final weights within 1e-4 of trl.DPOTrainer, and all its metrics."""
+    trl = pytest.importorskip("trl")
+    from tests.test_data import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    texts = Dataset.from_list(
+        [
+            {"prompt": f"Count from {i}:", "chosen": f" {i} {i + 1} {i + 2}", "rejected": " " + "no " * (i % 7 + 1)}
+            for i in range(64)
+        ]
+    )
+    settings = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": steps,
+        "max_length": 40,
+        "beta": 0.3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    start = tiny_llama()
+    start.save_pretrained(tmp_path / "start")
+    history, final = {}, {}
+    for name, library in (("trl", trl), ("fastdpo", fastdpo)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+        trainer = library.DPOTrainer(
+            model=model,
+            args=library.DPOConfig(output_dir=str(tmp_path / name), **settings),
+            train_dataset=texts,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        history[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        final[name] = weights(model)
+    assert len(history["trl"]) == len(history["fastdpo"]) == steps
+    # TRL averages means of micro-batches, whatever their numbers of tokens; here every token counts the same
+    apart = {"rewards/accuracies", "loss"} | (TOKEN_METRICS if accumulate > 1 else set())
+    for theirs, ours in zip(history["trl"], history["fastdpo"], strict=True):
+        assert abs(theirs["loss"] - ours["loss"]) < 1e-5, theirs["step"]
+        assert set(theirs) <= set(ours), "a metric of TRL's is missing"
+        for metric in set(theirs) - apart:
+            assert ours[metric] == pytest.approx(theirs[metric], rel=2e-4, abs=2e-5), (theirs["step"], metric)
+        if theirs["step"] > 1:  # at step 1 all pairs tie: one half here, 0 there
+            assert ours["rewards/accuracies"] == theirs["rewards/accuracies"]
+    moved = (final["trl"] - weights(start)).norm()
+    assert moved > 0.005 * weights(start).norm()
+    assert (final["trl"] - final["fastdpo"]).norm() < 1e-4 * final["trl"].norm()
+    assert (final["trl"] - final["fastdpo"]).norm() < 1e-2 * moved
+
+
+def test_no_allocation_of_a_training_step_reaches_the_logits(make: Callable[..., Any]) -> None:
+    """N completion tokens times V entries never exist, in either model, forward or backward."""
+    trainer = make(tiny_llama(vocab_size=4096), per_device_train_batch_size=16, max_steps=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    N = batch["target_ids"].numel()
+    assert N * 4096 > 2 * 4096 * 48, "the batch is too small to tell logits from weights"
+    trainer.create_optimizer_and_scheduler(2)
+    with NoLogits(N * 4096):
+        trainer.training_step(trainer.model, batch)
+    with pytest.raises(AssertionError), NoLogits(N * 4096):  # the mode bites
+        trainer.model(batch["input_ids"].expand(4, -1)).logits.sum().backward()
+
+
+def test_micro_batches_equal_one_batch(make: Callable[..., Any]) -> None:
+    """Also where their sizes differ: the last one holds half as many pairs."""
+    whole = make(per_device_train_batch_size=12, max_steps=1, data=rows(12))
+    split = make(per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1, data=rows(12))
+    for trainer in (whole, split):
+        trainer.train()
+    assert losses(whole)[0] == pytest.approx(losses(split)[0], abs=1e-7)
+    grad_norms = [trainer.state.log_history[0]["grad_norm"] for trainer in (whole, split)]
+    assert grad_norms[0] == pytest.approx(grad_norms[1], rel=1e-5)
+
+
+def test_prefix_sharing_changes_no_number(make: Callable[..., Any]) -> None:
+    shared, packed = make(), make(prefix_sharing=False)
+    for trainer in (shared, packed):
+        trainer.train()
+    torch.testing.assert_close(losses(shared), losses(packed), rtol=1e-5, atol=1e-6)
+    assert shared.state.log_history[0]["prompt_shared"] > 0.2
+    assert packed.state.log_history[0]["prompt_shared"] < shared.state.log_history[0]["prompt_shared"]
+
+
+def test_gradient_checkpointing_changes_no_number(make: Callable[..., Any]) -> None:
+    plain, checkpointed = make(), make(gradient_checkpointing=True)
+    for trainer in (plain, checkpointed):
+        trainer.train()
+    assert losses(plain) == losses(checkpointed)
+
+
+def test_a_given_reference_is_used_as_it_is(make: Callable[..., Any]) -> None:
+    reference = tiny_llama()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.1)
+    before = weights(reference)
+    trainer = make(ref_model=reference, max_steps=2)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-3
+    assert torch.equal(weights(reference), before)
+
+
+def test_the_reference_copy_is_of_the_policy_as_passed(make: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.3 * torch.randn_like(model.lm_head.weight))  # edited after loading
+    before = weights(model)
+    trainer = make(model, max_steps=3)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert torch.equal(weights(trainer.ref_model), before)
+    assert not torch.equal(weights(model), before)
+
+
+def lora(**options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
+
+
+def test_lora_trains_the_adapter_alone(make: Callable[..., Any]) -> None:
+    trainer = make(peft_config=lora(), max_steps=20, learning_rate=1e-2)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert trainer.ref_model is None
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert losses(trainer)[-1] < 0.4
+    for name, parameter in trainer.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_lora_with_a_trained_head_keeps_its_reference(make: Callable[..., Any]) -> None:
+    trainer = make(peft_config=lora(modules_to_save=["lm_head"]), max_steps=20, learning_rate=5e-3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = trainer._reference_logps(batch)
+    trainer.train()
+    after = trainer._reference_logps(batch)
+    assert losses(trainer)[-1] < 0.6
+    assert torch.equal(before, after)
+
+
+def test_an_adapter_that_was_trained_before_starts_at_its_own_reference(make: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), lora(init_lora_weights=False))  # not the identity
+    trainer = make(model, max_steps=20, learning_rate=1e-2)
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if ".ref." in n}
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert losses(trainer)[-1] < 0.6
+    assert kept
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            assert torch.equal(parameter, kept[name])
+    assert model.active_adapter == "default"
+
+
+def test_trained_weights_outside_the_adapter_need_a_reference(make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"weights outside the adapters are trained .*; pass ref_model"):
+        make(peft_config=lora(bias="all"), model=tiny_llama(attention_bias=True))
+
+
+def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
+    """Ten pairs in batches of four: the last one holds two."""
+    held_out = rows(10, seed=9)
+    metrics = {}
+    for size in (4, 10):
+        trainer = make(max_steps=5, eval_dataset=held_out, per_device_eval_batch_size=size, seed=1)
+        trainer.train()
+        metrics[size] = trainer.evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_entropy", "eval_logps/chosen"):
+        assert metrics[4][name] == pytest.approx(metrics[10][name], rel=1e-4, abs=1e-6), name
+    assert metrics[10]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_evaluation_amid_training_leaves_its_metrics_alone(make: Callable[..., Any]) -> None:
+    settings = {"max_steps": 6, "logging_steps": 3}
+    plain = make(**settings)
+    evaluated = make(**settings, eval_dataset={"a": rows(4, 5), "b": rows(4, 6)}, eval_strategy="steps", eval_steps=2)
+    for trainer in (plain, evaluated):
+        trainer.train()
+    ours, theirs = ([e for e in t.state.log_history if "loss" in e] for t in (plain, evaluated))
+    timing = {"tokens_per_second"}
+    assert [{k: v for k, v in e.items() if k not in timing} for e in ours] == [
+        {k: v for k, v in e.items() if k not in timing} for e in theirs
+    ]
+    keys = {key for entry in evaluated.state.log_history for key in entry}
+    assert {"eval_a_rewards/accuracies", "eval_b_loss"} <= keys
+
+
+def test_resuming_equals_never_having_stopped(make: Callable[..., Any], tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": 2}
+    through = make(**settings)
+    through.train()
+    resumed = make(**settings, learning_rate=1e-3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert losses(resumed) == losses(through)
+    assert torch.equal(weights(resumed.model), weights(through.model))
+    tokens = [[e["num_tokens"] for e in t.state.log_history if "loss" in e] for t in (through, resumed)]
+    assert tokens[0] == tokens[1]
+
+
+def test_the_saved_model_is_an_ordinary_one(make: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make(max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert "fastdpo" not in (tmp_path / "out" / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(3, VOCAB, (2, 9))
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+
+
+class TestNotFinite:
+    """NaN stops training before it reaches the weights, and names the rows."""
+
+    def test_a_nan_weight_stops_the_first_step(self, make: Callable[..., Any], tmp_path: Path) -> None:
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.norm.weight[0] = math.nan
+        trainer = make(model, save_strategy="steps", save_steps=1)
+        with pytest.raises(FloatingPointError, match=r"the loss of dataset rows \[\d+, \d+, \d+, \d+\] is not finite"):
+            trainer.train()
+        assert not list(tmp_path.glob("out/checkpoint-*"))
+
+    def test_a_nan_gradient_never_reaches_the_weights(self, make: Callable[..., Any]) -> None:
+        model = tiny_llama()
+        model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+        before = weights(model)
+        trainer = make(model)
+        with pytest.raises(FloatingPointError, match="the gradient norm of step 1 is not finite"):
+            trainer.train()
+        assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": Dataset.from_list([{"chosen": "a"}])}, "train dataset has no column 'rejected'"),
+        (
+            {"data": Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}])},
+            "row 0: `chosen` has no tokens",
+        ),
+        (
+            {"data": Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [VOCAB], "rejected_ids": [3]}])},
+            f"row 0: `chosen` holds token id {VOCAB}",
+        ),
+        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs only applies to a model given by name"),
+    ],
+    ids=["column", "empty-completion", "vocabulary", "init-kwargs"],
+)
+def test_bad_input_is_named(make: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_the_policy_as_its_own_reference_is_refused(make: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="ref_model is the same object as model"):
+        make(model, ref_model=model)
+
+
+def test_dropout_is_off(make: Callable[..., Any]) -> None:
+    """Also in attention, which keeps its own as a number; the config that will be saved says what it said."""
+    trainer = make(tiny_llama(attention_dropout=0.3), peft_config=lora(lora_dropout=0.5), max_steps=1)
+    dropouts = [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts
+    assert not any(dropouts)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert trainer.model.config.attention_dropout == 0.3
+
+
+def test_the_state_on_disk_is_json(make: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make(max_steps=1)
+    trainer.train()
+    trainer.save_state()
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
