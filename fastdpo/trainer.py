@@ -134,11 +134,13 @@ class DPOTrainer(Trainer):
         training = self.model.training
         if training and self._clock is None:
             self._clock = time.perf_counter()
-        scores: TokenScores = model(**inputs, with_stats=not training or self._is_logging_step())
+        # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
+        with self.accelerator.autocast():
+            scores: TokenScores = model(**inputs, with_stats=not training or self._is_logging_step())
+            ref_logps = inputs.get("ref_logps")
+            if ref_logps is None:
+                ref_logps = self._reference_logps(inputs)
         logps = _sequence_logps(scores.logps, inputs["cu_target"])
-        ref_logps = inputs.get("ref_logps")
-        if ref_logps is None:
-            ref_logps = self._reference_logps(inputs)
         out = dpo_loss(
             *logps.chunk(2),
             *ref_logps.chunk(2),

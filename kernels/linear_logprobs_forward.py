@@ -16,8 +16,8 @@ sum s (online softmax, Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, A
   merged by a few PyTorch operations on [S, N]: no atomics, no locks, the same bits in every run.
 
 Per row and share the kernel stores m, s, t (0 where the target is elsewhere) and, for the statistics,
-sum e * (x - m), sum e^2 with e = exp(x - m), sum x, and the maximum of x before the target: the target is the first
-maximum, as argmax has it, if t >= m and t > that. Only the last one and t look at the target's own logit.
+sum e * (x - m), sum e^2 with e = exp(x - m), sum x (of all tokens), and the maximum of x before the target: the target
+is the first maximum, as argmax has it, if t >= m and t > that.
 
 Shapes: N rows, D hidden size, V vocabulary, S shares. Memory: 3 numbers per row and share, 7 with statistics.
 """

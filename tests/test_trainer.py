@@ -299,6 +299,13 @@ def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
     assert metrics[10]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_evaluating_before_training_compares_like_with_like(make: Callable[..., Any]) -> None:
+    """In mixed precision too: policy and reference are rounded the same way."""
+    metrics = make(bf16=True, eval_dataset=rows(16)).evaluate()
+    assert abs(metrics["eval_loss"] - math.log(2)) < 1e-6
+    assert metrics["eval_rewards/margins"] == 0.0
+
+
 def test_evaluation_amid_training_leaves_its_metrics_alone(make: Callable[..., Any]) -> None:
     settings = {"max_steps": 6, "logging_steps": 3}
     plain = make(**settings)
