@@ -403,6 +403,14 @@ def test_dropout_is_off(make: Callable[..., Any]) -> None:
     assert trainer.model.config.attention_dropout == 0.3
 
 
+def test_metrics_reach_tensorboard_under_trl_names(make: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    make(max_steps=1, report_to="tensorboard", eval_dataset=rows(4), eval_strategy="steps", eval_steps=1).train()
+    logged = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
+    for name in (b"train/rewards/accuracies", b"train/logps/chosen", b"eval/rewards/margins", b"train/grad_norm"):
+        assert name in logged
+
+
 def test_the_state_on_disk_is_json(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make(max_steps=1)
     trainer.train()
