@@ -62,6 +62,8 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
 
     model, tokenizer = _load_model(run, args)
     train_dataset, eval_dataset = _load_datasets(run)
+    if eval_dataset is None:
+        args.set_evaluate(strategy="no")
     args.eval_on_start = eval_dataset is not None
     trainer = DPOTrainer(
         model=model,
