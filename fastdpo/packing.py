@@ -25,9 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HOST_KEYS = ("num_tokens", "num_padded_tokens", "num_packed_tokens")
-"""Fields of the batch that count tokens for the metrics; no model needs them."""
-
 _RESPONSES = ("chosen_ids", "rejected_ids")
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 

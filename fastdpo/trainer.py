@@ -114,7 +114,7 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.model_accepts_loss_kwargs = True  # transformers < 5.18 scales the loss by this flag
+        self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
         _check_parallelism(self, ref_model)
         self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self._sums = metrics.RunningSums()

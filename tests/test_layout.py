@@ -20,7 +20,6 @@ FLOORS = [
     {"trainer"},
     {"cli", "__init__", "__main__"},
 ]
-# The package's own `__init__` is imported by importing any module; it may look one floor down from the top.
 # model.py runs the packed attention, so these two share a floor in this order.
 SAME_FLOOR = {("model", "attention")}
 

@@ -112,7 +112,7 @@ def backward(
 
     workspace = hidden.new_empty(rows, _aligned(columns))
     dhidden = hidden.new_empty((N, D), dtype=acc) if needs_hidden else None
-    dweight = torch.empty_like(weight) if needs_weight else None
+    dweight = weight.new_empty(weight.shape) if needs_weight else None
     dweight_sum = hidden.new_empty((columns, D), dtype=acc) if needs_weight else None
     dbias_sum = hidden.new_zeros(V, dtype=acc) if needs_bias else None
 
