@@ -85,9 +85,11 @@ class DPOConfig(TrainingArguments):
         default=True, metadata={"help": "Compute the common start of a pair once instead of twice."}
     )
     head_impl: str = field(
-        default="auto", metadata={"help": "Implementation of the fused LM head: auto, torch, triton or eager."}
+        default="auto", metadata={"help": "Implementation of the fused LM head: auto, triton, blas, torch or eager."}
     )
-    head_backward: str = field(default="auto", metadata={"help": "Backward of the fused LM head: auto or exact."})
+    head_backward: str = field(
+        default="auto", metadata={"help": "Backward of the fused LM head: auto, exact or sparse."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):

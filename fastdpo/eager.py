@@ -25,6 +25,10 @@ class Stats(NamedTuple):
     """Mean over the vocabulary of the transformed logits."""
     is_top1: Tensor
     """bool: the target is the first maximum of the logits, as argmax."""
+    density: Tensor | None = None
+    """Share of (row, vocabulary tile) cells that a sparse backward computes. None where the backward is dense."""
+    bound: Tensor | None = None
+    """Most that being sparse can change the row's gradient of the logits: L2 norm, for an upstream gradient of 1."""
 
 
 def transform_logits(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:

@@ -1,35 +1,32 @@
-"""Log-probabilities of a linear head without logits: arguments checked, implementation chosen, op registered.
+"""Log-probabilities of a linear head without logits: arguments checked, results put together.
 
     logps[n] = log softmax(transform(hidden[n] @ weight.T + bias))[targets[n]]
 
 `transform` is, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
 
-Shapes: N rows, D hidden size, V vocabulary.
+Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part.
 """
 
-import logging
 import math
-import os
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastdpo import eager
+from fastdpo import eager, vocab_parallel
 from fastdpo.eager import Stats
+from fastdpo.impl import sparsity
+from fastdpo.impl.interface import WORKSPACE_BYTES, Forward, Transform, result_dtype
+from fastdpo.op import check_targets, density_key, linear_logprobs_op, results_of
 
-Impl = Literal["auto", "eager", "torch", "triton"]
-Backward = Literal["auto", "exact"]
+Impl = Literal["auto", "eager", "torch", "triton", "blas"]
+Backward = Literal["auto", "exact", "sparse"]
 
-IMPLS = ("auto", "eager", "torch", "triton")
-BACKWARDS = ("auto", "exact")
+IMPLS = ("auto", "eager", "torch", "triton", "blas")
+BACKWARDS = ("auto", "exact", "sparse")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-logger = logging.getLogger("fastdpo")
 
 
 def linear_logprobs(
@@ -38,28 +35,41 @@ def linear_logprobs(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     impl: Impl = "auto",
     backward: Backward = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+    shard: tuple[ProcessGroup, int, int] | None = None,
 ) -> Tensor:
     """Compute the log-probability of every row's target, without ever holding `[N, V]` logits.
 
-    Differentiable once with respect to `hidden`, `weight` and `bias`; only the gradients asked for are computed.
-    Under `torch.autocast` these three are cast as `F.linear` would cast them.
+    Differentiable once with respect to all floating-point tensors; only the gradients asked for are computed. Under
+    `torch.autocast` they are cast as `F.linear` would cast them.
 
     Args:
         hidden: `[N, D]`, float64, float32, bfloat16 or float16, any strides.
         weight: `[V, D]`, dtype and device of `hidden`.
         targets: `[N]` int64 in [0, V).
         bias: `[V]`, dtype and device of `hidden`.
+        low_rank: `hidden2 [N, R]` and `weight2 [V, R]`, whose product is added to the logits: LoRA's
+            `(scaling * hidden @ A.T, B)`, for which neither `weight + scaling * B @ A` nor its gradient is formed.
         logit_scale: factor of the raw logits, finite and not 0.
         softcap: bound of the soft-capped logits, above 0; None for no soft-cap.
         temperature: divisor of the logits, above 0.
         impl: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (any device), "eager" (`[N, V]` logits in the dtype of
             the inputs, for tests) or "auto": triton on CUDA if it can be imported, else torch.
-        backward: "exact" computes dense gradients; so does "auto".
+        backward: which cells (a row by some neighbouring tokens) of the gradient of the logits to compute. "exact":
+            all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, which then act
+            as their average, as long as a bound of 2^-8 on the error of the row's gradient of the logits holds, and
+            as long as that is quicker; all other gradients are exact. "sparse": so may all gradients, in
+            every dtype. See docs/sparse_backward.md for what that costs, and `Stats` to watch it.
+        workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
+        shard: `(group, start, V)` where a process group shares the vocabulary: `weight`, `bias` and `weight2` are this
+            rank's part, which begins with token `start` of V; `hidden` and `targets` are the same on all ranks, and so
+            are the result and the gradient of `hidden`.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs), in nats, never above 0. Logits are not rounded below float32.
@@ -68,7 +78,10 @@ def linear_logprobs(
         ValueError: an argument breaks a rule above. On CUDA a target outside [0, V) cannot be seen without waiting for
             the device: there its row, and every gradient it takes part in, is NaN.
     """
-    return _compute(hidden, weight, targets, bias, logit_scale, softcap, temperature, impl, backward, False)[0]
+    transform = Transform(logit_scale, softcap, temperature)
+    return _compute(
+        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, shard, stats=False
+    )[0]
 
 
 def linear_logprobs_with_stats(
@@ -77,22 +90,29 @@ def linear_logprobs_with_stats(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     impl: Impl = "auto",
     backward: Backward = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Stats]:
     """Compute `linear_logprobs` and the statistics of each row's distribution, in the same pass over the vocabulary.
 
     Arguments and errors as `linear_logprobs`.
 
     Returns:
-        The log-probabilities and `Stats`: entropy, log_sum_sq_probs and mean_logits `[N]` in their dtype, is_top1 `[N]`
-        bool. The statistics are detached: no gradient flows through them.
+        The log-probabilities and `Stats`, all `[N]`: entropy, log_sum_sq_probs and mean_logits in the dtype of the
+        log-probabilities, is_top1 bool; density and bound are None where the backward is dense. The log-probabilities
+        and the entropy are differentiable, the rest is not. A backward through the entropy is exact.
     """
-    logps, stats = _compute(hidden, weight, targets, bias, logit_scale, softcap, temperature, impl, backward, True)
-    return logps, Stats(*(stat.detach() for stat in stats))
+    transform = Transform(logit_scale, softcap, temperature)
+    logps, stats = _compute(
+        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, None, stats=True
+    )
+    assert stats is not None
+    return logps, stats
 
 
 def _compute(
@@ -100,38 +120,111 @@ def _compute(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    low_rank: tuple[Tensor, Tensor] | None,
+    transform: Transform,
     impl: str,
     backward: str,
+    workspace: int,
+    shard: tuple[ProcessGroup, int, int] | None,
     stats: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Check, then compute the log-probabilities and, if asked, the four statistics."""
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check_tensors(hidden, weight, targets, bias)
-    _check_options(logit_scale, softcap, temperature, impl, backward)
-    transform = float(logit_scale), None if softcap is None else float(softcap), float(temperature)
-
+) -> tuple[Tensor, Stats | None]:
+    """Check, compute, and put the target and the other tokens together."""
+    hidden2, weight2 = low_rank or (None, None)
+    hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
+    _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
+    transform = _check_options(transform, impl, backward, workspace)
     if impl == "eager":
-        if not torch.compiler.is_compiling():
-            _check_targets(targets, weight.shape[0])
-        logps, _, values = eager.linear_logprobs(hidden, weight, targets, bias, *transform, stats)
-        dtype = _result_dtype(hidden)
-        return logps.to(dtype), tuple(v.to(dtype) if v.is_floating_point() else v for v in values or ())
-    logps, _, *outputs = linear_logprobs_op(hidden, weight, targets, bias, *transform, impl, stats)
-    return logps, tuple(outputs)
+        if shard is not None or low_rank is not None:
+            raise ValueError("impl must be other than 'eager' with shard or low_rank, got 'eager'")
+        return _eager(hidden, weight, targets, bias, transform, stats)
+
+    group, start, V = shard or (None, 0, weight.shape[0])
+    if not 0 <= start <= V - weight.shape[0]:
+        raise ValueError(f"shard must leave room for the {weight.shape[0]} rows of weight, got start {start} of {V}")
+    if group is not None:
+        hidden = vocab_parallel.sum_gradients(hidden, group)
+        hidden2 = None if hidden2 is None else vocab_parallel.sum_gradients(hidden2, group)
+    grad = torch.is_grad_enabled()
+    needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, hidden2, weight2)]
+    sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
+    if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
+        sparse = not sparsity.expect_dense(density_key(hidden, weight))
+    outputs = linear_logprobs_op(
+        hidden, weight, targets, bias, hidden2, weight2, *transform, impl, stats, needs, sparse, backward != "sparse",
+        start, V, workspace,
+    )  # fmt: skip
+    result = results_of(outputs, stats)
+    target, others = result.target, result.others
+    if group is not None:
+        target, others = vocab_parallel.merge(target, others, group)
+    valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
+    logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
+    return logps, _merge_stats(logps, result, V) if stats else None
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
+    """Put the statistics of the other tokens, q, and the target's p together: all is p and (1 - p) q."""
+    stats, kept = result.stats, result.kept
+    assert stats is not None
+    log_rest = F.logsigmoid(result.others - result.target)
+    lowest = torch.finfo(logps.dtype).min  # 0 * -inf must be 0
+    p, rest = logps.exp(), log_rest.exp()
+    with torch.no_grad():
+        log_sum_sq = torch.logaddexp(2 * logps, 2 * log_rest + stats.log_sum_sq)
+        is_top1 = (result.target >= stats.top) & (result.target > stats.top_before)
+        density = bound = None
+        if kept.shares is not None:
+            _, bound, density = sparsity.select(kept.shares, rest)
+    return Stats(
+        entropy=rest * (stats.entropy - log_rest.clamp(min=lowest)) - p * logps.clamp(min=lowest),
+        log_sum_sq_probs=log_sum_sq,
+        mean_logits=stats.sum_logits / V,
+        is_top1=is_top1,
+        density=density,
+        bound=bound,
+    )
+
+
+def _eager(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, stats: bool
+) -> tuple[Tensor, Stats | None]:
+    if not torch.compiler.is_compiling():
+        check_targets(targets, weight.shape[0])
+    logps, _, values = eager.linear_logprobs(hidden, weight, targets, bias, *transform, stats)
+    dtype = result_dtype(hidden)
+    if values is None:
+        return logps.to(dtype), None
+    return logps.to(dtype), Stats(
+        values.entropy.to(dtype),
+        values.log_sum_sq_probs.detach().to(dtype),
+        values.mean_logits.detach().to(dtype),
+        values.is_top1,
+    )
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as `F.linear` would under autocast."""
+    hidden = tensors[0]
+    assert hidden is not None
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return list(tensors)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, hidden2: Tensor | None, weight2: Tensor | None
+) -> None:
     """Check ranks, sizes, dtypes and devices."""
-    tensors = [("hidden", hidden, 2, "[N, D]"), ("weight", weight, 2, "[V, D]"), ("targets", targets, 1, "[N]")]
-    if bias is not None:
-        tensors.append(("bias", bias, 1, "[V]"))
+    tensors = [
+        ("hidden", hidden, 2, "[N, D]"), ("weight", weight, 2, "[V, D]"), ("targets", targets, 1, "[N]"),
+        ("bias", bias, 1, "[V]"), ("low_rank[0]", hidden2, 2, "[N, R]"), ("low_rank[1]", weight2, 2, "[V, R]"),
+    ]  # fmt: skip
     for name, tensor, ndim, layout in tensors:
+        if tensor is None:
+            continue
         if tensor.ndim != ndim:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
         if tensor.device != hidden.device:
@@ -150,12 +243,19 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         raise ValueError(f"targets must have the N of hidden, {N}, got {targets.shape[0]}")
     if bias is not None and bias.shape[0] != V:
         raise ValueError(f"bias must have the V of weight, {V}, got {bias.shape[0]}")
+    if hidden2 is not None and weight2 is not None:
+        if hidden2.shape[0] != N:
+            raise ValueError(f"low_rank[0] must have the N of hidden, {N}, got {hidden2.shape[0]}")
+        if weight2.shape != (V, hidden2.shape[1]):
+            expected, shape = (V, hidden2.shape[1]), tuple(weight2.shape)
+            raise ValueError(f"low_rank[1] must have the V of weight and the R of low_rank[0], {expected}, got {shape}")
     if V == 0:
         raise ValueError(f"weight must have at least one vocabulary entry, got shape {tuple(weight.shape)}")
 
 
-def _check_options(logit_scale: float, softcap: float | None, temperature: float, impl: str, backward: str) -> None:
+def _check_options(transform: Transform, impl: str, backward: str, workspace: int) -> Transform:
     """Check everything that is not a tensor."""
+    logit_scale, softcap, temperature = transform
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -166,124 +266,6 @@ def _check_options(logit_scale: float, softcap: float | None, temperature: float
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if backward not in BACKWARDS:
         raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
-
-
-def _check_targets(targets: Tensor, V: int) -> None:
-    """Check the range of targets, unless that would wait for a device."""
-    if targets.device.type != "cpu":
-        return
-    outside = (targets < 0) | (targets >= V)
-    if outside.any():
-        n = int(outside.int().argmax())
-        raise ValueError(f"targets must be in [0, V) = [0, {V}), got {int(targets[n])} at position {n}")
-
-
-@cache
-def _has_triton() -> bool:
-    found = find_spec("triton") is not None
-    if not found:
-        logger.warning("Triton is not installed: linear_logprobs runs on CUDA in PyTorch.")
-    return found
-
-
-def _implementation(impl: str, device: torch.device) -> ModuleType:
-    """Import the module of fastdpo.impl that serves `impl` on `device`."""
-    if impl == "torch" or (impl == "auto" and not (device.type == "cuda" and _has_triton())):
-        return import_module("fastdpo.impl.torch")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise ValueError(
-            f"impl='triton' needs tensors on CUDA, or Triton's interpreter (TRITON_INTERPRET=1 in the environment), "
-            f"got tensors on {device}"
-        )
-    return import_module("fastdpo.impl.triton")  # only here: not every platform has Triton
-
-
-def _result_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("fastdpo::linear_logprobs", mutates_args=())
-def linear_logprobs_op(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logps, lse and the four statistics, which are empty unless asked for."""
-    _check_targets(targets, weight.shape[0])
-    module = _implementation(impl, hidden.device)
-    logps, lse, values = module.forward(hidden, weight, targets, bias, logit_scale, softcap, temperature, stats)
-    if values is None:
-        values = (*(logps.new_empty(0) for _ in range(3)), logps.new_empty(0, dtype=torch.bool))
-    return logps, lse, *values
-
-
-@linear_logprobs_op.register_fake
-def _(hidden: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, stats = options
-    N, dtype = hidden.shape[0], _result_dtype(hidden)
-    dtypes = (dtype, dtype, dtype, dtype, dtype, torch.bool)
-    return tuple(hidden.new_empty(N if i < 2 or stats else 0, dtype=dtype) for i, dtype in enumerate(dtypes))
-
-
-@torch.library.custom_op("fastdpo::linear_logprobs_backward", mutates_args=())
-def linear_logprobs_backward_op(
-    dlogps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logps: Tensor,
-    lse: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dhidden, dweight and dbias; those not needed are empty."""
-    module = _implementation(impl, hidden.device)
-    grads = module.backward(
-        dlogps, hidden, weight, targets, bias, lse, logit_scale, softcap, temperature,
-        needs_hidden, needs_weight, needs_bias, logps=logps,
-    )  # fmt: skip
-    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-    return dhidden, dweight, dbias
-
-
-@linear_logprobs_backward_op.register_fake
-def _(dlogps: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, needs_hidden, needs_weight, needs_bias = options
-    (N, D), V = hidden.shape, weight.shape[0]
-    wanted = ((needs_hidden, (N, D)), (needs_weight, (V, D)), (needs_bias, (V,)))
-    return tuple(hidden.new_empty(shape if needed else 0) for needed, shape in wanted)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *ctx.options, _ = inputs
-    logps, lse, *_ = output
-    ctx.save_for_backward(hidden, weight, targets, bias, logps, lse)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, dlogps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    needs_hidden, needs_weight, _, needs_bias, *others = ctx.needs_input_grad
-    needs = needs_hidden, needs_weight, needs_bias
-    grads = linear_logprobs_backward_op(dlogps, *ctx.saved_tensors, *ctx.options, *needs)
-    dhidden, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dhidden, dweight, None, dbias, *(None for _ in others)
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("fastdpo.linear_logprobs can be differentiated once, not twice: do not use create_graph=True")
-
-
-linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
-linear_logprobs_backward_op.register_autograd(_no_double_backward)
+    if workspace < 2**20:
+        raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")
+    return Transform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))

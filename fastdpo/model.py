@@ -57,7 +57,7 @@ class TokenScores(NamedTuple):
     logps: Tensor
     """`[M]` float32, nats."""
     stats: Stats | None
-    """Statistics of each target's distribution, `[M]` each, where `with_stats` asked for them."""
+    """Statistics of each target's distribution, `[M]` each, detached, where `with_stats` asked for them."""
 
 
 class _Patch(NamedTuple):
@@ -158,7 +158,10 @@ def _score(model: nn.Module, *, with_stats: bool = False, **batch: Any) -> Token
     options = {"logit_scale": head.logit_scale, "softcap": head.softcap, "impl": patch.impl, "backward": patch.backward}
     with _computing(head.linears, lambda linear, hidden: op(hidden, linear.weight, targets, linear.bias, **options)):
         scores = head.lm_head(hidden)
-    return TokenScores(*scores) if with_stats else TokenScores(scores, None)
+    if not with_stats:
+        return TokenScores(scores, None)
+    logps, stats = scores
+    return TokenScores(logps, stats._replace(entropy=stats.entropy.detach()))
 
 
 @contextmanager

@@ -215,6 +215,8 @@ class DPOTrainer(Trainer):
             add("mean_token_accuracy", stats.is_top1 & chosen, chosen.sum())
             add("logits/chosen", stats.mean_logits.where(chosen, 0.0), chosen.sum())
             add("logits/rejected", stats.mean_logits.where(rejected, 0.0), rejected.sum())
+            if stats.density is not None:
+                add("head/density", stats.density)
         if not self.model.training:
             add("loss", losses)
             return

@@ -33,3 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def forget_densities() -> None:
+    """What one test's head was like must not choose another's algorithm."""
+    from fastdpo.impl import sparsity
+
+    sparsity._densities.clear()
+    sparsity._calls.clear()

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo import eager
+from fastdpo import eager, op
 from fastdpo.eager import Stats
 from fastdpo.impl import torch as impl
+from fastdpo.impl.interface import Head
+from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.accuracy import assert_as_accurate
 
 
@@ -36,7 +38,6 @@ class Results(NamedTuple):
     """All there is to compute."""
 
     logps: Tensor
-    lse: Tensor
     stats: Stats
     dhidden: Tensor
     dweight: Tensor
@@ -59,17 +60,23 @@ def make_inputs(
     return Inputs(hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), b)
 
 
-def ours(inputs: Inputs, options: Options, dlogps: Tensor) -> Results:
-    logps, lse, stats = impl.forward(*inputs, *options, True)
-    assert stats is not None
-    grads = impl.backward(dlogps, *inputs, lse, *options, True, True, inputs.bias is not None, logps=logps)
-    return Results(logps, lse, stats, *grads)
+def logps_of(inputs: Inputs, options: Options = PLAIN) -> Tensor:
+    return linear_logprobs(*inputs, **options._asdict(), impl="torch")
+
+
+def ours(inputs: Inputs, options: Options, dlogps: Tensor, backward: Any = "exact") -> Results:
+    inputs = Inputs(*(t if t is None or t is inputs.targets else t.detach().requires_grad_() for t in inputs))
+    logps, stats = linear_logprobs_with_stats(*inputs, **options._asdict(), impl="torch", backward=backward)
+    leaves = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t is not None]
+    grads = torch.autograd.grad(logps, leaves, dlogps.to(logps.dtype))
+    stats = Stats(*(t if t is None else t.detach() for t in stats))
+    return Results(logps.detach(), stats, *grads, *([None] if inputs.bias is None else []))
 
 
 def theirs(inputs: Inputs, options: Options, dlogps: Tensor, dtype: torch.dtype) -> Results:
     """Eager PyTorch in `dtype`."""
     inputs = Inputs(*(t if t is inputs.targets or t is None else t.to(dtype).requires_grad_() for t in inputs))
-    logps, lse, stats = eager.linear_logprobs(*inputs, *options, stats=True)
+    logps, _, stats = eager.linear_logprobs(*inputs, *options, stats=True)
     assert stats is not None
     hidden, weight, targets, bias = inputs
     wrt = [t for t in (hidden, weight, bias) if t is not None]
@@ -77,7 +84,7 @@ def theirs(inputs: Inputs, options: Options, dlogps: Tensor, dtype: torch.dtype)
     logits = eager.transform_logits(F.linear(hidden, weight, bias), *options)
     difference = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
     grads = torch.autograd.grad(difference, wrt, dlogps.to(dtype))
-    return Results(logps, lse, stats, *grads, *([None] if bias is None else []))
+    return Results(logps, stats, *grads, *([None] if bias is None else []))
 
 
 def check(inputs: Inputs, options: Options = PLAIN, grad_slack: float = 2.0) -> None:
@@ -89,10 +96,8 @@ def check(inputs: Inputs, options: Options = PLAIN, grad_slack: float = 2.0) -> 
         slack = grad_slack = 100.0  # nothing is more exact than float64
     dlogps = torch.randn(inputs.targets.shape, dtype=wide, device=inputs.hidden.device)
     results = (ours(inputs, options, dlogps), *(theirs(inputs, options, dlogps, t) for t in (wide, torch.float64)))
-    for name in ("logps", "lse"):
-        actual, same_dtype, exact = (getattr(r, name) for r in results)
-        assert actual.dtype == wide
-        assert_as_accurate(actual, same_dtype, exact, name, slack)
+    assert results[0].logps.dtype == wide
+    assert_as_accurate(*(r.logps for r in results), "logps", slack)
     for name in ("dhidden", "dweight") + ("dbias",) * (inputs.bias is not None):
         actual, same_dtype, exact = (getattr(r, name) for r in results)
         assert actual.dtype == dtype
@@ -150,7 +155,7 @@ def test_common_offset(offset: float, dtype: torch.dtype, device: torch.device, 
     """All logits near +100, or all below -80: exp is no float32. At 100 lse is known to 4e-6, and therefore p."""
     set_tile(16, 64)
     hidden, weight, targets, _ = make_inputs(37, 24, 203, dtype, device)
-    check(Inputs(hidden, weight, targets, torch.full((203,), offset, device=device, dtype=dtype)), grad_slack=8.0)
+    check(Inputs(hidden, weight, targets, torch.full((203,), offset, device=device, dtype=dtype)), grad_slack=12.0)
 
 
 def test_a_tile_far_above_the_ones_before(device: torch.device, set_tile: Any) -> None:
@@ -166,7 +171,7 @@ def test_no_rows(device: torch.device, set_tile: Any) -> None:
     set_tile(16, 64)
     inputs = make_inputs(0, 8, 100, torch.bfloat16, device, bias=True)
     result = ours(inputs, ALL, torch.empty(0, device=device))
-    assert [t.shape for t in (result.logps, result.lse, *result.stats)] == [(0,)] * 6
+    assert [t.shape for t in (result.logps, *result.stats[:4])] == [(0,)] * 5
     assert result.dhidden.shape == (0, 8)
     assert not result.dweight.any()
     assert result.dbias is not None
@@ -201,7 +206,7 @@ def test_float32_gradients_keep_the_promised_precision(device: torch.device, set
 
 def test_sum_over_a_long_sequence(device: torch.device) -> None:
     inputs = make_inputs(4096, 16, 300, torch.bfloat16, device, std=5.0)
-    logps, _, _ = impl.forward(*inputs, *PLAIN, False)
+    logps = logps_of(inputs)
     exact, _, _ = eager.linear_logprobs(*(t if t is None or t is inputs.targets else t.double() for t in inputs))
     assert (logps.double().sum() - exact.sum()).abs() <= 5e-2
 
@@ -209,7 +214,7 @@ def test_sum_over_a_long_sequence(device: torch.device) -> None:
 def test_log_probabilities_are_never_above_zero(device: torch.device, set_tile: Any) -> None:
     set_tile(64, 16)
     inputs = make_inputs(512, 16, 50, torch.bfloat16, device, std=40.0)
-    logps, _, _ = impl.forward(*inputs, *PLAIN, False)
+    logps = logps_of(inputs)
     assert (logps <= 0).all()
     assert (logps > -1e-12).any(), "no row was confident enough to tell"
 
@@ -233,7 +238,7 @@ def test_confident_target_has_its_log_probability(
 ) -> None:
     set_tile(16, cols)
     inputs, rest = confident(offset, device)
-    logps, _, _ = impl.forward(*inputs, *PLAIN, False)
+    logps = logps_of(inputs)
     assert logps.item() == pytest.approx(math.log1p(-rest), rel=1e-4)
 
 
@@ -241,17 +246,8 @@ def test_confident_target_has_its_log_probability(
 def test_confident_target_has_its_gradient(offset: float, device: torch.device) -> None:
     """1 - p is 1e-6, where 1 - float32(p) is 6 % off, p from lse at 20 or -100 useless, and bfloat16(p) = 1."""
     inputs, rest = confident(offset, device)
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    grads = impl.backward(torch.ones_like(logps), *inputs, lse, *PLAIN, False, True, False, logps=logps)
-    assert grads[1] is not None
-    assert grads[1][77].item() == pytest.approx(rest, rel=1e-2)
-
-
-def test_backward_needs_no_log_probabilities(device: torch.device) -> None:
-    inputs = make_inputs(37, 24, 203, torch.float32, device)
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    dhidden, _, _ = impl.backward(torch.ones_like(logps), *inputs, lse, *PLAIN, True, False, False)
-    torch.testing.assert_close(dhidden, ours(inputs, PLAIN, torch.ones_like(logps)).dhidden)
+    dweight = ours(inputs, PLAIN, torch.ones(1, device=device)).dweight
+    assert dweight[77].item() == pytest.approx(rest, rel=1e-2)
 
 
 def test_first_of_equal_maxima_is_the_top_one(device: torch.device, set_tile: Any) -> None:
@@ -259,32 +255,28 @@ def test_first_of_equal_maxima_is_the_top_one(device: torch.device, set_tile: An
     weight = torch.zeros(200, 1, device=device)
     weight[[3, 5, 150]] = 2.0
     targets = torch.tensor([3, 5, 150, 7], device=device)
-    _, _, stats = impl.forward(torch.ones(4, 1, device=device), weight, targets, None, *PLAIN, True)
-    assert stats is not None
+    stats = ours(Inputs(torch.ones(4, 1, device=device), weight, targets, None), PLAIN, torch.ones(4)).stats
     assert stats.is_top1.tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("target", [-1, 100, 2**32 + 3])
-def test_target_outside_the_vocabulary_is_nan(target: int, device: torch.device, set_tile: Any) -> None:
+def test_target_outside_the_vocabulary_is_nan(
+    target: int, device: torch.device, set_tile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA cannot be asked without waiting: the row must not look like a number, the others must not notice."""
     set_tile(2, 64)
-    hidden, weight, targets, bias = make_inputs(6, 8, 100, torch.float32, device, bias=True)
-    good_logps, good_lse, _ = impl.forward(hidden, weight, targets, bias, *PLAIN, False)
-    bad = targets.clone()
-    bad[4] = target
-    logps, _, _ = impl.forward(hidden, weight, bad, bias, *PLAIN, False)
-    dhidden, dweight, dbias = impl.backward(
-        torch.ones(6, device=device), hidden, weight, bad, bias, good_lse, *PLAIN, True, True, True
-    )
-    assert dhidden is not None
-    assert dweight is not None
-    assert dbias is not None
-    assert logps.isnan().tolist() == [False] * 4 + [True, False]
-    assert dhidden.isnan().all(1).tolist() == [False] * 4 + [True, False]
-    assert dweight.isnan().all()
-    assert dbias.isnan().all()
+    monkeypatch.setattr(op, "check_targets", lambda targets, V: None)  # as on CUDA
+    inputs = make_inputs(6, 8, 100, torch.float32, device, bias=True)
+    targets = inputs.targets.clone()
+    targets[4] = target
+    good, bad = (ours(i, PLAIN, torch.ones(6)) for i in (inputs, inputs._replace(targets=targets)))
+    assert bad.dbias is not None
+    assert bad.logps.isnan().tolist() == [False] * 4 + [True, False]
+    assert bad.dhidden.isnan().all(1).tolist() == [False] * 4 + [True, False]
+    assert bad.dweight.isnan().all()
+    assert bad.dbias.isnan().all()
     others = torch.arange(6, device=device) != 4
-    assert torch.equal(logps[others], good_logps[others])
+    assert torch.equal(bad.logps[others], good.logps[others])
 
 
 def test_rows_without_upstream_gradient_have_none(device: torch.device) -> None:
@@ -299,14 +291,15 @@ def test_rows_without_upstream_gradient_have_none(device: torch.device) -> None:
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_computes_only_the_gradients_asked_for(needs: tuple[bool, bool, bool], device: torch.device) -> None:
-    inputs = make_inputs(9, 8, 50, torch.bfloat16, device, bias=True)
+    inputs = make_inputs(9, 8, 50, torch.float32, device, bias=True)
     dlogps = torch.randn(9, device=device)
-    _, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    some = impl.backward(dlogps, *inputs, lse, *PLAIN, *needs)
-    every = impl.backward(dlogps, *inputs, lse, *PLAIN, True, True, True)
-    for grad, full, needed in zip(some, every, needs, strict=True):
-        assert (grad is not None) == needed
-        assert grad is None or (full is not None and torch.equal(grad, full))
+    every = ours(inputs, PLAIN, dlogps)
+    leaves = [inputs.hidden, inputs.weight, inputs.bias]
+    wanted = [leaf.requires_grad_() for leaf, needed in zip(leaves, needs, strict=True) if needed and leaf is not None]
+    some = torch.autograd.grad(linear_logprobs(*inputs, impl="torch", backward="exact"), wanted, dlogps)
+    full = [grad for grad, needed in zip(every[2:], needs, strict=True) if needed]
+    for a, e in zip(some, full, strict=True):
+        torch.testing.assert_close(a, e)  # with a frozen head, by another algorithm
 
 
 def strided(t: Tensor) -> Tensor:
@@ -331,7 +324,7 @@ def test_three_runs_give_the_same_bits(device: torch.device, set_tile: Any) -> N
     dlogps = torch.randn(100, device=device)
     first, *others = (ours(inputs, ALL, dlogps) for _ in range(3))
     for other in others:
-        for name in ("logps", "lse", "dhidden", "dweight", "dbias"):
+        for name in ("logps", "dhidden", "dweight", "dbias"):
             assert torch.equal(getattr(first, name), getattr(other, name)), name
 
 
@@ -340,36 +333,31 @@ def test_log_probabilities_do_not_depend_on_the_tiles(
     tile: tuple[int, int], device: torch.device, set_tile: Any
 ) -> None:
     inputs = make_inputs(100, 24, 203, torch.float32, device, std=1.0)
-    whole, _, _ = impl.forward(*inputs, *PLAIN, False)
+    whole = logps_of(inputs)
     set_tile(*tile)
-    tiled, _, _ = impl.forward(*inputs, *PLAIN, False)
+    tiled = logps_of(inputs)
     assert (whole - tiled).abs().max() <= 1e-6
 
 
 def test_log_probabilities_do_not_depend_on_the_other_rows(device: torch.device) -> None:
     hidden, weight, targets, _ = make_inputs(100, 24, 203, torch.float32, device, std=1.0)
-    together, _, _ = impl.forward(hidden, weight, targets, None, *PLAIN, False)
+    together = logps_of(Inputs(hidden, weight, targets, None))
     for rows in (slice(0, 1), slice(40, 57)):
-        alone, _, _ = impl.forward(hidden[rows], weight, targets[rows], None, *PLAIN, False)
+        alone = logps_of(Inputs(hidden[rows], weight, targets[rows], None))
         assert (together[rows] - alone).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mib", [256, 128])
-def test_tiles_stay_within_the_workspace(
-    mib: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the largest head there is: two tiles, one rounded, rows of hidden, a slice of weight and one of dweight."""
-    monkeypatch.setattr(impl, "WORKSPACE_BYTES", mib * 2**20)
+def test_tiles_stay_within_the_workspace(mib: int, dtype: torch.dtype, device: torch.device) -> None:
+    """At the largest head there is: a tile and two more; rows of hidden, a slice of weight and of dweight."""
     D, V = 16384, 262144
-    hidden = torch.empty(0, D, dtype=dtype, device=device)
-    rows, cols = impl._tile_shape(65536, D, V, hidden)
-    size, narrow = (8 if dtype == torch.float64 else 4), dtype.itemsize < 4
-    upcast = narrow and (device.type != "cuda" or dtype == torch.float16)
-    total = size * (2 * rows * cols + (rows + cols) * D * upcast + cols * D * narrow) + 2 * rows * cols * narrow
-    assert total <= impl.WORKSPACE_BYTES
+    hidden = torch.empty(65536, D, dtype=dtype, device="meta")
+    rows, cols = impl._tile_shape(hidden, Head(torch.empty(V, D, dtype=dtype, device="meta")), mib * 2**20)
+    size = 8 if dtype == torch.float64 else 4
+    assert size * (3 * rows * cols + rows * D + 2 * cols * D) <= mib * 2**20
     assert rows >= 256
-    assert cols >= 256
+    assert cols >= (64 if dtype == torch.float64 and mib == 128 else 256)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

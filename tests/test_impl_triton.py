@@ -1,53 +1,27 @@
 """fastdpo.impl.triton and its kernels against fastdpo.eager in float64: in Triton's interpreter, or on a GPU."""
 
 import math
-import mmap
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import eager
+from fastdpo.eager import Stats
 from fastdpo.impl import triton as impl
+from fastdpo.impl.interface import Forward, Grads, Head, Needs, Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
-from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
-from fastdpo.kernels.linear_logprobs_forward import MAX_SPLITS, Config, default_splits, linear_logprobs_forward
+from fastdpo.kernels.logits_tile import Config
+from fastdpo.logprobs import _merge_stats
 from tests.accuracy import assert_as_accurate
+from tests.head_inputs import LAYOUTS, OPTIONS, PLAIN, D, Inputs, N, Options, V, make_inputs, relative_error
 
 SMALL = Config(BLOCK_N=16, BLOCK_V=16, BLOCK_D=16, num_warps=4, num_stages=2)
 LARGE = Config(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=2)  # fast in the interpreter
-N, V, D = 37, 53, 37  # three tiles of rows, four of the vocabulary, three of the hidden size; all ragged
-
-
-class Inputs(NamedTuple):
-    """The tensors, as both functions take them."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    bias: Tensor | None = None
-
-
-class Options(NamedTuple):
-    """The transform."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-
-PLAIN = Options()
-OPTIONS = [
-    pytest.param(PLAIN, False, id="plain"),
-    pytest.param(PLAIN, True, id="bias"),
-    pytest.param(Options(logit_scale=-0.3), False, id="scale"),
-    pytest.param(Options(softcap=3.0), False, id="softcap"),
-    pytest.param(Options(temperature=0.7), False, id="temperature"),
-    pytest.param(Options(1.7, 5.0, 1.3), True, id="all-options"),
-]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -57,40 +31,52 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_tiles(config: Config, splits: int = 2, workspace_bytes: int = 16_000) -> None:
         for module in (forward_kernel, backward_kernel):
-            monkeypatch.setattr(module, "default_config", lambda x, configs: config)
+            monkeypatch.setattr(module, "default_config", lambda *_: config)
             monkeypatch.setattr(module, "GROUP_N", 2)
         monkeypatch.setattr(forward_kernel, "default_splits", lambda row_blocks, tiles, processors: splits)
-        monkeypatch.setattr(impl, "WORKSPACE_BYTES", workspace_bytes)
+        monkeypatch.setattr(impl, "TILE", 16)
+        monkeypatch.setitem(globals(), "workspace", workspace_bytes)
 
     set_tiles(SMALL)
     return set_tiles
 
 
-def make_inputs(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    bias: bool = False,
-    shape: tuple[int, int, int] = (N, V, D),
-    std: float = 2.0,
-) -> Inputs:
-    """Logits of this standard deviation; the target of every other row is its first maximum."""
-    N, V, D = shape
-    hidden = std * torch.randn(N, D, device=device)
-    weight = torch.randn(V, D, device=device) / math.sqrt(D)
-    targets = torch.randint(V, (N,), device=device)
-    targets[::2] = (hidden @ weight.T).argmax(-1)[::2]
-    return Inputs(
-        hidden.to(dtype), weight.to(dtype), targets, torch.randn(V, device=device).to(dtype) if bias else None
-    )
+workspace = 0
+
+
+def run(inputs: Inputs, options: Options, stats: bool) -> tuple[Forward, Tensor]:
+    """The forward, and the log-probabilities; NaN where the target is no token."""
+    hidden, weight, targets, bias = inputs
+    result = impl.forward(hidden, None, targets, Head(weight, bias, None, Transform(*options)), stats)
+    valid = (targets >= 0) & (targets < len(weight)) & (result.target < torch.inf)
+    return result, F.logsigmoid(result.target - result.others) * torch.where(valid, 1.0, torch.nan).to(result.target)
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Stats | None]:
+    """logps, lse and statistics of the tensors, the transform and whether to compute the latter."""
+    inputs, options, stats = Inputs(*arguments[:4]), Options(*arguments[4:7]), arguments[7]
+    result, logps = run(inputs, options, stats)
+    lse = torch.logaddexp(result.target, result.others)
+    return logps, lse, _merge_stats(logps, result, len(inputs.weight)) if stats else None
+
+
+def backward(dlogps: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """dhidden, dweight and dbias for the tensors, the transform and the three needs."""
+    inputs, options, needs = Inputs(*arguments[:4]), Options(*arguments[4:7]), Needs(*arguments[7:])
+    result, logps = run(inputs, options, False)
+    dtarget = -logps.expm1() * dlogps.to(logps.dtype)
+    head = Head(inputs.weight, inputs.bias, None, Transform(*options))
+    grads = Grads(dtarget, -dtarget)
+    return impl.backward(grads, inputs.hidden, None, inputs.targets, head, result, needs, workspace=workspace)[:3]
 
 
 def ours(inputs: Inputs, options: Options, dlogps: Tensor) -> dict[str, Tensor]:
-    logps, lse, stats = impl.forward(*inputs, *options, True)
+    logps, lse, stats = forward(*inputs, *options, True)
     assert stats is not None
-    grads = impl.backward(dlogps, *inputs, lse, *options, True, True, inputs.bias is not None, logps=logps)
+    grads = backward(dlogps, *inputs, *options, True, True, inputs.bias is not None)
     gradients = zip(("dhidden", "dweight", "dbias"), grads, strict=True)
-    return {"logps": logps, "lse": lse} | stats._asdict() | {name: g for name, g in gradients if g is not None}
+    results = {"logps": logps, "lse": lse} | stats._asdict() | dict(gradients)
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def theirs(inputs: Inputs, options: Options, dlogps: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,11 +86,8 @@ def theirs(inputs: Inputs, options: Options, dlogps: Tensor, dtype: torch.dtype)
     assert stats is not None
     leaves = {"dhidden": wide.hidden, "dweight": wide.weight} | ({} if wide.bias is None else {"dbias": wide.bias})
     grads = torch.autograd.grad(logps, list(leaves.values()), dlogps.to(dtype))
-    return {"logps": logps.detach(), "lse": lse.detach()} | stats._asdict() | dict(zip(leaves, grads, strict=True))
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    results = {"logps": logps.detach(), "lse": lse.detach()} | stats._asdict() | dict(zip(leaves, grads, strict=True))
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def check(inputs: Inputs, options: Options = PLAIN) -> None:
@@ -186,36 +169,25 @@ def test_float16_gradients_survive_any_upstream_gradient(
     inputs = Inputs((hidden * hidden_size).half(), (weight / hidden_size).half(), targets)
     dlogps = torch.full((64,), size, device=device)
     exact = theirs(inputs, PLAIN, dlogps, torch.float64)["dweight"]
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    _, dweight, _ = impl.backward(dlogps, *inputs, lse, *PLAIN, False, True, False, logps=logps)
+    _, dweight, _ = backward(dlogps, *inputs, *PLAIN, False, True, False)
     assert dweight is not None
     assert relative_error(dweight, exact) <= 1e-3
 
 
-def test_dlogits_are_rounded_to_nearest(device: torch.device) -> None:
-    """Triton's interpreter would truncate them, and a truncated P is a biased one."""
-    hidden, weight, targets, _ = inputs = make_inputs(torch.bfloat16, device)
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    dlogits = hidden.new_empty(N, V)
-    linear_logprobs_backward(dlogits, torch.ones_like(lse), hidden, weight, targets, None, lse, -logps.expm1(), *PLAIN)
-    exact = torch.nn.functional.one_hot(targets, V) - (hidden.double() @ weight.double().T).softmax(-1)
-    assert ((dlogits.double() - exact).abs() <= 1.001 * 2**-9 * exact.abs().log2().floor().add(1).exp2()).all()
-
-
 def test_gradcheck(device: torch.device, set_tiles: Any) -> None:
+    run_forward, run_backward = forward, backward  # the class has its own
+
     class LinearLogprobs(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-            logps, lse, _ = impl.forward(hidden, weight, targets, bias, *options, False)
-            ctx.save_for_backward(hidden, weight, bias, targets, lse, logps)
+            logps, _, _ = run_forward(hidden, weight, targets, bias, *options, False)
+            ctx.save_for_backward(hidden, weight, bias, targets)
             return logps
 
         @staticmethod
         def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
-            hidden, weight, bias, targets, lse, logps = ctx.saved_tensors
-            grads = impl.backward(
-                dlogps, hidden, weight, targets, bias, lse, *options, *ctx.needs_input_grad[:3], logps=logps
-            )
+            hidden, weight, bias, targets = ctx.saved_tensors
+            grads = run_backward(dlogps, hidden, weight, targets, bias, *options, *ctx.needs_input_grad[:3])
             return *grads, None
 
     options = Options(1.7, 2.0, 0.8)
@@ -231,18 +203,10 @@ def test_computes_what_is_needed(needed: tuple[bool, bool, bool], device: torch.
     inputs = make_inputs(torch.float32, device, bias=True)
     dlogps = torch.randn(N, device=device)
     results = ours(inputs, PLAIN, dlogps)
-    grads = impl.backward(dlogps, *inputs, results["lse"], *PLAIN, *needed, logps=results["logps"])
+    grads = backward(dlogps, *inputs, *PLAIN, *needed)
     for name, grad, wanted in zip(("dhidden", "dweight", "dbias"), grads, needed, strict=True):
         assert (grad is not None) == wanted
         assert grad is None or torch.equal(grad, results[name])
-
-
-def test_backward_needs_no_log_probabilities(device: torch.device) -> None:
-    inputs = make_inputs(torch.float32, device)
-    dlogps = torch.randn(N, device=device)
-    results = ours(inputs, PLAIN, dlogps)
-    dhidden, _, _ = impl.backward(dlogps, *inputs, results["lse"], *PLAIN, True, False, False)
-    assert torch.equal(dhidden, results["dhidden"])
 
 
 def test_is_no_part_of_the_graph(device: torch.device) -> None:
@@ -264,20 +228,6 @@ def test_rows_without_upstream_gradient_contribute_nothing(device: torch.device)
     torch.testing.assert_close(results["dweight"], rest["dweight"], rtol=1e-12, atol=1e-14)
 
 
-def spread(x: Tensor) -> Tensor:
-    """The same values, in every third place of a larger storage."""
-    out = x.new_full((x.shape[0], 3 * x.shape[1]), torch.nan)[:, 1::3]
-    return out.copy_(x)
-
-
-LAYOUTS = {
-    "rows-apart": lambda x: spread(x.T).T,
-    "columns-apart": spread,
-    "transposed": lambda x: x.T.contiguous().T,
-    "expanded": lambda x: x[:1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("of", ["hidden", "weight"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(of: str, layout: str, device: torch.device) -> None:
@@ -289,52 +239,6 @@ def test_strides(of: str, layout: str, device: torch.device) -> None:
     actual, expected = ours(inputs._replace(targets=targets), PLAIN, dlogps), ours(dense, PLAIN, dlogps)
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14, msg=name)
-
-
-def far_apart(x: Tensor) -> Tensor:
-    """The same values in rows 2^30 elements apart: a 32-bit offset of row 2 would be negative, of row 4 it would be 0.
-
-    The storage goes on for 2^31 elements on both sides, so that a wrong offset finds a NaN or a 0, not the end of the
-    process. On the CPU it takes no memory but the pages that are touched.
-    """
-    rows, columns = x.shape
-    elements = 2**32 + rows * 2**30
-    if x.is_cuda:
-        if torch.cuda.mem_get_info()[0] < x.element_size() * elements:
-            pytest.skip("needs 20 GB of GPU memory")
-        buffer = torch.empty(elements, dtype=x.dtype, device=x.device)
-    else:
-        no_reserve = 0x4000
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-        buffer = torch.frombuffer(mmap.mmap(-1, x.element_size() * elements, flags), dtype=x.dtype)
-    return buffer.as_strided((rows, columns), (2**30, 1), 2**31).copy_(x)
-
-
-@pytest.mark.parametrize("which", ["hidden-rows", "weight-rows", "weight-columns"])
-def test_offsets_pass_2_to_the_31(which: str, device: torch.device) -> None:
-    hidden, weight, targets, _ = make_inputs(torch.float16, device, shape=(5, 5, 5))
-    far = {
-        "hidden-rows": lambda: Inputs(far_apart(hidden), weight, targets),
-        "weight-rows": lambda: Inputs(hidden, far_apart(weight), targets),
-        "weight-columns": lambda: Inputs(hidden, far_apart(weight.T).T, targets),
-    }[which]()
-    dlogps = torch.ones(5, device=device)
-    lse = linear_logprobs_forward(*far, *PLAIN, False)[1]
-    assert torch.equal(lse, linear_logprobs_forward(hidden, weight, targets, None, *PLAIN, False)[1])
-    dlogits = hidden.new_empty(2, 5, 5)
-    for out, (h, w, _, _) in zip(dlogits, (far, (hidden, weight, targets, None)), strict=True):
-        linear_logprobs_backward(out, dlogps, h, w, targets, None, lse, dlogps, *PLAIN)
-    assert torch.equal(dlogits[0], dlogits[1])
-
-
-def test_dlogits_pass_2_to_the_31(device: torch.device) -> None:
-    hidden, weight, targets, _ = make_inputs(torch.float16, device, shape=(5, 5, 5))
-    lse = linear_logprobs_forward(hidden, weight, targets, None, *PLAIN, False)[1]
-    dlogps = torch.ones(5, device=device)
-    near, far = hidden.new_empty(5, 5), far_apart(hidden.new_zeros(5, 5))
-    for out in (near, far):
-        linear_logprobs_backward(out, dlogps, hidden, weight, targets, None, lse, dlogps, *PLAIN)
-    assert torch.equal(near, far)
 
 
 @pytest.mark.parametrize("offset", [100.0, -100.0, -1000.0])
@@ -383,7 +287,7 @@ def test_masked_target_is_impossible(device: torch.device) -> None:
 def test_row_without_a_possible_token_is_nan(device: torch.device) -> None:
     inputs = make_inputs(torch.float32, device)
     inputs = inputs._replace(bias=torch.full((V,), -torch.inf, device=device))
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
+    logps, lse, _ = forward(*inputs, *PLAIN, False)
     assert logps.isnan().all()
     assert (lse == -torch.inf).all()
 
@@ -393,13 +297,13 @@ def test_infinite_logit_is_nan(device: torch.device) -> None:
     hidden, weight, _, _ = make_inputs(torch.float32, device)
     targets = torch.arange(N, device=device)
     weight[3] = torch.inf
-    assert impl.forward(hidden.abs(), weight, targets, None, *PLAIN, False)[0].isnan().all()
+    assert forward(hidden.abs(), weight, targets, None, *PLAIN, False)[0].isnan().all()
 
 
 def test_log_probabilities_are_never_positive(device: torch.device, set_tiles: Any) -> None:
     set_tiles(LARGE)
     inputs = make_inputs(torch.bfloat16, device, shape=(512, 50, 16), std=40.0)
-    logps, _, _ = impl.forward(*inputs, *PLAIN, False)
+    logps, _, _ = forward(*inputs, *PLAIN, False)
     assert (logps <= 0).all()
     assert (logps > -1e-12).any(), "no row was confident enough to tell"
 
@@ -419,9 +323,9 @@ def confident(offset: float, device: torch.device) -> tuple[Inputs, float]:
 def test_confident_target_has_its_gradient(offset: float, device: torch.device) -> None:
     """1 - p is 1e-6, where 1 - float32(p) is 6 % off, p from lse at 20 or -100 useless, and bfloat16(p) = 1."""
     inputs, others = confident(offset, device)
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
+    logps, _, _ = forward(*inputs, *PLAIN, False)
     assert logps.item() == pytest.approx(math.log1p(-others), rel=1e-4)
-    _, dweight, _ = impl.backward(torch.ones_like(logps), *inputs, lse, *PLAIN, False, True, False, logps=logps)
+    _, dweight, _ = backward(torch.ones_like(logps), *inputs, *PLAIN, False, True, False)
     assert dweight is not None
     assert dweight[51].item() == pytest.approx(others, rel=1e-2)
 
@@ -430,7 +334,7 @@ def test_softcap_is_exact_where_tanh_is_small(device: torch.device) -> None:
     """2 sigmoid(2x) - 1 is off by 3e-4 of tanh(1e-4). With a single token, the logit itself can be read."""
     hidden = torch.tensor([1e-4, -1e-2, 0.1, 0.2499, 0.2501, -3.0], device=device)[:, None]
     one, first = torch.ones(1, 1, device=device), torch.zeros(6, dtype=torch.int64, device=device)
-    _, _, stats = impl.forward(hidden, one, first, None, 5.0, 5.0, 1.0, True)
+    _, _, stats = forward(hidden, one, first, None, 5.0, 5.0, 1.0, True)
     assert stats is not None
     torch.testing.assert_close(stats.mean_logits.double(), 5 * hidden[:, 0].double().tanh(), rtol=4e-7, atol=0)
 
@@ -439,8 +343,8 @@ def test_softcap_is_exact_where_tanh_is_small(device: torch.device) -> None:
 def test_target_in_any_column_of_a_tile(target: int, device: torch.device) -> None:
     hidden, weight, _, _ = make_inputs(torch.float64, device, shape=(1, 33, 5), std=0.5)
     inputs = Inputs(hidden, weight, torch.tensor([target], device=device))
-    logps, lse, _ = impl.forward(*inputs, *PLAIN, False)
-    dhidden, _, _ = impl.backward(torch.ones_like(lse), *inputs, lse, *PLAIN, True, False, False, logps=logps)
+    logps, lse, _ = forward(*inputs, *PLAIN, False)
+    dhidden, _, _ = backward(torch.ones_like(lse), *inputs, *PLAIN, True, False, False)
     exact = theirs(inputs, PLAIN, torch.ones_like(lse), torch.float64)
     torch.testing.assert_close(logps, exact["logps"], rtol=1e-13, atol=0)
     torch.testing.assert_close(dhidden, exact["dhidden"], rtol=1e-12, atol=1e-15)
@@ -449,7 +353,7 @@ def test_target_in_any_column_of_a_tile(target: int, device: torch.device) -> No
 @pytest.mark.parametrize("options", [PLAIN, Options(softcap=5.0)], ids=["plain", "softcap"])
 def test_statistics_change_nothing(options: Options, device: torch.device) -> None:
     inputs = make_inputs(torch.bfloat16, device, bias=True)
-    without, with_stats = (impl.forward(*inputs, *options, stats) for stats in (False, True))
+    without, with_stats = (forward(*inputs, *options, stats) for stats in (False, True))
     assert without[2] is None
     assert torch.equal(without[0], with_stats[0])
     assert torch.equal(without[1], with_stats[1])
@@ -459,7 +363,7 @@ def test_first_of_equal_maxima_is_the_top_one(device: torch.device) -> None:
     weight = torch.zeros(V, 1, device=device)
     weight[[3, 5, 20, 50]] = 2.0  # twice in a tile, in another tile of the share, in the other share
     targets = torch.tensor([3, 5, 20, 50, 7], device=device)
-    _, _, stats = impl.forward(torch.ones(5, 1, device=device), weight, targets, None, *PLAIN, True)
+    _, _, stats = forward(torch.ones(5, 1, device=device), weight, targets, None, *PLAIN, True)
     assert stats is not None
     assert stats.is_top1.tolist() == [True, False, False, False, False]
 
@@ -471,12 +375,9 @@ def test_targets_outside_the_vocabulary_are_nan(device: torch.device) -> None:
     bad.targets[:4] = torch.tensor([-1, -100, V, 2**32 + 3])
     dlogps = torch.ones(N, device=device)
     good, actual = ours(inputs, PLAIN, dlogps), ours(bad, PLAIN, dlogps)
-    for name in ("logps", "lse", "dhidden"):
+    for name in ("logps", "dhidden"):
         assert actual[name][:4].isnan().all(), name
         assert torch.equal(actual[name][4:], good[name][4:]), name
-    dhidden, _, _ = impl.backward(dlogps, *bad, good["lse"], *PLAIN, True, False, False, logps=good["logps"])
-    assert dhidden is not None
-    assert dhidden[:4].isnan().all()
 
 
 def test_bitwise_repeatable(device: torch.device) -> None:
@@ -490,10 +391,10 @@ def test_bitwise_repeatable(device: torch.device) -> None:
 
 def test_log_probabilities_do_not_depend_on_tiles_shares_or_other_rows(device: torch.device, set_tiles: Any) -> None:
     inputs = make_inputs(torch.bfloat16, device)
-    logps = impl.forward(*inputs, *PLAIN, False)[0]
+    logps = forward(*inputs, *PLAIN, False)[0]
     set_tiles(LARGE, 1)
-    assert (impl.forward(*inputs, *PLAIN, False)[0] - logps).abs().max() <= 1e-6
-    alone = impl.forward(inputs.hidden[5:6], inputs.weight, inputs.targets[5:6], None, *PLAIN, False)[0]
+    assert (forward(*inputs, *PLAIN, False)[0] - logps).abs().max() <= 1e-6
+    alone = forward(inputs.hidden[5:6], inputs.weight, inputs.targets[5:6], None, *PLAIN, False)[0]
     assert (alone - logps[5]).abs() <= 1e-6
 
 
@@ -504,24 +405,9 @@ def test_workspace_is_bounded(N: int, D: int, itemsize: int, set_tiles: Any) -> 
     budget = 256 * 2**20
     set_tiles(SMALL, workspace_bytes=budget)
     acc = max(itemsize, 4)
-    rows, columns = impl._block_shape(N, 128_257, D, itemsize, acc)
+    rows, columns = impl._block_shape(N, 128_257, D, itemsize, acc, budget)
     assert rows * impl._aligned(columns) * itemsize + columns * D * acc <= budget
     assert rows == N or rows * columns * itemsize >= budget / 4  # and used
-
-
-@pytest.mark.parametrize(("row_blocks", "tiles"), [(1, 502), (3, 502), (17, 502), (64, 502), (513, 1024)])
-def test_shares_fill_the_chip(row_blocks: int, tiles: int) -> None:
-    processors = 132
-    splits = default_splits(row_blocks, tiles, processors)
-    assert splits <= MAX_SPLITS
-    waves = -(-row_blocks * splits // processors)
-    busy = row_blocks * tiles / (processors * waves * -(-tiles // splits))
-    assert busy >= 0.9
-
-
-def test_no_more_shares_than_tiles() -> None:
-    assert default_splits(1, 3, 132) == 3
-    assert default_splits(0, 3, 132) <= 3
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"kernels", "eager"},
     {"impl"},
+    {"op", "vocab_parallel"},
     {"logprobs", "objectives"},
     {"model", "packing", "attention", "metrics", "report"},
     {"config", "data", "reference"},

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 import fastdpo
+from fastdpo import model
+from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.no_logits import NoLogits
 
 VOCAB = 331
@@ -176,8 +179,13 @@ def test_same_numbers_as_trl(accumulate: int, steps: int, tmp_path: Path) -> Non
     assert (final["trl"] - final["fastdpo"]).norm() < 1e-2 * moved
 
 
-def test_no_allocation_of_a_training_step_reaches_the_logits(make: Callable[..., Any]) -> None:
-    """N completion tokens times V entries never exist, in either model, forward or backward."""
+def test_no_allocation_of_a_training_step_reaches_the_logits(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N completion tokens times V entries never exist, in either model, forward or backward, beyond the workspace."""
+    small = partial(linear_logprobs, workspace_bytes=2**20), partial(linear_logprobs_with_stats, workspace_bytes=2**20)
+    monkeypatch.setattr(model, "linear_logprobs", small[0])
+    monkeypatch.setattr(model, "linear_logprobs_with_stats", small[1])
     trainer = make(tiny_llama(vocab_size=4096), per_device_train_batch_size=16, max_steps=2)
     batch = next(iter(trainer.get_train_dataloader()))
     N = batch["target_ids"].numel()

@@ -1,263 +1,342 @@
-"""The op in plain PyTorch, on any device: tiles of logits that stay in cache, never `[N, V]` of them.
-
-    z[n, v]  = transform(hidden[n] @ weight[v] + bias[v])
-    lse[n]   = log sum_v exp(z[n, v])
-    logps[n] = z[n, targets[n]] - lse[n]
-    dz[n, v] = dlogps[n] * (1[v == targets[n]] - exp(z[n, v] - lse[n]))
+"""The head in plain PyTorch, on any device: tiles of logits that stay in cache, never `[N, V]` of them.
 
 Forward: online softmax (Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3) over tiles of some rows by
-some vocabulary entries. Backward: each tile is recomputed, turned into dz in place and multiplied into both gradients.
-The vocabulary is the outer loop: a slice of dweight is finished before the next one begins.
+some vocabulary entries, the target masked. Backward: each tile is turned into the gradient of its logits, in place, and
+multiplied into the gradients; the vocabulary is the outer loop, and a slice of dweight is finished before the next one
+begins. Matmuls, in units of 2NDV FLOPs, forward and backward:
 
-The target stays out of the running sum: `1 - p` of a confident target is then a sum of small numbers, not a difference
-of large ones.
+    head trained                    4: forward, recompute, dhidden, dweight; less f, the share of V whose probs are kept
+    head frozen, `expected` kept    2: attention over the vocabulary, its values the rows of weight
+    sparse, rho cells computed      1 + 2 rho; 1 + 3 rho with dweight; 3 + rho - f with dweight exact
 
-Shapes: N rows, D hidden size, V vocabulary. Matmuls, in units of 2NDV FLOPs: forward 1, backward 1 + 1 per gradient.
+Names and shapes as in `fastdpo.impl.interface`.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.eager import Stats
+from fastdpo.impl import sparsity
+from fastdpo.impl.interface import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    Forward,
+    Grads,
+    Head,
+    Keep,
+    Kept,
+    Needs,
+    OtherStats,
+    result_dtype,
+)
+from fastdpo.impl.sparsity import Selection
+from fastdpo.impl.tiles import (
+    Folded,
+    Rows,
+    Running,
+    addmm,
+    dlogits_tile,
+    empty_running,
+    fold_tile,
+    ieee_matmul,
+    logits_tile,
+    scatter_target,
+    side_by_side,
+    slices,
+    target_slope,
+)
 
-WORKSPACE_BYTES = 256 * 2**20
-"""Bound of what a call allocates besides its results and fp32 `[N, D]`."""
 TILE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
 """Rows and vocabulary entries of a tile. CPU: 4 MiB of fp32, on a Zen 4 core the best of 1 to 16 MiB, by 3 %."""
+CELL = 64
+"""T, the columns of a cell of the sparse backward."""
 
-MASKED = torch.finfo(torch.float32).min
-"""Logit of an entry outside the sum. Finite, because 0 * MASKED must be 0."""
+
+def cell_columns(device: torch.device) -> int | None:
+    """Return T where the backward can be sparse: where counting the active cells waits for nothing."""
+    return CELL if device.type == "cpu" else None
+
+
+def kept_like(hidden: Tensor, head: Head, keep: Keep, workspace: int) -> Kept:
+    """Allocate what `forward` keeps."""
+    N, V, width = hidden.shape[0], head.weight.shape[0], _width(head)
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
+    rows, cols = _tile_shape(hidden, head, workspace)
+    blocks = 0  # of probs, as many as fit beside a tile
+    if keep.probs and head.transform.softcap is None:
+        left = workspace - _tile_bytes(rows, cols, head, result_dtype(hidden))
+        blocks = min(-(-V // cols), max(0, left) // (stored.itemsize * cols * max(N, 1)))
+    columns = max(0, V - (-(-V // cols) - blocks) * cols)
+    return Kept(
+        expected=hidden.new_zeros(N, width, dtype=result_dtype(hidden)) if keep.expected else None,
+        shares=hidden.new_empty(N, -(-V // CELL), dtype=stored) if keep.shares else None,
+        probs=hidden.new_empty(N, columns, dtype=stored) if columns else None,
+        factors=hidden.new_empty(N, blocks, dtype=result_dtype(hidden)) if columns else None,
+    )
 
 
 @torch.no_grad()
 def forward(
     hidden: Tensor,
-    weight: Tensor,
+    hidden2: Tensor | None,
     targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Stats | None]:
-    """Compute logps `[N]` and lse `[N]`, in fp32 (fp64 for fp64 inputs), and `Stats` if asked.
-
-    Arguments as `fastdpo.eager.linear_logprobs`, already checked. A row whose target is outside [0, V) becomes NaN.
-    """
-    (N, D), V = hidden.shape, weight.shape[0]
-    dtype, operand = _dtypes(hidden)
-    rows, cols = _tile_shape(N, D, V, hidden)
+    head: Head,
+    stats: bool = False,
+    keep: Keep = NOTHING,
+    workspace: int = WORKSPACE_BYTES,
+    *,
+    fold: Callable[..., Folded] = fold_tile,
+) -> Forward:
+    """Compute the `Forward` of arguments that have been checked; `fold` folds a tile of logits into the state."""
+    N, V = hidden.shape[0], head.weight.shape[0]
+    dtype, operand = result_dtype(hidden), operand_dtype(hidden)
+    rows, cols = _tile_shape(hidden, head, workspace)
     buffer = hidden.new_empty(rows * cols, dtype=dtype)
-    alpha, beta = _scales(logit_scale, softcap, temperature)
+    spare = torch.empty_like(buffer) if stats else buffer
+    running = empty_running(hidden, dtype, stats)
+    kept = kept_like(hidden, head, keep, workspace)
+    maxima = hidden.new_empty(N, -(-V // cols), dtype=dtype)  # the m to which a block of shares and probs is relative
+    first_kept = V if kept.probs is None else V - kept.probs.shape[1]
 
-    def per_row(value: float) -> Tensor:
-        return hidden.new_full((N,), value, dtype=dtype)
+    with ieee_matmul():
+        for block, vs in enumerate(slices(V, cols)):
+            w = side_by_side(head.weight, head.weight2, vs, operand)
+            bias = None if head.bias is None else head.bias[vs].to(dtype)
+            for rs in slices(N, rows):
+                h = side_by_side(hidden, hidden2, rs, operand)
+                z = logits_tile(h, w, bias, head.transform.folded[0], buffer)
+                tile = fold(running.at(rs), z, targets[rs] - vs.start, head.transform, CELL, spare)
+                maxima[rs, block] = running.m[rs]
+                if kept.probs is not None and vs.start >= first_kept:
+                    kept.probs[rs, vs.start - first_kept : vs.stop - first_kept] = tile.e
+                if kept.shares is not None:
+                    kept.shares[rs, vs.start // CELL : -(-vs.stop // CELL)] = tile.masses
+                if kept.expected is not None:
+                    addmm(kept.expected[rs].mul_(tile.decay[:, None]), tile.weighted.to(operand), w)
 
-    target_z = per_row(math.nan)
-    m, s = per_row(MASKED / 2), per_row(0.0)  # running maximum, sum of e^(z - m); without the target
-    if stats:
-        spare = torch.empty_like(buffer)
-        sum_dz, sum_sq = per_row(0.0), per_row(0.0)  # sums of e^(z - m) * (z - m) and e^(2 (z - m))
-        sum_z, top, top_index = per_row(0.0), per_row(-math.inf), torch.full_like(targets, -1)
+    log_s = running.s.log()
+    others = running.m + log_s
+    if kept.expected is not None:
+        kept.expected.div_(running.s.clamp(min=torch.finfo(dtype).tiny)[:, None])
+    factors = (maxima - others[:, None]).exp()
+    if kept.shares is not None:
+        for shares, factor in zip(kept.shares.split(cols // CELL, 1), factors.unbind(1), strict=True):
+            shares.mul_(factor[:, None])
+    if kept.factors is not None:
+        kept.factors.copy_(factors[:, first_kept // cols :])
+    return Forward(running.target, others, _statistics(running, log_s), kept)
 
-    with _ieee_matmul():
-        for vs in _slices(V, cols):
-            w, b = weight[vs].to(operand), None if bias is None else bias[vs].to(dtype)
-            for rs in _slices(N, rows):
-                z = _logits(hidden[rs].to(operand), w, b, buffer, alpha)
-                if softcap is not None:
-                    z.tanh_().mul_(beta)
-                here, index = _locate(targets[rs], vs)
-                if stats:
-                    sum_z[rs] += z.sum(1)
-                    tile_top, tile_index = z.max(1)  # the first maximum; an earlier tile wins a tie
-                    top_index[rs] = torch.where(tile_top > top[rs], tile_index + vs.start, top_index[rs])
-                    top[rs] = torch.maximum(top[rs], tile_top)
 
-                picked = z.gather(1, index)
-                target_z[rs] = torch.where(here, picked, target_z[rs, None]).squeeze(1)
-                z.scatter_(1, index, picked.masked_fill(here, MASKED))
-
-                old = m[rs].clone()
-                m[rs] = torch.maximum(old, z.amax(1))
-                shift = old - m[rs]
-                z.sub_(m[rs, None])
-                e = torch.exp(z, out=_view(spare, z) if stats else z)
-                decay = shift.exp()
-                if stats:
-                    sum_dz[rs] = decay * (sum_dz[rs] + s[rs] * shift) + z.mul_(e).sum(1)
-                    sum_sq[rs] = decay.square() * sum_sq[rs] + torch.square(e, out=z).sum(1)
-                s[rs] = decay * s[rs] + e.sum(1)
-
-    logps = F.logsigmoid(target_z - m - s.log())
-    lse = target_z - logps
-    if not stats:
-        return logps, lse, None
-    p, shift = logps.exp(), m - target_z + logps  # m - lse, without the rounding of lse
-    scale = shift.exp()
-    return (
-        logps,
-        lse,
-        Stats(
-            entropy=-scale * (s * shift + sum_dz) - p * logps,
-            log_sum_sq_probs=(scale.square() * sum_sq + p.square()).log(),
-            mean_logits=sum_z / V,
-            is_top1=top_index == targets,
-        ),
+def _statistics(running: Running, log_s: Tensor) -> OtherStats | None:
+    if running.sum_dz is None or running.sum_sq is None or running.sum_z is None or running.top_before is None:
+        return None
+    none = running.s == 0  # there is no other token
+    return OtherStats(
+        entropy=(log_s - running.sum_dz / running.s).masked_fill(none, 0),
+        log_sum_sq=(running.sum_sq.log() - 2 * log_s).masked_fill(none, 0),
+        sum_logits=running.sum_z,
+        top_before=running.top_before,
+        top=running.m.masked_fill(none, -math.inf),
     )
 
 
 @torch.no_grad()
 def backward(
-    dlogps: Tensor,
+    grads: Grads,
     hidden: Tensor,
-    weight: Tensor,
+    hidden2: Tensor | None,
     targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    head: Head,
+    result: Forward,
+    needs: Needs,
+    selection: Selection | None = None,
+    exact_weight: bool = True,
+    workspace: int = WORKSPACE_BYTES,
     *,
-    logps: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute dhidden `[N, D]`, dweight `[V, D]` and dbias `[V]`, each in its input's dtype, None where not needed.
+    make_dlogits: Callable[..., Tensor] = dlogits_tile,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of `Needs`, each in its input's dtype, None where not needed.
 
-    `dlogps [N]` is the gradient of logps; `lse [N]` and `logps [N]` come from `forward`, as the rest. Without `logps`
-    the gradient of a target of probability p is only as exact as lse lets 1 - p be: some 1e-7 * |lse|.
+    Args:
+        grads: upstream gradients.
+        hidden: `[N, D]`, as all that follows the argument of `forward`.
+        hidden2: `[N, R]`, or None.
+        targets: `[N]`.
+        head: the head.
+        result: of `forward`; of the statistics only the entropy, and only if it has an upstream gradient.
+        needs: the gradients to compute. The frozen head's `expected` serves for those of hidden and hidden2.
+        selection: the cells to compute, chosen from the kept shares; None for all.
+        exact_weight: compute all cells for the gradients of weight, bias and weight2 even so.
+        workspace: bound of temporary memory, in bytes.
+        make_dlogits: turns a tile of logits into their gradient.
     """
-    (N, D), V = hidden.shape, weight.shape[0]
-    dtype, operand = _dtypes(hidden)
-    rows, cols = _tile_shape(N, D, V, hidden)
-    buffer = hidden.new_empty(rows * cols, dtype=dtype)
-    tanh_squared = torch.empty_like(buffer) if softcap is not None else buffer
-    rounded = torch.empty_like(buffer, dtype=operand) if operand != dtype else buffer
-
-    alpha, beta = _scales(logit_scale, softcap, temperature)
-    lse = lse.unsqueeze(1)
-    target_minus_one = None if logps is None else torch.expm1(logps).unsqueeze(1)
-    invalid = (targets < 0) | (targets >= V)
-    scale = (-logit_scale / temperature * dlogps.to(dtype)).masked_fill(invalid, math.nan).unsqueeze(1)
-
-    dhidden = hidden.new_empty(N, D, dtype=dtype) if needs_hidden else None
-    dweight = weight.new_empty(V, D) if needs_weight else None
-    dbias = weight.new_zeros(V, dtype=dtype) if needs_bias else None
-
-    with _ieee_matmul():
-        for vs in _slices(V, cols):
-            w, b = weight[vs].to(operand), None if bias is None else bias[vs].to(dtype)
-            dw = None if dweight is None else dweight[vs]
-            if dw is not None and dw.dtype != dtype:
-                dw = torch.empty_like(dw, dtype=dtype)
-            for rs in _slices(N, rows):
-                h = hidden[rs].to(operand)
-                z = _logits(h, w, b, buffer, alpha)
-                if softcap is not None:
-                    tanh_sq = torch.square(z.tanh_(), out=_view(tanh_squared, z))
-                    z.mul_(beta)
-
-                here, index = _locate(targets[rs], vs)
-                z.sub_(lse[rs])
-                minus_one = torch.expm1(z.gather(1, index)) if target_minus_one is None else target_minus_one[rs]
-                z.exp_()
-                z.scatter_(1, index, torch.where(here, minus_one, z.gather(1, index)))
-                z.mul_(scale[rs])  # z is now scale * (p - onehot)
-                if softcap is not None:
-                    z.addcmul_(z, tanh_sq, value=-1)
-
-                if dbias is not None:
-                    dbias[vs] += z.sum(0)
-                dz = z if operand == dtype else _view(rounded, z).copy_(z)
-                if dhidden is not None:
-                    _addmm(dhidden[rs], dz, w, beta=float(vs.start > 0))
-                if dw is not None:
-                    _addmm(dw, dz.t(), h, beta=float(rs.start > 0))
-            if dweight is not None and dw is not None and dw.dtype != dweight.dtype:
-                dweight[vs] = dw
-
+    (N, D), width = hidden.shape, _width(head)
+    dtype = result_dtype(hidden)
+    scale = head.transform.logit_scale / head.transform.temperature
+    all_rows = Rows(
+        targets, result.others, scale * grads.target, scale * grads.others,
+        None if grads.entropy is None else scale * grads.entropy,
+        None if result.stats is None else result.stats.entropy,
+    )  # fmt: skip
+    dhidden = hidden.new_zeros(N, width, dtype=dtype) if needs.hidden or needs.hidden2 else None
+    weights: tuple[Tensor | None, ...] = (None, None, None)
+    with ieee_matmul():
+        if result.kept.expected is not None and dhidden is not None:
+            _from_expected(dhidden, all_rows, head, result)
+        else:
+            weights = _from_tiles(
+                dhidden,
+                hidden,
+                hidden2,
+                head,
+                all_rows,
+                result.kept,
+                needs,
+                selection,
+                exact_weight,
+                workspace,
+                make_dlogits,
+            )
     return (
-        dhidden.to(hidden.dtype) if dhidden is not None else None,
-        dweight,
-        dbias.to(weight.dtype) if dbias is not None else None,
+        dhidden[:, :D].to(hidden.dtype) if dhidden is not None and needs.hidden else None,
+        *weights[:2],
+        dhidden[:, D:].to(hidden.dtype) if dhidden is not None and needs.hidden2 else None,
+        weights[2],
     )
 
 
-def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtype of logits and sums, and that of the operands of matmuls."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    # only CUDA multiplies bf16 into fp32; gradients of logits would vanish in fp16
-    return dtype, hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else dtype
+def _from_expected(dhidden: Tensor, rows: Rows, head: Head, result: Forward) -> None:
+    """Fill `dhidden` from the mean of weight that forward kept, and the target's row of weight."""
+    assert result.kept.expected is not None
+    dtarget = rows.dtarget * target_slope(result.target, head.transform)
+    index = rows.targets.clamp(0, head.weight.shape[0] - 1)
+    for rs in slices(len(index), TILE["cpu"][0]):
+        torch.mul(result.kept.expected[rs], rows.dothers[rs, None], out=dhidden[rs])
+        w = side_by_side(head.weight, head.weight2, index[rs], dhidden.dtype)
+        dhidden[rs].addcmul_(w, dtarget[rs, None])
 
 
-def _tile_shape(N: int, D: int, V: int, hidden: Tensor) -> tuple[int, int]:
-    """Return the rows and vocabulary entries of a tile: TILE, or less to stay within WORKSPACE_BYTES."""
-    dtype, operand = _dtypes(hidden)
+def _from_tiles(
+    dhidden: Tensor | None,
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    head: Head,
+    all_rows: Rows,
+    kept: Kept,
+    needs: Needs,
+    selection: Selection | None,
+    exact_weight: bool,
+    workspace: int,
+    make_dlogits: Callable[..., Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Add to `dhidden` and return dweight, dbias and dweight2, from tiles of dz: all of them, or the active cells."""
+    (N, D), V, width = hidden.shape, head.weight.shape[0], _width(head)
+    dtype, operand = result_dtype(hidden), operand_dtype(hidden)
+    alpha = head.transform.folded[0]
+    rows, cols = _tile_shape(hidden, head, workspace)
+    buffer = hidden.new_empty(rows * cols, dtype=dtype)
+    dweight = torch.empty_like(head.weight) if needs.weight else None
+    dbias = head.weight.new_empty(V) if needs.bias else None
+    dweight2 = torch.empty_like(head.weight2) if head.weight2 is not None and needs.weight2 else None
+    trained = slice(0 if needs.weight else D, width if needs.weight2 else D)  # columns of (weight, weight2)
+    needs_weights = needs.weight or needs.bias or needs.weight2
+    sparse = selection is not None and not (exact_weight and needs_weights)
+    spread = None
+    if selection is not None:
+        spread = sparsity.spread_skipped(
+            dhidden, hidden, hidden2, head, all_rows, kept.shares, selection, trained, CELL, operand
+        )
+    first_kept = V if kept.probs is None or sparse else V - kept.probs.shape[1]
+
+    for vs in slices(V, cols):
+        w = side_by_side(head.weight, head.weight2, vs, operand)
+        bias = None if head.bias is None else head.bias[vs].to(dtype)
+        dw = hidden.new_zeros(w.shape[0], trained.stop - trained.start, dtype=dtype) if needs_weights else None
+        db = hidden.new_zeros(w.shape[0], dtype=dtype)
+        active = None
+        if selection is not None:
+            assert kept.shares is not None
+            cells = slice(vs.start // CELL, -(-vs.stop // CELL))
+            active = sparsity.active_cells(
+                kept.shares[:, cells],
+                selection.threshold,
+                all_rows.targets // CELL - cells.start,
+                all_rows.has_upstream,
+            )
+        tiles = ((rs, slice(0, w.shape[0])) for rs in slices(N, rows))
+        for at, cs in _row_lists(active, w.shape[0], rows) if sparse and active is not None else tiles:
+            some, here = all_rows.at(at), slice(vs.start + cs.start, vs.start + cs.stop)
+            h = side_by_side(hidden, hidden2, at, operand)
+            if vs.start < first_kept:
+                dz = logits_tile(h, w[cs], None if bias is None else bias[cs], alpha, buffer)
+                dz = make_dlogits(dz, some, here, head.transform)
+            else:
+                assert kept.probs is not None
+                assert kept.factors is not None
+                factor = kept.factors[at, (vs.start - first_kept) // cols] * some.dothers
+                probs = kept.probs[at, here.start - first_kept : here.stop - first_kept]
+                dz = torch.mul(probs, factor[:, None], out=_view(buffer, probs))
+                scatter_target(dz, some, here)
+            db[cs] += dz.sum(0)
+            dz = dz.to(operand)
+            if dw is not None:
+                addmm(dw[cs], dz.t(), h[:, trained])
+            if dhidden is None:
+                continue
+            if isinstance(at, Tensor):
+                dhidden.index_add_(0, at, dz @ w[cs])
+            elif active is None:
+                addmm(dhidden[at], dz, w)
+            else:
+                for index, cell in _row_lists(active[at], w.shape[0], rows):
+                    dhidden[at].index_add_(0, index, dz[index, cell] @ w[cell])
+
+        if spread is not None and sparse and dw is not None:
+            every = (spread[vs.start // CELL : -(-vs.stop // CELL)]).repeat_interleave(CELL, 0)[: w.shape[0]]
+            dw += every[:, :-1]
+            db += every[:, -1]
+        if dw is not None and dweight is not None:
+            dweight[vs] = dw[:, :D]
+        if dw is not None and dweight2 is not None:
+            dweight2[vs] = dw[:, dw.shape[1] - dweight2.shape[1] :]
+        if dbias is not None:
+            dbias[vs] = db
+    return dweight, dbias, dweight2
+
+
+def _row_lists(active: Tensor, columns: int, most: int) -> Iterator[tuple[Tensor, slice]]:
+    """For every cell of `active [N, J]`, yield its rows, at most so many at a time, and its columns."""
+    rows = active.t().nonzero()[:, 1]
+    for j, of_cell in enumerate(rows.split(active.sum(0).tolist())):
+        for some in of_cell.split(most) if of_cell.numel() else ():
+            yield some, slice(j * CELL, min((j + 1) * CELL, columns))
+
+
+def _width(head: Head) -> int:
+    return head.weight.shape[1] + (0 if head.weight2 is None else head.weight2.shape[1])
+
+
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of the operands of matmuls: only CUDA multiplies bf16 into fp32; dz would vanish in fp16."""
+    return hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else result_dtype(hidden)
+
+
+def _tile_shape(hidden: Tensor, head: Head, workspace: int) -> tuple[int, int]:
+    """Return the rows and columns of a tile: TILE, or less to stay within the workspace; whole cells."""
+    N = hidden.shape[0]
     max_rows, max_cols = TILE.get(hidden.device.type, TILE["cpu"])
-    rows = max(1, min(N, max_rows))
-    upcast = operand != hidden.dtype
-    row_bytes = dtype.itemsize * D * upcast  # hidden
-    col_bytes = dtype.itemsize * (2 * rows + D * (upcast + (dtype != hidden.dtype))) + operand.itemsize * rows
-    fitting = (WORKSPACE_BYTES - rows * row_bytes) // col_bytes
-    return rows, max(1, min(V, max_cols, fitting))
+    itemsize, width = result_dtype(hidden).itemsize, _width(head)
+    rows = max(1, min(N, max_rows, workspace // (2 * itemsize * width)))
+    fitting = (workspace - itemsize * rows * width) // (itemsize * (3 * rows + 2 * width))
+    return rows, max(CELL, min(max_cols, fitting) // CELL * CELL)
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    """Cut [0, total) into slices of `size`; one empty slice if there is nothing, so that sums are still written."""
-    for start in range(0, max(total, 1), size):
-        yield slice(start, min(start + size, total))
-
-
-def _scales(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """Return alpha and beta: the transform is alpha * z, or beta * tanh(alpha * z) with a soft-cap."""
-    if softcap is None:
-        return logit_scale / temperature, 1.0
-    return logit_scale / softcap, softcap / temperature
+def _tile_bytes(rows: int, cols: int, head: Head, dtype: torch.dtype) -> int:
+    """Bytes of a tile, one beside it and one rounded, rows of hidden, and a slice of weight and of dweight."""
+    return dtype.itemsize * (3 * rows * cols + (rows + 2 * cols) * _width(head))
 
 
 def _view(buffer: Tensor, like: Tensor) -> Tensor:
     return buffer[: like.numel()].view_as(like)
-
-
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor, alpha: float) -> Tensor:
-    """alpha * (h @ w.T + b), in `buffer`."""
-    z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
-    if b is not None:
-        z.copy_(b)
-    _addmm(z, h, w.t(), alpha=alpha, beta=0.0 if b is None else alpha)
-    return z
-
-
-def _addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float) -> None:
-    """out = beta * out + alpha * a @ b, accumulated in the dtype of `out`."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b, alpha=alpha, beta=beta)
-    else:
-        torch.addmm(out, a, b, alpha=alpha, beta=beta, out_dtype=out.dtype, out=out)
-
-
-def _locate(targets: Tensor, vs: slice) -> tuple[Tensor, Tensor]:
-    """Say which rows `[R, 1]` have their target in this slice of the vocabulary, and where (0 if not)."""
-    here = (targets >= vs.start) & (targets < vs.stop)
-    return here.unsqueeze(1), torch.where(here, targets - vs.start, 0).unsqueeze(1)
-
-
-@contextmanager
-def _ieee_matmul() -> Iterator[None]:
-    """Keep fp32 matmuls in IEEE fp32, whatever `torch.set_float32_matmul_precision` says."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    saved = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, saved, strict=True):
-            backend.fp32_precision = precision

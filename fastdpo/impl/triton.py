@@ -1,154 +1,261 @@
-"""The op in Triton: a fused forward kernel; in the backward, recomputed gradients of logits and vendor matmuls.
+"""The head in Triton: logits live in registers, and a sparse backward never computes those of a cell it skips.
 
-Matmuls, in units of 2 N D V FLOPs: forward 1; backward 1 to recompute the logits and 1 for each of dhidden and dweight.
-
-Backward, vocabulary chunk by vocabulary chunk, and within it block of rows by block of rows:
+Forward: one kernel. Backward, chunk of the vocabulary by chunk, and within it block of rows by block of rows:
 
     dlogits        = gradient of the raw logits [rows, chunk], in the dtype of the inputs
     dhidden[rows] += dlogits @ weight[chunk]                      float32 [N, D], rounded once, at the end
     dweight       += dlogits.T @ hidden[rows]                     float32 [chunk, D], rounded once, after the last rows
 
 so the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
-accumulate in float64.) There are no atomics and no synchronisation with the host; the same inputs give the same bits.
+accumulate in float64.) Dense, dlogits is recomputed in full and the matmuls are the vendor's: 1 unit of 2 N D V FLOPs
+each. Sparse, kernels work through the list of rows that each tile of the vocabulary has, and cost what is active: all
+three of them, or dhidden alone where dweight is to be exact. There are no atomics and no synchronisation with the host;
+the same inputs give the same bits. `expected` and `probs` of `Keep` are not kept: `fastdpo.impl.blas` does that.
 
-Shapes: N rows, D hidden size, V vocabulary.
+Names and shapes as in `fastdpo.impl.interface`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdpo.eager import Stats
+from fastdpo.impl import sparsity
+from fastdpo.impl.interface import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    Forward,
+    Grads,
+    Head,
+    Keep,
+    Kept,
+    Needs,
+    OtherStats,
+    result_dtype,
+)
+from fastdpo.impl.sparsity import Selection
+from fastdpo.impl.tiles import Rows, addmm, ieee_matmul, slices
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.linear_logprobs_forward import linear_logprobs_forward
+from fastdpo.kernels.row_lists import TILE, row_lists
+from fastdpo.kernels.sparse_dhidden import sparse_dhidden
+from fastdpo.kernels.sparse_dlogits import sparse_dlogits
+from fastdpo.kernels.sparse_dweight import sparse_dweight
 
-WORKSPACE_BYTES = 256 * 2**20
-"""Bound of the backward's workspace: one block of dlogits and one chunk of dweight's accumulator."""
+
+def cell_columns(device: torch.device) -> int:
+    """Return the columns of a cell."""
+    return TILE
+
+
+def kept_like(hidden: Tensor, head: Head, keep: Keep, workspace: int) -> Kept:
+    """Allocate what `forward` keeps."""
+    if not keep.shares:
+        return Kept()
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
+    return Kept(shares=hidden.new_empty(hidden.shape[0], -(-head.weight.shape[0] // TILE), dtype=stored))
 
 
 @torch.no_grad()
 def forward(
     hidden: Tensor,
-    weight: Tensor,
+    hidden2: Tensor | None,
     targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Stats | None]:
-    """Compute log-probabilities and log-sum-exps.
-
-    Args:
-        hidden: `[N, D]`, any strides.
-        weight: `[V, D]`, any strides, the dtype and device of `hidden`.
-        targets: `[N]` int64. A row whose target is outside [0, V) gets NaN.
-        bias: `[V]`, or None.
-        logit_scale: factor of the logits.
-        softcap: bound of the soft-capped logits, or None.
-        temperature: divisor of the logits.
-        stats: compute `Stats` too.
-
-    Returns:
-        `logps [N]`, at most 0; `lse [N]` of the transformed logits; `Stats`, or None. float32, or float64 for float64
-        inputs.
-    """
-    logps, lse, extra = linear_logprobs_forward(hidden, weight, targets, bias, logit_scale, softcap, temperature, stats)
-    return logps, lse, None if extra is None else Stats(*extra)
+    head: Head,
+    stats: bool = False,
+    keep: Keep = NOTHING,
+    workspace: int = WORKSPACE_BYTES,
+) -> Forward:
+    """Compute the `Forward` of arguments that have been checked."""
+    N, V = hidden.shape[0], head.weight.shape[0]
+    kept = kept_like(hidden, head, keep, workspace)
+    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # of tile masses in float32
+    parts = []
+    for rs in slices(N, max(1, rows)):
+        part = linear_logprobs_forward(
+            hidden[rs], head.weight, targets[rs], head.bias, *head.transform, stats,
+            tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
+        )  # fmt: skip
+        if kept.shares is not None and part.tile_masses is not None:
+            kept.shares[rs] = (part.tile_masses - part.others[:, None]).exp_()
+        parts.append((part.target_logits, part.others, *(part.stats or ())))
+    target, others, *statistics = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return Forward(target, others, OtherStats(*statistics) if stats else None, kept)
 
 
 @torch.no_grad()
 def backward(
-    dlogps: Tensor,
+    grads: Grads,
     hidden: Tensor,
-    weight: Tensor,
+    hidden2: Tensor | None,
     targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *,
-    logps: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients that are needed, dense and exact.
-
-    Args:
-        dlogps: `[N]`, gradient of `logps`.
-        hidden: `[N, D]`, as all that follows the argument of `forward`.
-        weight: `[V, D]`.
-        targets: `[N]` int64. A target outside [0, V) makes its row of dlogits NaN.
-        bias: `[V]`, or None.
-        lse: `[N]`, as `forward` returned it.
-        logit_scale: factor of the logits.
-        softcap: bound of the soft-capped logits, or None.
-        temperature: divisor of the logits.
-        needs_hidden: compute dhidden.
-        needs_weight: compute dweight.
-        needs_bias: compute dbias.
-        logps: `[N]`, as `forward` returned it; if None, a second forward finds it. `lse` alone cannot tell the gradient
-            of a confident target, 1 - p: rounded at 20, it is off by 1e-6.
-
-    Returns:
-        `dhidden [N, D]`, `dweight [V, D]`, `dbias [V]` in the dtypes of `hidden`, `weight`, `bias`; None where not
-        needed.
-    """
-    (N, D), V = hidden.shape, weight.shape[0]
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    dlogps = dlogps.to(acc).where((targets >= 0) & (targets < V), torch.nan)
-    boost = _float16_boost(dlogps, logit_scale / temperature) if hidden.dtype == torch.float16 else None
+    head: Head,
+    result: Forward,
+    needs: Needs,
+    selection: Selection | None = None,
+    exact_weight: bool = True,
+    workspace: int = WORKSPACE_BYTES,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of `Needs`, as `fastdpo.impl.torch.backward`."""
+    N, V = hidden.shape[0], head.weight.shape[0]
+    acc = result_dtype(hidden)
+    others = result.others.masked_fill(result.others == -torch.inf, torch.inf)  # no other token: q is 0, not infinite
+    boost = _float16_boost(grads, head) if hidden.dtype == torch.float16 else None
     if boost is not None:
-        dlogps = dlogps * boost
-    rows, columns = _block_shape(N, V, D, hidden.element_size(), acc.itemsize)
-    if logps is None:
-        logps, _, _ = forward(hidden, weight, targets, bias, logit_scale, softcap, temperature, False)
-    others = -torch.expm1(logps)
+        entropy_grad = None if grads.entropy is None else grads.entropy * boost
+        grads = Grads(grads.target * boost, grads.others * boost, entropy_grad)
+    needs_weights = needs.weight or needs.bias or needs.weight2
+    sparse = selection is not None and not (exact_weight and needs_weights)
 
-    workspace = hidden.new_empty(rows, _aligned(columns))
-    dhidden = hidden.new_empty((N, D), dtype=acc) if needs_hidden else None
-    dweight = weight.new_empty(weight.shape) if needs_weight else None
-    dweight_sum = hidden.new_empty((columns, D), dtype=acc) if needs_weight else None
-    dbias_sum = hidden.new_zeros(V, dtype=acc) if needs_bias else None
+    width = hidden.shape[1] + (0 if hidden2 is None else hidden2.shape[1])
+    rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, workspace)
+    buffer = hidden.new_empty(rows, _aligned(columns))
+    factors = [_Factor.of(hidden, head.weight, needs.hidden, needs.weight, sparse and needs.bias, columns, acc)]
+    if hidden2 is not None and head.weight2 is not None:
+        factors.append(_Factor.of(hidden2, head.weight2, needs.hidden2, needs.weight2, False, columns, acc))
+    dbias = head.weight.new_empty(V) if needs.bias else None
+    bias_sum = hidden.new_zeros(columns, dtype=acc) if needs.bias else None
 
-    with _ieee_matmul():
-        for v in range(0, V, columns):
-            chunk = slice(v, min(v + columns, V))
-            for n in range(0, max(N, 1), rows):
-                block = slice(n, min(n + rows, N))
-                dlogits = workspace[: block.stop - n, : chunk.stop - v]
-                linear_logprobs_backward(
-                    dlogits, dlogps[block], hidden[block], weight[chunk], targets[block] - v,
-                    None if bias is None else bias[chunk], lse[block], others[block],
-                    logit_scale, softcap, temperature,
+    with ieee_matmul():
+        spread = None
+        if selection is not None:
+            spread = _spread_skipped(factors, hidden, hidden2, targets, head, grads, result, selection, sparse)
+        for vs in slices(V, columns):
+            for rs in slices(N, rows):
+                dlogits = buffer[: rs.stop - rs.start, : vs.stop - vs.start]
+                lists = None
+                if selection is not None:
+                    lists = row_lists(_active(targets, grads, result, selection, rs, vs))
+                arguments = (
+                    hidden[rs], head.weight[vs], targets[rs] - vs.start, None if head.bias is None else head.bias[vs],
+                    others[rs], grads.target[rs], grads.others[rs], *head.transform,
                 )  # fmt: skip
-                if dhidden is not None:
-                    _matmul_into(dhidden[block], dlogits, weight[chunk], accumulate=v > 0)
-                if dweight_sum is not None:
-                    _matmul_into(dweight_sum[: chunk.stop - v], dlogits.T, hidden[block], accumulate=n > 0)
-                if dbias_sum is not None:
-                    dbias_sum[chunk] += dlogits.sum(0, dtype=acc)
-            if dweight is not None and dweight_sum is not None:
-                dweight[chunk] = _unboost(dweight_sum[: chunk.stop - v], boost)
+                low_rank = _low_rank(hidden2, head, rs, vs)
+                if sparse and lists is not None:
+                    sparse_dlogits(dlogits, lists[0], lists[1], *arguments, low_rank=low_rank)
+                else:
+                    entropy = None
+                    if grads.entropy is not None and result.stats is not None:
+                        entropy = grads.entropy[rs], result.stats.entropy[rs]
+                    linear_logprobs_backward(dlogits, *arguments, low_rank=low_rank, entropy=entropy)
+                for factor in factors:
+                    factor.accumulate(dlogits, lists, rs, vs, sparse, bias_sum if factor is factors[0] else None)
+                if bias_sum is not None and not sparse:
+                    total = bias_sum[: vs.stop - vs.start]
+                    total.mul_(float(rs.start > 0)).add_(dlogits.sum(0, dtype=acc))
+
+            sums = [factor.dweight_sum for factor in factors] + [None if bias_sum is None else bias_sum[:, None]]
+            results = [factor.dweight for factor in factors] + [None if dbias is None else dbias[:, None]]
+            column = 0
+            sizes = [*(factor.weight.shape[1] for factor in factors), 1]
+            for accumulated, out, size in zip(sums, results, sizes, strict=True):
+                if accumulated is not None and out is not None:
+                    total = accumulated[: vs.stop - vs.start]
+                    if sparse and spread is not None:
+                        cells = spread[vs.start // TILE : -(-vs.stop // TILE), column : column + size]
+                        total += cells.repeat_interleave(TILE, 0)[: len(total)]
+                    out[vs] = _unboost(total, boost)
+                column += size
+    dhidden = [None if f.dhidden is None else _unboost(f.dhidden, boost).to(hidden.dtype) for f in factors]
+    second = (dhidden[1], factors[1].dweight) if len(factors) == 2 else (None, None)
+    return dhidden[0], factors[0].dweight, dbias, *second
+
+
+class _Factor(NamedTuple):
+    """One of the two products that make the logits, hidden @ weight.T, and its gradients so far; None if not needed."""
+
+    hidden: Tensor  # [N, K]
+    weight: Tensor  # [V, K]
+    dhidden: Tensor | None  # [N, K] in ACC
+    dweight: Tensor | None  # [V, K]
+    dweight_sum: Tensor | None  # [columns, K] in ACC
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool, columns: int, acc: Any
+    ) -> "_Factor":
+        return _Factor(
+            hidden,
+            weight,
+            hidden.new_zeros(hidden.shape, dtype=acc) if needs_hidden else None,
+            torch.empty_like(weight) if needs_weight else None,
+            weight.new_zeros(columns, weight.shape[1], dtype=acc) if needs_weight or needs_bias else None,
+        )
+
+    def accumulate(
+        self,
+        dlogits: Tensor,
+        lists: tuple[Tensor, Tensor] | None,
+        rs: slice,
+        vs: slice,
+        sparse: bool,
+        bias_sum: Tensor | None,
+    ) -> None:
+        """Add what the block `dlogits [rs, vs]` makes; with `lists`, dhidden from the active cells alone."""
+        if self.dhidden is not None and lists is not None:
+            sparse_dhidden(self.dhidden[rs], dlogits, *lists, self.weight[vs])
+        elif self.dhidden is not None:
+            addmm(self.dhidden[rs], dlogits, self.weight[vs])
+        if self.dweight_sum is None:
+            return
+        total = self.dweight_sum[: vs.stop - vs.start]
+        if sparse and lists is not None:
+            sparse_dweight(total, dlogits, *lists, self.hidden[rs], rs.start > 0, dbias=bias_sum)
+        else:
+            addmm(total, dlogits.T, self.hidden[rs], beta=float(rs.start > 0))
+
+
+def _active(targets: Tensor, grads: Grads, result: Forward, selection: Selection, rs: slice, vs: slice) -> Tensor:
+    """Mask of the active cells of a block of rows and a chunk of the vocabulary."""
+    assert result.kept.shares is not None
+    shares = result.kept.shares[rs, vs.start // TILE : -(-vs.stop // TILE)]
+    upstream = (grads.target[rs] != 0) | (grads.others[rs] != 0)
+    return sparsity.active_cells(shares, selection.threshold[rs], targets[rs] // TILE - vs.start // TILE, upstream)
+
+
+def _spread_skipped(
+    factors: list[_Factor],
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    grads: Grads,
+    result: Forward,
+    selection: Selection,
+    sparse: bool,
+) -> Tensor:
+    """Let the skipped cells act as their share, see `sparsity.spread_skipped`."""
+    scale = head.transform.logit_scale / head.transform.temperature
+    rows = Rows(targets, result.others, scale * grads.target, scale * grads.others, None, None)
+    widths = [factor.weight.shape[1] for factor in factors]
+    trained = slice(0, sum(widths) if sparse and any(f.dweight_sum is not None for f in factors) else 0)
+    dhidden = None
+    if any(factor.dhidden is not None for factor in factors):
+        dhidden = hidden.new_zeros(hidden.shape[0], sum(widths), dtype=result_dtype(hidden))
+    spread = sparsity.spread_skipped(
+        dhidden, hidden, hidden2, head, rows, result.kept.shares, selection, trained, TILE, hidden.dtype
+    )
     if dhidden is not None:
-        dhidden = _unboost(dhidden, boost).to(hidden.dtype)
-    dbias = None if dbias_sum is None else _unboost(dbias_sum, boost).to(hidden.dtype)
-    return dhidden, dweight, dbias
+        for factor, part in zip(factors, dhidden.split(widths, 1), strict=True):
+            if factor.dhidden is not None:
+                factor.dhidden.add_(part)
+    return spread
 
 
-def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int) -> tuple[int, int]:
-    """Choose the rows and columns of a block of dlogits.
+def _low_rank(hidden2: Tensor | None, head: Head, rs: slice, vs: slice) -> tuple[Tensor, Tensor] | None:
+    return None if hidden2 is None or head.weight2 is None else (hidden2[rs], head.weight2[vs])
+
+
+def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int, workspace: int) -> tuple[int, int]:
+    """Choose the rows and columns of a block of dlogits; the columns are whole cells.
 
     Half of the workspace for the block, half for dweight's accumulator. The matmuls read and write their accumulators
     8 N V D (1 / rows + 1 / columns) bytes in all: the block is square, unless the accumulator wants it narrower.
     """
-    half = WORKSPACE_BYTES // 2
-    columns = min(_whole_tiles(min(isqrt(half // itemsize), half // (acc_itemsize * max(D, 1)))), V)
+    half = workspace // 2
+    columns = min(isqrt(half // itemsize), half // (acc_itemsize * max(D, 1)), -(-V // TILE) * TILE)
+    columns = max(columns // TILE * TILE, TILE)
     rows = min(_whole_tiles(half // (itemsize * _aligned(columns))), max(N, 1))
     return rows, columns
 
@@ -163,35 +270,16 @@ def _aligned(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def _float16_boost(dlogps: Tensor, slope: float) -> Tensor:
+def _float16_boost(grads: Grads, head: Head) -> Tensor:
     """Return the power of two that brings the largest gradient of a logit to [2^14, 2^15), as a 0-dim tensor.
 
     Float16 ends at 2^16, and loses precision below 2^-14: a gradient of 1e-4 spread over 1e5 tokens would vanish.
     """
-    largest = (dlogps * slope).abs().nan_to_num(0.0, 0.0)
+    slope = head.transform.logit_scale / head.transform.temperature
+    largest = torch.cat([(g * slope).abs().nan_to_num(0.0, 0.0) for g in grads if g is not None])
     exponent = torch.cat([largest, largest.new_zeros(1)]).amax().frexp().exponent  # largest < 2^exponent
     return torch.ldexp(largest.new_ones(()), 15 - exponent.clamp(min=-100))
 
 
 def _unboost(accumulator: Tensor, boost: Tensor | None) -> Tensor:
     return accumulator if boost is None else accumulator / boost
-
-
-@contextmanager
-def _ieee_matmul() -> Iterator[None]:
-    """Keep float32 matmuls in float32, whatever `torch.set_float32_matmul_precision` says."""
-    matmul = torch.backends.cuda.matmul
-    saved = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = saved
-
-
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """Compute `out = a @ b`, or `out += a @ b`, without rounding the product to the dtype of `a` first."""
-    if a.is_cuda and a.dtype != out.dtype:
-        torch.addmm(out, a, b, beta=int(accumulate), out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(accumulate), out=out)

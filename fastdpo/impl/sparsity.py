@@ -1,0 +1,162 @@
+"""Which cells of the softmax a backward computes, and how wrong it is to compute no more.
+
+A cell is one row by one tile of T neighbouring vocabulary entries, its mass the probability that the token lies in the
+tile without being the target. A cell that is not computed acts as its mass, spread evenly over the tile, so that the
+gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass is spread. In the L2 norm of a row's
+gradient of the logits, for an upstream gradient of 1, that is at most
+
+    bound[n] = sqrt(sum of mass^2 over the cells of row n that are not computed)
+
+A row skips the cells with a mass up to EPSILON, or up to less if that would take its bound above TOLERANCE. Gradients
+of confident targets are small, and so is what they may lose: the bound is absolute.
+
+Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.impl.interface import Head, result_dtype
+from fastdpo.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
+
+EPSILON = 2.0**-12
+"""Largest mass of a cell that may be skipped: docs/sparse_backward.md has the errors and densities around it."""
+TOLERANCE = 2.0**-8
+"""Largest bound of a row."""
+HALVINGS = 10
+"""How often EPSILON is halved before a row skips nothing."""
+DENSE = 1 / 3
+"""Density from which computing all cells with large matmuls is cheaper."""
+
+
+class Selection(NamedTuple):
+    """The cells to compute: those with a share above their row's threshold, and the target's. All `[N]`."""
+
+    threshold: Tensor
+    bound: Tensor
+    active: Tensor  # share of the row's cells that is computed
+
+
+def select(shares: Tensor, rest: Tensor) -> Selection:
+    """Choose the threshold of each row.
+
+    Args:
+        shares: `[N, J]`: a cell's mass is its share of `rest`.
+        rest: `[N]`: probability of all tokens but the target.
+    """
+    rows = [_select(*block) for block in zip(shares.split(1024), rest.split(1024), strict=True)]
+    return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
+
+
+def _select(shares: Tensor, rest: Tensor) -> Selection:
+    mass = shares.float() * rest.float().unsqueeze(1)
+    squares = mass.square()
+    threshold, bound = torch.full_like(rest, -1.0), torch.zeros_like(rest)
+    for k in reversed(range(HALVINGS)):  # what is skipped grows with epsilon: the last that holds is the largest
+        skipped = torch.where(mass <= EPSILON / 2**k, squares, 0.0).sum(1).sqrt()
+        holds = skipped <= TOLERANCE
+        threshold = torch.where(holds, EPSILON / 2**k / rest, threshold)
+        bound = torch.where(holds, skipped, bound)
+    return Selection(threshold, bound, (shares > threshold.unsqueeze(1)).float().mean(1))
+
+
+def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
+    """Mask `[N, J]` of the cells to compute, for a chunk of tiles.
+
+    Args:
+        shares: `[N, J]`, of the chunk.
+        threshold: `[N]`.
+        target_tiles: `[N]` int64: tile that holds the target, counted from the chunk's first; outside [0, J) if none.
+        upstream: `[N]` bool: rows with a gradient to propagate.
+    """
+    tiles = torch.arange(shares.shape[1], device=shares.device)
+    active = (shares > threshold.unsqueeze(1)) | (tiles == target_tiles.unsqueeze(1))
+    return active & upstream.unsqueeze(1)
+
+
+def spread_skipped(
+    dhidden: Tensor | None,
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    head: Head,
+    all_rows: Rows,
+    shares: Tensor | None,
+    selection: Selection,
+    trained: slice,
+    T: int,
+    operand: torch.dtype,
+) -> Tensor:
+    """Let every cell that is skipped act as its share, spread evenly over its columns.
+
+    Adds that to `dhidden`, and returns what each row of (weight, weight2) in a tile gets, `[J, trained + 1]`: columns
+    `trained` of its gradient, and the gradient of its bias. Matmuls are in the dtype `operand`.
+    """
+    assert shares is not None
+    V = head.weight.shape[0]
+    dtype = result_dtype(hidden)
+    spread = hidden.new_zeros(shares.shape[1], trained.stop - trained.start + 1, dtype=dtype)
+    for vs in slices(V, 256 * T):
+        means = cell_means(head.weight[vs], T, dtype)
+        if head.weight2 is not None:
+            means = torch.cat([means, cell_means(head.weight2[vs], T, dtype)], 1)
+        means = means.to(operand)
+        cells = slice(vs.start // T, -(-vs.stop // T))
+        for rs in slices(hidden.shape[0], 1024):
+            some, threshold = all_rows.at(rs), selection.threshold[rs]
+            active = active_cells(shares[rs, cells], threshold, some.targets // T - cells.start, some.has_upstream)
+            skipped = (shares[rs, cells] * some.dothers[:, None]).masked_fill(active, 0)
+            if dhidden is not None:
+                addmm(dhidden[rs], skipped.to(operand), means)
+            if trained.stop > trained.start:
+                h = side_by_side(hidden, hidden2, rs, operand)
+                addmm(spread[cells, :-1], skipped.to(operand).t(), h[:, trained])
+            spread[cells, -1] += skipped.sum(0)
+    sizes = torch.full_like(spread[:, :1], T)
+    sizes[-1] = V - (shares.shape[1] - 1) * T
+    return spread.div_(sizes)
+
+
+Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
+RETRY = 64
+"""Calls after which a head that was too dense is tried again."""
+
+_densities: dict[Key, list[Any]] = {}
+_calls: dict[Key, int] = {}
+
+
+def too_dense(selection: Selection) -> bool:
+    """Whether all cells are cheaper. Never on a device, which would have to be waited for."""
+    return selection.active.device.type == "cpu" and bool(selection.active.mean() > DENSE)
+
+
+def remember(key: Key, selection: Selection) -> None:
+    """Note the density of a head, for `expect_dense`."""
+    density = selection.active.mean()
+    if density.is_cuda:
+        host = torch.empty((), pin_memory=True)
+        host.copy_(density, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        _densities.setdefault(key, []).append((host, ready))
+    else:
+        _densities[key] = [(density, None), (density, None)]
+
+
+def expect_dense(key: Key) -> bool:
+    """Whether the last but one backward of this head was too dense; asked again every RETRY calls.
+
+    The last but one: a device has long finished it, so its density is there without waiting, and the same in every run.
+    """
+    history = _densities.get(key, [])
+    if len(history) < 2:
+        return False
+    density, ready = history[-2]
+    del history[:-2]
+    if ready is not None:
+        ready.synchronize()
+    if float(density) <= DENSE:
+        return False
+    _calls[key] = _calls.get(key, 0) + 1
+    return _calls[key] % RETRY != 0

@@ -1,0 +1,54 @@
+"""A vocabulary cut into shards, one for each rank of a group: what ranks tell each other.
+
+Three numbers a row: the largest `others`, the sum of their exponentials, and the target's logit, which one rank has.
+In the backward, the sum of the gradients of hidden.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.float() if grad.element_size() < 4 else grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, others: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+        largest = torch.stack([target, others])
+        dist.all_reduce(largest, ReduceOp.MAX, group=group)
+        total = (others - largest[1]).exp()
+        dist.all_reduce(total, group=group)
+        merged = largest[1] + total.log()
+        ctx.save_for_backward(target > -torch.inf, (others - merged).exp())
+        return largest[0], merged
+
+    @staticmethod
+    def backward(ctx: Any, dtarget: Tensor, dothers: Tensor) -> tuple[Tensor, Tensor, None]:
+        mine, share = ctx.saved_tensors
+        return dtarget.where(mine, 0.0), dothers * share, None
+
+
+def sum_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return `x`, the same on all ranks; its gradient is the sum over the ranks."""
+    result: Tensor = _SumGradients.apply(x, group)
+    return result
+
+
+def merge(target: Tensor, others: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Merge `target [N]`, -inf on the ranks that do not have it, and `others [N]`, of each rank's shard."""
+    result: tuple[Tensor, Tensor] = _Merge.apply(target, others, group)
+    return result

@@ -1,0 +1,153 @@
+"""The running log-sum-exp of a row: folding a tile of logits into it, and merging what S programs made of their shares.
+
+x are the transformed logits of `logits_tile`, [N, V]. A row's state is a running maximum m and sum s (online softmax,
+Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3), over the *other* tokens, v != targets[n]. The
+target's logit t is kept apart (0 where it is in another share). With others = log sum_{v != target} exp(x) and
+d = t - others,
+
+    logps = -log(1 + exp(-d))
+
+is at most 0 by construction, and exact to 1e-6 of itself where p -> 1 and t - lse, the difference of two large numbers,
+has no digit left. For the statistics the state goes on with, over the others with e = exp(x - m), sum e * (x - m) and
+sum e^2; over all tokens, sum x; and the maximum of x before the target: the target is the first maximum, as argmax has
+it, if t >= m and t > that.
+
+The S partial results of a row are merged by a few PyTorch operations on [S, N]: no atomics, no locks, the same bits in
+every run.
+
+Tile masses, for the sparse backward: of TILE columns each, J = ceil(V / TILE),
+
+    tile_masses[n, j] = log sum_{v in tile j, v != target} exp(x[n, v]) * slope[n, v]
+
+with slope = 1 or, with a soft-cap, 1 - tanh^2. A mass 87 below the row's running maximum, 1e-38 of it, is -inf.
+
+Shapes: N rows, V vocabulary, S shares.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdpo.kernels.logits_tile import tanh_and_slope
+
+
+@triton.jit
+def load_targets(targets_ptr, offs_n, N, V):
+    """Load targets[offs_n] as int32, -1 for one outside [0, V)."""
+    targets = tl.load(targets_ptr + offs_n, mask=offs_n < N, other=-1)
+    return tl.where((targets >= 0) & (targets < V), targets, -1).to(tl.int32)
+
+
+@triton.jit
+def empty_state(HAS_STATS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(m, s, t), with statistics (m, s, t, sum_ex, sum_ee, sum_x, before), before the first tile."""
+    lowest = tl.full((BLOCK_N,), float("-inf"), ACC)
+    zeros = tl.zeros((BLOCK_N,), ACC)
+    if HAS_STATS:
+        return lowest, zeros, zeros, zeros, zeros, zeros, lowest
+    else:
+        return lowest, zeros, zeros
+
+
+@triton.jit
+def fold_tile(
+    state,
+    z,  # [BLOCK_N, BLOCK_V], the raw logits of the tile
+    masses_ptr,  # [J, N] float32, out, or None
+    targets,  # [BLOCK_N]
+    offs_n,  # [BLOCK_N]
+    v_start,
+    N,
+    V,
+    scale,
+    cap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Return `state` with the tokens [v_start, v_start + BLOCK_V) folded in; store their masses."""
+    m, s, t = state[0], state[1], state[2]
+    offs_v = v_start + tl.arange(0, BLOCK_V)
+    x = scale * z
+    if HAS_SOFTCAP:
+        tanh, slope = tanh_and_slope(x)
+        x = cap * tanh
+
+    # Few tiles hold a target or the end of the vocabulary; the others are spared the comparisons
+    holds_target = tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0
+    if HAS_STATS:
+        sum_ex, sum_ee, sum_x, before = state[3], state[4], state[5], state[6]
+    if HAS_STATS | holds_target | (v_start + BLOCK_V > V):
+        in_vocab = (offs_v < V)[None, :]
+        t += tl.sum(tl.where(offs_v[None, :] == targets[:, None], x, 0.0), axis=1)
+        if HAS_STATS:
+            sum_x += tl.sum(tl.where(in_vocab, x, 0.0), axis=1)
+            is_before = offs_v[None, :] < targets[:, None]
+            before = tl.maximum(before, tl.max(tl.where(is_before, x, float("-inf")), axis=1))
+        x = tl.where(in_vocab & (offs_v[None, :] != targets[:, None]), x, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(x, axis=1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing but -inf so far: no -inf - -inf
+    e = tl.exp(x - shift[:, None])
+    rescale = tl.exp(m - shift)
+    if HAS_STATS:
+        sum_ex += s * tl.where(m == float("-inf"), 0.0, m - shift)
+        x = tl.where(x == float("-inf"), 0.0, x - shift[:, None])
+        sum_ex = rescale * sum_ex + tl.sum(e * x, axis=1)
+        sum_ee = rescale * rescale * sum_ee + tl.sum(e * e, axis=1)
+    s = rescale * s + tl.sum(e, axis=1)
+
+    if masses_ptr is not None:
+        if HAS_SOFTCAP:
+            e *= slope
+        TILES: tl.constexpr = BLOCK_V // TILE
+        sums = tl.sum(tl.reshape(e, (BLOCK_N, TILES, TILE)), axis=2)
+        empty = sums == 0
+        masses = tl.where(empty, float("-inf"), shift[:, None] + tl.log(tl.where(empty, 1.0, sums)))
+        offs_j = v_start // TILE + tl.arange(0, TILES)
+        # int64: J * N passes 2^31 at V=262144 from 2^20 rows on
+        masses_ptrs = masses_ptr + offs_j.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(masses_ptrs, masses.to(tl.float32), mask=(offs_n < N)[:, None] & (offs_j < tl.cdiv(V, TILE))[None, :])
+
+    if HAS_STATS:
+        return m_new, s, t, sum_ex, sum_ee, sum_x, before
+    else:
+        return m_new, s, t
+
+
+@triton.jit
+def store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS: tl.constexpr):
+    """partials[pid_s, :, offs_n] = state."""
+    K: tl.constexpr = 7 if HAS_STATS else 3
+    mask_n = offs_n < N
+    partials_ptrs = partials_ptr + pid_s.to(tl.int64) * K * N + offs_n
+    for k in tl.static_range(K):
+        tl.store(partials_ptrs + k * N, state[k], mask=mask_n)
+
+
+def merge(partials: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+    """Merge `partials [S, 3 or 7, N]` into the target's logit (-inf where not `valid [N]`), others and statistics.
+
+    With q = exp(x - others), the distribution of the other tokens, these are -sum q log q, log sum q^2, the sum of x
+    over all tokens, and the maximum of x before the target and of all others: -inf if there is none.
+    """
+    m, s, t, *sums = partials.unbind(1)
+    lowest = torch.finfo(m.dtype).min
+    target_logits = t.sum(0).where(valid, -torch.inf)
+    top = m.amax(0)
+    shift = top.where(top > -torch.inf, target_logits.clamp(min=lowest))  # finite also if there is no other token
+    drop = (m - shift).clamp(min=lowest)  # of an empty share: exp(drop) is 0, and so is 0 * drop
+    rescale = drop.exp()
+    total = (rescale * s).sum(0)
+    others = shift + total.log()
+    if not sums:
+        return target_logits, others, None
+
+    ex, ee, x, before = sums
+    alone = total == 0  # there is no other token
+    entropy = (total.log() - (rescale * (ex + s * drop)).sum(0) / total).masked_fill(alone, 0)
+    log_sum_sq = ((rescale.square() * ee).sum(0).log() - 2 * total.log()).masked_fill(alone, 0)
+    return target_logits, others, (entropy, log_sum_sq, x.sum(0), before.amax(0), top)

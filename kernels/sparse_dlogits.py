@@ -1,0 +1,167 @@
+"""Gradient of the raw logits in the active cells of a block of rows and a chunk of the vocabulary, and in no other.
+
+The maths is that of `linear_logprobs_backward` without the entropy, and so are the bits. A program owns BLOCK_N rows of
+one tile's list (`row_lists`): it gathers their hidden states, recomputes their logits in that tile, and scatters the
+gradient to its place in the dense layout. A list may be as long as N, so the grid is that of the dense kernel, but a
+program past the end of its list returns at once: an inactive cell costs neither arithmetic nor memory traffic.
+
+Shapes: N rows, D hidden size, V vocabulary, both N and V those of the block; J = ceil(V / BLOCK_V) tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdpo.kernels.logits_tile import (
+    Config,
+    Configs,
+    add_low_rank,
+    contiguous_pair,
+    default_config,
+    fold_transform,
+    interpreted,
+    raw_logits_tile,
+    tanh_and_slope,
+)
+from fastdpo.kernels.row_lists import TILE
+
+# tests/test_aot.py compiles these: no spilled register, with and without bias and soft-cap
+CONFIGS: Configs = {
+    ((8, 0), 2): Config(128, TILE, 64, 8, 3),
+    ((9, 0), 2): Config(128, TILE, 64, 8, 3),
+    ((10, 0), 2): Config(128, TILE, 64, 8, 3),
+}
+
+
+@triton.jit(do_not_specialize=["N", "V"])  # they change from batch to batch: one compilation
+def _sparse_dlogits_kernel(
+    dlogits_ptr,  # [N, V], out
+    rows_ptr,  # [J, N] int32
+    counts_ptr,  # [J] int32
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V], or None
+    hidden2_ptr,  # [N, R], or None
+    weight2_ptr,  # [V, R]
+    targets_ptr,  # [N] int64, counted from the first column of the block
+    others_ptr,  # [N] ACC
+    dtarget_ptr,  # [N] ACC
+    dothers_ptr,  # [N] ACC
+    stride_dn,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    N,
+    V,
+    D,
+    R,
+    scale: tl.float64,  # a Python float would be rounded to float32
+    cap: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // row_blocks  # the programs of a tile run side by side: its weight stays in L2
+    i_start = tl.program_id(0) % row_blocks * BLOCK_N
+    count = tl.load(counts_ptr + tile)
+    if i_start >= count:
+        return
+
+    offs_i = i_start + tl.arange(0, BLOCK_N)
+    mask_n = offs_i < count
+    offs_n = tl.load(rows_ptr + tile.to(tl.int64) * N + offs_i, mask=mask_n, other=0)
+    v_start = tile * BLOCK_V
+    offs_v = v_start + tl.arange(0, BLOCK_V)
+    scale = tl.full((), scale, ACC)
+    cap = tl.full((), cap, ACC)
+
+    z = raw_logits_tile(
+        hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, stride_hn, stride_hd, stride_wv, stride_wd, N, V, D,
+        ACC, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    x = scale * add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
+    slope = scale
+    if HAS_SOFTCAP:
+        t, slope = tanh_and_slope(x)
+        x = cap * t
+        slope *= cap * scale
+
+    others = tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))
+    dothers = tl.load(dothers_ptr + offs_n, mask=mask_n, other=0.0)
+    dx = dothers[:, None] * tl.exp(x - others[:, None])
+    targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
+    # Few cells hold a target; blocks without one are spared the comparisons
+    if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:
+        dtarget = tl.load(dtarget_ptr + offs_n, mask=mask_n, other=0.0)
+        dx = tl.where(offs_v.to(tl.int64)[None, :] == targets[:, None], dtarget[:, None], dx)
+    dlogits = dx * slope
+
+    # int64: rows * stride_dn may pass 2^31
+    dlogits_ptrs = dlogits_ptr + offs_n.to(tl.int64)[:, None] * stride_dn + offs_v[None, :]
+    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < V)[None, :])
+
+
+def sparse_dlogits(
+    dlogits: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    others: Tensor,
+    dtarget: Tensor,
+    dothers: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    config: Config | None = None,
+) -> None:
+    """Fill the active cells of `dlogits` with the gradient of the raw logits; the others stay as they are.
+
+    Args:
+        dlogits: `[N, V]`, out, the dtype of `hidden`, rows contiguous.
+        rows: `[J, N]` int32, as `row_lists` returned it.
+        counts: `[J]` int32, as `row_lists` returned it.
+        hidden: `[N, D]`, any strides.
+        weight: `[V, D]`, any strides: a chunk of the head.
+        targets: `[N]` int64, counted from the first row of `weight`; outside [0, V) for a target in another chunk.
+        bias: `[V]`, or None.
+        others: `[N]` float32 (float64 for float64 inputs): log-sum-exp of the vocabulary without the target.
+        dtarget: `[N]`, gradient of the target's transformed logit, the dtype of `others`.
+        dothers: `[N]`, gradient of `others`; NaN in it fills the row's active cells.
+        logit_scale: factor of the logits.
+        softcap: bound of the soft-capped logits, or None.
+        temperature: divisor of the logits.
+        low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`; None for none.
+        config: tile sizes, BLOCK_V that of the cells; chosen by device and dtype, and TILE, if None.
+    """
+    (N, D), V = hidden.shape, weight.shape[0]
+    kernel = _sparse_dlogits_kernel
+    config = config or default_config(hidden, CONFIGS)._replace(BLOCK_V=TILE)
+    tiles = triton.cdiv(V, config.BLOCK_V)
+    assert rows.shape == (tiles, N)
+    scale, cap = fold_transform(logit_scale, softcap, temperature)
+    hidden2, weight2 = contiguous_pair(low_rank)
+    # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
+    out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
+    with torch.cuda.device_of(hidden):
+        kernel[(tiles * triton.cdiv(N, config.BLOCK_N),)](
+            out, rows, counts, hidden, weight, None if bias is None else bias.contiguous(), hidden2, weight2,
+            targets.contiguous(), others.contiguous(), dtarget.contiguous(), dothers.contiguous(),
+            out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, 0 if hidden2 is None else hidden2.shape[1],
+            scale, cap,
+            HAS_SOFTCAP=softcap is not None, UPCAST=interpreted(kernel),
+            ACC=tl.float64 if others.dtype == torch.float64 else tl.float32,
+            enable_fp_fusion=True, **config._asdict(),
+        )  # fmt: skip
+    if out is not dlogits:
+        dlogits.copy_(out)

@@ -1,0 +1,234 @@
+"""What a backward that skips cells may cost, and that the matmuls it promises to spare are spared."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fastdpo import eager, op
+from fastdpo.impl import sparsity
+from fastdpo.impl import torch as torch_impl
+from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
+from tests.rows import KINDS, Exact, Rows, error, exact, make_rows
+
+N, D, V = 192, 256, 16384 + 40  # the last cell is ragged
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def rows(kind: str) -> Rows:
+    torch.manual_seed(0)
+    return make_rows(kind, N, D, V, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def true(rows: Rows) -> Exact:
+    return exact(rows)
+
+
+def grads(rows: Rows, backward: Any, *, frozen: bool = False, impl: Any = "torch") -> tuple[Tensor, ...]:
+    hidden, weight = rows.hidden.detach().requires_grad_(), rows.weight.detach().requires_grad_(not frozen)
+    logps = linear_logprobs(hidden, weight, rows.targets, impl=impl, backward=backward)
+    return torch.autograd.grad(logps, [hidden] if frozen else [hidden, weight], rows.dlogps)
+
+
+def bound(rows: Rows, true: Exact) -> float:
+    """The reported bound, relative to the gradient of the logits."""
+    sparsity._densities.clear()
+    hidden = rows.hidden.detach().requires_grad_()
+    _, stats = linear_logprobs_with_stats(hidden, rows.weight, rows.targets, impl="torch", backward="sparse")
+    assert stats.bound is not None
+    return float((rows.dlogps * stats.bound).norm() / true.dz.norm())
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("backward", ["auto", "sparse"])
+def test_dhidden_is_better_than_from_bfloat16_logits(backward: str, frozen: bool, rows: Rows, true: Exact) -> None:
+    hidden = rows.hidden.detach().requires_grad_()
+    logps = F.linear(hidden, rows.weight).float().log_softmax(-1).gather(1, rows.targets[:, None]).squeeze(1)
+    (theirs,) = torch.autograd.grad(logps, hidden, rows.dlogps)
+    ours = grads(rows, backward, frozen=frozen)[0]
+    rounding = error(true.dhidden.bfloat16(), true.dhidden)
+    assert error(ours, true.dhidden) <= error(theirs, true.dhidden) * 1.02  # where both do nothing but round
+    assert error(ours, true.dhidden) <= 1.5 * bound(rows, true) + 1.1 * rounding
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_peaked_rows_are_sparse_and_flat_ones_are_not(frozen: bool, kind: str, rows: Rows) -> None:
+    grads(rows, "auto", frozen=frozen)
+    density = float(sparsity._densities[op.density_key(rows.hidden, rows.weight)][-1][0])
+    assert density <= sparsity.DENSE if kind != "flat" else density >= 0.9
+
+
+def test_auto_leaves_dweight_alone(rows: Rows, true: Exact) -> None:
+    auto, dense = grads(rows, "auto")[1], grads(rows, "exact")[1]
+    assert torch.equal(auto, dense)
+    assert error(dense, true.dweight) <= 2.5e-3
+    seen = torch.zeros(V, dtype=torch.bool)
+    seen[rows.targets] = True
+    norms = true.dweight.norm(dim=1)
+    errors = (dense.double() - true.dweight).norm(dim=1) / norms
+    assert errors[~seen].max() <= 2e-2
+
+
+def test_sparse_dweight(rows: Rows, true: Exact) -> None:
+    dweight = grads(rows._replace(hidden=rows.hidden.float(), weight=rows.weight.float()), "sparse")[1]
+    assert error(dweight, true.dweight) <= 5e-3
+    T = torch_impl.CELL
+    tiles = F.pad(true.dweight, (0, 0, 0, -V % T)).unflatten(0, (-1, T)).sum(1)
+    ours = F.pad(dweight.double(), (0, 0, 0, -V % T)).unflatten(0, (-1, T)).sum(1)
+    assert error(ours, tiles) <= 1e-5
+    worst = (ours - tiles).norm(dim=1) / tiles.norm(dim=1)
+    assert worst.max() <= 1e-3, "a tile does not sum to what it should"
+
+
+def test_mass_is_conserved(rows: Rows) -> None:
+    """A direction common to all embeddings must not be felt: dz sums to zero over the vocabulary."""
+    common = F.normalize(torch.randn(D), dim=0)
+    rows = rows._replace(hidden=rows.hidden.float(), weight=rows.weight.float())
+    plain = grads(rows, "sparse", frozen=True)[0]
+    hidden, weight = rows.hidden, rows.weight + 10 * common  # shifts all logits of a row alike
+    shifted = grads(rows._replace(hidden=hidden, weight=weight), "sparse", frozen=True)[0]
+    assert error(shifted, plain.double()) <= 1e-4
+
+
+def test_skipping_is_a_choice_of_the_row(rows: Rows) -> None:
+    """Other rows do not matter, nor does their order."""
+    order = torch.randperm(N)
+    shuffled = Rows(rows.hidden[order], rows.weight, rows.targets[order], rows.dlogps[order])
+    if float((rows.hidden @ rows.weight.T).float().softmax(-1).amax(1).mean()) > 0.1:
+        torch.testing.assert_close(
+            grads(shuffled, "sparse", frozen=True)[0],
+            grads(rows, "sparse", frozen=True)[0][order],
+            rtol=2**-7,
+            atol=1e-4,
+        )
+
+
+def test_sparse_is_honoured_in_every_dtype(device: torch.device) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        rows = make_rows("sharp", 64, 256, 8192, dtype, device)
+        true = exact(rows)
+        exact_error = error(grads(rows, "exact")[0], true.dhidden)
+        assert exact_error < 1e-3
+        assert error(grads(rows, "auto")[0], true.dhidden) < 1e-3 if dtype.itemsize > 2 else True
+        assert exact_error < error(grads(rows, "sparse")[0], true.dhidden) < 1e-2
+
+
+OPTIONS: list[Any] = [
+    pytest.param({"softcap": 20.0}, id="softcap"),
+    pytest.param({"logit_scale": 0.5, "temperature": 0.5, "softcap": 20.0}, id="transform"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backward", ["auto", "sparse"])
+def test_sparse_with_every_option(backward: Any, options: dict[str, Any], device: torch.device) -> None:
+    """Bias and low-rank part included; the last gradient sums are checked against float64 autograd."""
+    rows = make_rows("peaked", 100, 128, 5000, torch.float32, device)
+    bias, hidden2, weight2 = 0.1 * torch.randn(5000), torch.randn(100, 5), 0.1 * torch.randn(5000, 5)
+    leaves = [t.to(device).requires_grad_() for t in (rows.hidden, rows.weight, bias, hidden2, weight2)]
+    h, w, b, h2, w2 = leaves
+    logps = linear_logprobs(h, w, rows.targets, b, low_rank=(h2, w2), impl="torch", backward=backward, **options)
+    ours = torch.autograd.grad(logps, leaves, rows.dlogps)
+    H, W, B, H2, W2 = wide = [t.detach().double().requires_grad_() for t in leaves]
+    true, _, _ = eager.linear_logprobs(torch.cat([H, H2], 1), torch.cat([W, W2], 1), rows.targets, B, **options)
+    exact_grads = torch.autograd.grad(true, wide, rows.dlogps.double())
+    for name, actual, expected in zip(("h", "w", "b", "h2", "w2"), ours, exact_grads, strict=True):
+        assert error(actual, expected) <= (1e-5 if backward == "auto" else 6e-3), name
+
+
+def test_flat_rows_get_the_dense_gradient(device: torch.device) -> None:
+    rows = make_rows("flat", 64, 64, 2000, torch.float32, device)
+    for ours, dense in zip(grads(rows, "sparse"), grads(rows, "exact"), strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+def test_rows_without_upstream_gradient_cost_nothing(device: torch.device) -> None:
+    rows = make_rows("peaked", 64, 64, 4096, torch.float32, device)
+    dlogps = rows.dlogps.clone()
+    dlogps[::2] = 0
+    dhidden, dweight = grads(rows._replace(dlogps=dlogps), "sparse")
+    assert not dhidden[::2].any()
+    some = Rows(rows.hidden[1::2], rows.weight, rows.targets[1::2], dlogps[1::2])
+    torch.testing.assert_close(dweight, grads(some, "sparse")[1])
+
+
+def test_bitwise_repeatable(rows: Rows) -> None:
+    first = grads(rows, "sparse")
+    for _ in range(2):
+        sparsity._densities.clear()
+        assert all(torch.equal(a, b) for a, b in zip(first, grads(rows, "sparse"), strict=True))
+
+
+def test_a_dense_head_is_remembered_and_tried_again(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows("flat", 16, 64, 2000, torch.bfloat16, device)
+    key = op.density_key(rows.hidden, rows.weight)
+    monkeypatch.setattr(sparsity, "RETRY", 3)
+    assert not sparsity.expect_dense(key)
+    grads(rows, "auto", frozen=True)
+    assert [sparsity.expect_dense(key) for _ in range(6)] == [True, True, False, True, True, False]
+
+
+# --- units ---
+
+
+class CountFlops(TorchDispatchMode):
+    """Counts the matmuls in it, also inside fastdpo's ops."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fastdpo":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        result = func(*args, **kwargs)
+        aten = torch.ops.aten  # below autograd, matmul has not become mm
+        packet = {aten.addmm_: aten.addmm, aten.matmul: aten.mm}.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        return result
+
+
+def units(rows: Rows, backward: Any, *, frozen: bool, workspace: int = 2**28) -> float:
+    """Matmuls of a forward and backward, in units of 2 N D V."""
+    hidden, weight = rows.hidden.detach().requires_grad_(), rows.weight.detach().requires_grad_(not frozen)
+    with CountFlops() as counter:
+        linear_logprobs(
+            hidden, weight, rows.targets, impl="torch", backward=backward, workspace_bytes=workspace
+        ).backward(rows.dlogps)
+    return counter.flops / (2 * hidden.numel() * weight.shape[0])
+
+
+@pytest.fixture
+def sharp() -> tuple[Rows, float]:
+    """Rows, and the share of cells that are active."""
+    rows = make_rows("sharp", 512, 256, 16384, torch.bfloat16, torch.device("cpu"))
+    grads(rows, "sparse", frozen=True)
+    return rows, float(sparsity._densities[op.density_key(rows.hidden, rows.weight)][-1][0])
+
+
+def test_units_of_the_exact_backward(sharp: tuple[Rows, float]) -> None:
+    """Frozen 2; trained 3 where all probabilities fit into the workspace, 4 less the share that fits where not."""
+    rows = sharp[0]
+    assert units(rows, "exact", frozen=True) == pytest.approx(2)
+    assert units(rows, "exact", frozen=False) == pytest.approx(3)
+    assert units(rows, "exact", frozen=False, workspace=17 * 2**20) == pytest.approx(3.5)  # 8.5 MiB are a tile
+
+
+def test_units_of_the_sparse_backward(sharp: tuple[Rows, float]) -> None:
+    rows, rho = sharp
+    assert 0.005 < rho < 0.25
+    T = torch_impl.CELL
+    assert units(rows, "auto", frozen=True) == pytest.approx(1 + 2 * rho + 1 / T, rel=0.02)
+    assert units(rows, "auto", frozen=False) == pytest.approx(2 + rho + 1 / T, rel=0.02)
+    assert units(rows, "sparse", frozen=False) == pytest.approx(1 + 3 * rho + 2 / T, rel=0.02)
