@@ -5,13 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
-    from fastdpo.logprobs import linear_logprobs
+    from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
     from fastdpo.objectives import DPOOutput, dpo_loss
     from fastdpo.packing import shared_prefix_batch
     from fastdpo.trainer import DPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOOutput", "DPOTrainer", "dpo_loss", "linear_logprobs", "shared_prefix_batch"]
+__all__ = [
+    "DPOConfig",
+    "DPOOutput",
+    "DPOTrainer",
+    "dpo_loss",
+    "linear_logprobs",
+    "linear_logprobs_with_stats",
+    "shared_prefix_batch",
+]
 
 _HOME = {
     "DPOConfig": "config",
@@ -19,6 +27,7 @@ _HOME = {
     "DPOTrainer": "trainer",
     "dpo_loss": "objectives",
     "linear_logprobs": "logprobs",
+    "linear_logprobs_with_stats": "logprobs",
     "shared_prefix_batch": "packing",
 }
 

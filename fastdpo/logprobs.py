@@ -19,7 +19,7 @@ from fastdpo import eager, vocab_parallel
 from fastdpo.eager import Stats
 from fastdpo.impl import sparsity
 from fastdpo.impl.interface import WORKSPACE_BYTES, Forward, Transform, result_dtype
-from fastdpo.op import check_targets, density_key, linear_logprobs_op, results_of
+from fastdpo.op import check_targets, choose, density_key, linear_logprobs_op, results_of
 
 Impl = Literal["auto", "eager", "torch", "triton", "blas"]
 Backward = Literal["auto", "exact", "sparse"]
@@ -42,6 +42,7 @@ def linear_logprobs(
     impl: Impl = "auto",
     backward: Backward = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
+    accumulate_grad: bool = False,
     shard: tuple[ProcessGroup, int, int] | None = None,
 ) -> Tensor:
     """Compute the log-probability of every row's target, without ever holding `[N, V]` logits.
@@ -59,14 +60,18 @@ def linear_logprobs(
         logit_scale: factor of the raw logits, finite and not 0.
         softcap: bound of the soft-capped logits, above 0; None for no soft-cap.
         temperature: divisor of the logits, above 0.
-        impl: "triton" (CUDA, or TRITON_INTERPRET=1), "torch" (any device), "eager" (`[N, V]` logits in the dtype of
-            the inputs, for tests) or "auto": triton on CUDA if it can be imported, else torch.
+        impl: "triton" (CUDA, or TRITON_INTERPRET=1: logits in registers, sparse backward), "blas" (as well, vendor
+            matmuls, dense backward), "torch" (any device), "eager" (`[N, V]` logits in the dtype of
+            the inputs, for tests) or "auto": on CUDA the faster of triton and blas, measured on the first calls of a
+            shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); torch elsewhere, and without Triton.
         backward: which cells (a row by some neighbouring tokens) of the gradient of the logits to compute. "exact":
             all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, which then act
             as their average, as long as a bound of 2^-8 on the error of the row's gradient of the logits holds, and
             as long as that is quicker; all other gradients are exact. "sparse": so may all gradients, in
             every dtype. See docs/sparse_backward.md for what that costs, and `Stats` to watch it.
         workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
+        accumulate_grad: add the gradient of `weight`, a leaf, to its `.grad` in the backward, if it has one, so that no
+            second `[V, D]` exists. Hooks on the gradient do not see it: not for DDP or FSDP.
         shard: `(group, start, V)` where a process group shares the vocabulary: `weight`, `bias` and `weight2` are this
             rank's part, which begins with token `start` of V; `hidden` and `targets` are the same on all ranks, and so
             are the result and the gradient of `hidden`.
@@ -80,7 +85,18 @@ def linear_logprobs(
     """
     transform = Transform(logit_scale, softcap, temperature)
     return _compute(
-        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, shard, stats=False
+        hidden,
+        weight,
+        targets,
+        bias,
+        low_rank,
+        transform,
+        impl,
+        backward,
+        workspace_bytes,
+        accumulate_grad,
+        shard,
+        False,
     )[0]
 
 
@@ -109,7 +125,7 @@ def linear_logprobs_with_stats(
     """
     transform = Transform(logit_scale, softcap, temperature)
     logps, stats = _compute(
-        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, None, stats=True
+        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, False, None, True
     )
     assert stats is not None
     return logps, stats
@@ -125,11 +141,14 @@ def _compute(
     impl: str,
     backward: str,
     workspace: int,
+    accumulate: bool,
     shard: tuple[ProcessGroup, int, int] | None,
     stats: bool,
 ) -> tuple[Tensor, Stats | None]:
     """Check, compute, and put the target and the other tokens together."""
     hidden2, weight2 = low_rank or (None, None)
+    if accumulate and (not weight.is_leaf or torch.compiler.is_compiling()):
+        raise ValueError("weight must be a leaf with accumulate_grad, and the call not compiled")
     hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
     _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
     transform = _check_options(transform, impl, backward, workspace)
@@ -149,9 +168,10 @@ def _compute(
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
     if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
         sparse = not sparsity.expect_dense(density_key(hidden, weight))
+    impl, trial = choose(impl, hidden, weight, needs, sparse)
     outputs = linear_logprobs_op(
         hidden, weight, targets, bias, hidden2, weight2, *transform, impl, stats, needs, sparse, backward != "sparse",
-        start, V, workspace,
+        start, V, workspace, accumulate, trial,
     )  # fmt: skip
     result = results_of(outputs, stats)
     target, others = result.target, result.others

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo import choice
 from fastdpo.impl import sparsity
 from fastdpo.impl.interface import Forward, Grads, Head, Keep, Kept, Needs, OtherStats, Transform, result_dtype
 
@@ -42,6 +43,8 @@ class Arguments(NamedTuple):
     vocab_start: int  # weight is this part of a vocabulary
     vocab_size: int  # of so many tokens
     workspace: int
+    accumulate: bool  # add the gradient of weight to weight.grad, if there is one, and return none
+    trial: str  # key of the choice of `impl` that this call helps to make; or nothing
 
     @property
     def local_targets(self) -> Tensor:
@@ -77,7 +80,7 @@ class Arguments(NamedTuple):
 ARGUMENTS = (
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? hidden2, Tensor? weight2, float logit_scale, "
     "float? softcap, float temperature, str impl, bool stats, bool[] needs, bool sparse, bool exact_weight, "
-    "int vocab_start, int vocab_size, int workspace"
+    "int vocab_start, int vocab_size, int workspace, bool accumulate, str trial"
 )
 STATS = len(OtherStats._fields)
 RESULTS = 2 + STATS + len(Kept._fields)
@@ -97,9 +100,10 @@ def linear_logprobs_op(*args: Any) -> tuple[Tensor, ...]:
     """Return target, others, the fields of `OtherStats` and those of `Kept`; empty where not asked for."""
     a = Arguments(*args)
     check_targets(a.targets, a.vocab_size)
-    target, others, stats, kept = a.module.forward(
-        a.hidden, a.hidden2, a.local_targets, a.head, a.stats, a.keep, a.workspace
-    )
+    with choice.timed(a.trial, a.impl, "forward"):
+        target, others, stats, kept = a.module.forward(
+            a.hidden, a.hidden2, a.local_targets, a.head, a.stats, a.keep, a.workspace
+        )
     optional = (*(stats or [None] * STATS), *kept)
     return target, others, *(target.new_empty(0) if t is None else t for t in optional)
 
@@ -125,6 +129,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 )
 def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `needs`; those not needed are empty."""
+    return _gradients(*args)
+
+
+def _gradients(*args: Any, weight_grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Compute the op's results; the gradient of weight is added to `weight_grad`, if given, and empty."""
     *forward_args, results, dtarget, dothers, dentropy = args
     a = Arguments(*forward_args)
     result = results_of(results, a.stats)
@@ -136,10 +145,11 @@ def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
         sparsity.remember(density_key(a.hidden, a.weight), selection)
         if sparsity.too_dense(selection):
             selection = None
-    grads = a.module.backward(
-        Grads(dtarget, dothers, dentropy), a.hidden, a.hidden2, a.local_targets, a.head, result, Needs(*a.needs),
-        selection, a.exact_weight, a.workspace,
-    )  # fmt: skip
+    with choice.timed(a.trial, a.impl, "backward"):
+        grads = a.module.backward(
+            Grads(dtarget, dothers, dentropy), a.hidden, a.hidden2, a.local_targets, a.head, result, Needs(*a.needs),
+            selection, a.exact_weight, a.workspace, weight_grad,
+        )  # fmt: skip
     return tuple(dtarget.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -178,11 +188,14 @@ def _backward(ctx: Any, dtarget: Tensor | None, dothers: Tensor | None, dentropy
     if not any(needs) or (dtarget is None and dothers is None and dentropy is None):
         return (None,) * len(Arguments._fields)
     zero = torch.zeros_like(results[0])
-    grads = linear_logprobs_backward_op(
+    weight_grad = a.weight.grad if a.accumulate and needs.weight else None
+    args = (
         *a._replace(needs=list(needs)), list(results), zero if dtarget is None else dtarget,
         zero if dothers is None else dothers, dentropy,
     )  # fmt: skip
-    dhidden, dweight, dbias, dhidden2, dweight2 = (g if n else None for g, n in zip(grads, needs, strict=True))
+    grads = linear_logprobs_backward_op(*args) if weight_grad is None else _gradients(*args, weight_grad=weight_grad)
+    returned = needs._replace(weight=needs.weight and weight_grad is None)
+    dhidden, dweight, dbias, dhidden2, dweight2 = (g if n else None for g, n in zip(grads, returned, strict=True))
     return dhidden, dweight, None, dbias, dhidden2, dweight2, *(None for _ in others)
 
 
@@ -222,6 +235,25 @@ def implementation(impl: str, device: torch.device) -> ModuleType:
             f"got tensors on {device}"
         )
     return import_module(f"fastdpo.impl.{'triton' if impl == 'auto' else impl}")  # only here: Triton may be missing
+
+
+def choose(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
+    """Return the implementation that serves "auto", and the key of the trial that the call is part of, or nothing."""
+    measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
+    if not measures or not _has_triton():
+        return impl, ""
+    wants = Needs(*needs)
+    key = [
+        torch.cuda.get_device_name(hidden.device),
+        f"torch {torch.__version__}",
+        str(hidden.dtype).removeprefix("torch."),
+        f"D={weight.shape[1]}",
+        f"V={weight.shape[0]}",
+        f"N<{1 << hidden.shape[0].bit_length()}",
+        "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
+        "sparse" if sparse and any(needs) else "dense",
+    ]
+    return choice.pick(", ".join(key), ("triton", "blas")), ", ".join(key)
 
 
 def density_key(hidden: Tensor, weight: Tensor) -> sparsity.Key:

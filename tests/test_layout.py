@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"kernels", "eager"},
     {"impl"},
-    {"op", "vocab_parallel"},
+    {"choice", "vocab_parallel"},
+    {"op"},
     {"logprobs", "objectives"},
     {"model", "packing", "attention", "metrics", "report"},
     {"config", "data", "reference"},

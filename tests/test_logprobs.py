@@ -281,6 +281,44 @@ def test_confident_target_has_its_gradient(impl: Any, device: torch.device) -> N
     assert weight.grad[40].item() == pytest.approx(rest / (1 + rest), rel=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all-options"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck_of_low_rank_and_entropy(impl: Any, options: dict[str, Any], device: torch.device) -> None:
+    """Through the Triton kernels too; a head of frozen weight and one of trained."""
+    head = Head(device, torch.float64, sizes=(3, 2, 19))
+    low_rank = [torch.randn(size, 2, dtype=torch.float64, device=device).requires_grad_() for size in (3, 19)]
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor, *low_rank: Tensor) -> tuple[Tensor, Tensor]:
+        pair: Any = low_rank
+        tensors = hidden, weight, head.targets, bias
+        logps, stats = linear_logprobs_with_stats(*tensors, low_rank=pair, impl=impl, **options)  # type: ignore[arg-type]
+        return logps, stats.entropy
+
+    leaves = (head.hidden, head.weight, head.bias, *low_rank)
+    assert torch.autograd.gradcheck(compute, leaves)
+    frozen = tuple(leaf.detach() if i in (1, 2, 4) else leaf for i, leaf in enumerate(leaves) if leaf is not None)
+    assert torch.autograd.gradcheck(lambda *tensors: compute(*tensors)[0], frozen)
+
+
+@pytest.mark.parametrize("backward", ["exact", "sparse"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_of_weight_goes_to_where_it_is_summed(impl: Any, backward: Any, head: Head) -> None:
+    head(impl=impl, backward=backward).sum().backward()
+    once = head.grads()
+    head(impl=impl, backward=backward, accumulate_grad=True).sum().backward()  # there is no .grad yet
+    buffer = head.weight.grad
+    head(impl=impl, backward=backward, accumulate_grad=True).sum().backward()
+    assert head.weight.grad is buffer
+    for actual, grad in zip(head.grads(), once, strict=True):
+        assert grad is not None
+        torch.testing.assert_close(actual, 2 * grad)
+
+
+def test_only_a_leaf_has_a_gradient_to_add_to(head: Head) -> None:
+    with pytest.raises(ValueError, match="weight must be a leaf with accumulate_grad"):
+        linear_logprobs(head.hidden, 2 * head.weight, head.targets, accumulate_grad=True)
+
+
 def test_zero_upstream_gradient_gives_zeros(head: Head) -> None:
     (0 * head(impl="torch")).sum().backward()
     for grad in head.grads():
@@ -349,11 +387,11 @@ def test_opcheck(impl: str, bias: bool, device: torch.device) -> None:
     head = Head(device, torch.float32, bias)
     if not bias:
         head.hidden.data, head.weight.data = (t.data.T.contiguous().T for t in (head.hidden, head.weight))
-    options = (1.7, 5.0, 0.6, impl, bias, [True] * 5, True, bias, 0, V, 2**20)
+    options = (1.7, 5.0, 0.6, impl, bias, [True] * 5, True, bias, 0, V, 2**20, False, "")
     low_rank = (torch.randn(N, 3, device=device).requires_grad_(), torch.randn(V, 3, device=device).requires_grad_())
     torch.library.opcheck(op.linear_logprobs_op, (*head.tensors, *low_rank, *options))
     tensors = [t if t is None else t.detach() for t in (*head.tensors, None, None)]
-    options = (1.7, None, 0.6, impl, False, [True, True, bias, False, False], False, True, 0, V, 2**20)
+    options = (1.7, None, 0.6, impl, False, [True, True, bias, False, False], False, True, 0, V, 2**20, False, "")
     results = op.linear_logprobs_op(*tensors, *options)
     arguments = (*tensors, *options, results, torch.ones_like(results[0]), -torch.ones_like(results[0]), None)
     torch.library.opcheck(op.linear_logprobs_backward_op, arguments)

@@ -154,6 +154,7 @@ def backward(
     selection: Selection | None = None,
     exact_weight: bool = True,
     workspace: int = WORKSPACE_BYTES,
+    weight_grad: Tensor | None = None,
     *,
     make_dlogits: Callable[..., Tensor] = dlogits_tile,
 ) -> tuple[Tensor | None, ...]:
@@ -170,6 +171,7 @@ def backward(
         selection: the cells to compute, chosen from the kept shares; None for all.
         exact_weight: compute all cells for the gradients of weight, bias and weight2 even so.
         workspace: bound of temporary memory, in bytes.
+        weight_grad: `[V, D]`, to which the gradient of weight is added instead of being returned.
         make_dlogits: turns a tile of logits into their gradient.
     """
     (N, D), width = hidden.shape, _width(head)
@@ -197,6 +199,7 @@ def backward(
                 selection,
                 exact_weight,
                 workspace,
+                weight_grad,
                 make_dlogits,
             )
     return (
@@ -229,6 +232,7 @@ def _from_tiles(
     selection: Selection | None,
     exact_weight: bool,
     workspace: int,
+    weight_grad: Tensor | None,
     make_dlogits: Callable[..., Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Add to `dhidden` and return dweight, dbias and dweight2, from tiles of dz: all of them, or the active cells."""
@@ -237,7 +241,7 @@ def _from_tiles(
     alpha = head.transform.folded[0]
     rows, cols = _tile_shape(hidden, head, workspace)
     buffer = hidden.new_empty(rows * cols, dtype=dtype)
-    dweight = torch.empty_like(head.weight) if needs.weight else None
+    dweight = torch.empty_like(head.weight) if needs.weight and weight_grad is None else None
     dbias = head.weight.new_empty(V) if needs.bias else None
     dweight2 = torch.empty_like(head.weight2) if head.weight2 is not None and needs.weight2 else None
     trained = slice(0 if needs.weight else D, width if needs.weight2 else D)  # columns of (weight, weight2)
@@ -299,6 +303,8 @@ def _from_tiles(
             db += every[:, -1]
         if dw is not None and dweight is not None:
             dweight[vs] = dw[:, :D]
+        if dw is not None and needs.weight and weight_grad is not None:
+            weight_grad[vs] += dw[:, :D]
         if dw is not None and dweight2 is not None:
             dweight2[vs] = dw[:, dw.shape[1] - dweight2.shape[1] :]
         if dbias is not None:

@@ -96,6 +96,7 @@ def backward(
     selection: Selection | None = None,
     exact_weight: bool = True,
     workspace: int = WORKSPACE_BYTES,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of `Needs`, as `fastdpo.impl.torch.backward`."""
     N, V = hidden.shape[0], head.weight.shape[0]
@@ -112,6 +113,8 @@ def backward(
     rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, workspace)
     buffer = hidden.new_empty(rows, _aligned(columns))
     factors = [_Factor.of(hidden, head.weight, needs.hidden, needs.weight, sparse and needs.bias, columns, acc)]
+    if weight_grad is not None:
+        factors[0] = factors[0]._replace(dweight=None)
     if hidden2 is not None and head.weight2 is not None:
         factors.append(_Factor.of(hidden2, head.weight2, needs.hidden2, needs.weight2, False, columns, acc))
     dbias = head.weight.new_empty(V) if needs.bias else None
@@ -147,6 +150,8 @@ def backward(
 
             sums = [factor.dweight_sum for factor in factors] + [None if bias_sum is None else bias_sum[:, None]]
             results = [factor.dweight for factor in factors] + [None if dbias is None else dbias[:, None]]
+            if weight_grad is not None and needs.weight:
+                results[0] = weight_grad
             column = 0
             sizes = [*(factor.weight.shape[1] for factor in factors), 1]
             for accumulated, out, size in zip(sums, results, sizes, strict=True):
@@ -155,7 +160,8 @@ def backward(
                     if sparse and spread is not None:
                         cells = spread[vs.start // TILE : -(-vs.stop // TILE), column : column + size]
                         total += cells.repeat_interleave(TILE, 0)[: len(total)]
-                    out[vs] = _unboost(total, boost)
+                    total = _unboost(total, boost)
+                    out[vs] = total + weight_grad[vs] if out is weight_grad and weight_grad is not None else total
                 column += size
     dhidden = [None if f.dhidden is None else _unboost(f.dhidden, boost).to(hidden.dtype) for f in factors]
     second = (dhidden[1], factors[1].dweight) if len(factors) == 2 else (None, None)

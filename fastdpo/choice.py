@@ -1,0 +1,100 @@
+"""Which implementation of the head is the fastest here: measured on the first calls of a shape, remembered on disk.
+
+The candidates take turns: each serves ROUNDS calls, between two events of the device's own clock. Nobody waits for the
+events; once a later call finds that all have passed, the sums of the medians decide, and the verdict goes to
+`choices.json`, where this and later processes find it. The first round, which compiles, does not count.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("fastdpo")
+
+ROUNDS = 4
+
+Event = torch.cuda.Event
+_verdicts: dict[str, str] | None = None  # what the file holds, once it has been read
+_calls: dict[str, int] = {}
+_events: dict[str, dict[tuple[str, str], list[tuple[Any, Any]]]] = {}  # by key, then implementation and phase
+
+
+def cache_file() -> Path:
+    """Return the file of verdicts: in $FASTDPO_CACHE, else in ~/.cache/fastdpo."""
+    return Path(os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo")) / "choices.json"
+
+
+def pick(key: str, candidates: tuple[str, ...]) -> str:
+    """Return the candidate that serves this call: the fastest, where that is known."""
+    verdict = _read().get(key)
+    if verdict in candidates:
+        return str(verdict)
+    call = _calls.get(key, 0)
+    _calls[key] = call + 1
+    if call < ROUNDS * len(candidates):
+        return candidates[call % len(candidates)]
+    events = [pair for pairs in _events.get(key, {}).values() for pair in pairs]
+    if not all(end.query() for _, end in events):
+        return candidates[0]
+    times = {name: _milliseconds(key, name) for name in candidates}
+    winner = min(candidates, key=lambda name: times[name])
+    logger.info("head: %s is the fastest of %s for %s", winner, {k: f"{t:.2f} ms" for k, t in times.items()}, key)
+    _write(key, winner)
+    _events.pop(key, None)
+    return winner
+
+
+@contextmanager
+def timed(key: str, impl: str, phase: str) -> Iterator[None]:
+    """Time a phase, forward or backward, of a call that is a trial."""
+    if not key or key in _read() or _calls.get(key, 0) == 0:
+        yield
+        return
+    start, end = Event(enable_timing=True), Event(enable_timing=True)
+    start.record()
+    yield
+    end.record()
+    _events.setdefault(key, {}).setdefault((impl, phase), []).append((start, end))
+
+
+def _milliseconds(key: str, impl: str) -> float:
+    """Sum the medians of the phases; infinite where there was only a first round, or none."""
+    phases = [pairs[1:] for (name, _), pairs in _events.get(key, {}).items() if name == impl]
+    if not phases or not all(phases):
+        return float("inf")
+    return sum(float(median(start.elapsed_time(end) for start, end in pairs)) for pairs in phases)
+
+
+def _read() -> dict[str, str]:
+    global _verdicts
+    if _verdicts is None:
+        try:
+            _verdicts = dict(json.loads(cache_file().read_text()))
+        except FileNotFoundError:
+            _verdicts = {}
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s cannot be read (%s): the head is measured again", cache_file(), error)
+            _verdicts = {}
+    return _verdicts
+
+
+def _write(key: str, verdict: str) -> None:
+    """Add a verdict to the file, with those that other processes have added since."""
+    global _verdicts
+    known, _verdicts = _read(), None
+    _verdicts = known | _read() | {key: verdict}
+    try:
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, delete=False) as file:
+            json.dump(_verdicts, file, indent=1, sort_keys=True)
+        Path(file.name).replace(cache_file())
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the head is measured again next time", cache_file(), error)
