@@ -7,7 +7,9 @@ median of per-repetition ratios. Memory is measured in a call of its own, before
 import ctypes
 import gc
 import json
+import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -97,19 +99,21 @@ def _status_kib(field: str) -> int:
 
 
 def provenance() -> dict[str, str]:
-    """Say where, when and on what a number was measured."""
+    """Say where, when and on what a number was measured; COMMIT names the commit where there is no git."""
     if DEVICE == "cuda":
         machine = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
         machine = f"{model}, {torch.get_num_threads()} threads"
-    commit = _git("rev-parse", "--short", "HEAD") or "none"
+    commit = os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD") or "none"
     return {
         "machine": machine,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "trl": _version("trl"),
+        "liger-kernel": _version("liger-kernel"),
+        "cut-cross-entropy": _version("cut-cross-entropy"),
         "commit": commit + ("+dirty" if _git("status", "--porcelain") else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -123,6 +127,8 @@ def _version(package: str) -> str:
 
 
 def _git(*args: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
@@ -130,4 +136,4 @@ def record(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a file, one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,34 +1,94 @@
-"""linear_logprobs, forward and backward, against TRL and naive PyTorch: time, memory and error on the same tensors.
+"""linear_logprobs against its peers, forward and backward: time, memory and error on the same tensors.
 
     python -m benchmarks.head --rows 2048 --hidden 1024 --vocab 64000 --dtype float32
-    python -m benchmarks.head --frozen --out benchmarks/results/head.jsonl
+    python -m benchmarks.head --cases cpu --out benchmarks/results/cpu-2-cores/head.jsonl
 
-Time and memory are for one forward and backward; memory includes the gradients. Errors are against float64 on the same
-rounded inputs: the largest of logps, the relative Frobenius norm of dhidden and dweight, the latter two over a sample
-of rows and of vocabulary entries (half of them targets). Needs fastdpo[bench].
+Time and memory are for one forward and backward, and for a forward alone, without gradients; memory includes the
+results. Errors are against float64 on the same rounded inputs: the largest of logps, the relative Frobenius norm of
+dhidden and dweight, the latter two over a sample of rows and of vocabulary entries (half of them targets). Density is
+the share of cells that a sparse backward computes, unless it is so high that all are. On CUDA "of matmul" says how near
+the forward comes to the logits' matmul alone, at the speed of torch.mm.
+
+With --cases, those that --out holds from this machine are skipped: called again, it goes on where it was cut off. What
+cannot run is left out and named; the exit code is 4 if that was fastdpo, and 3 if it never returned or took the device
+down, which ends the process: called again with the same --out, the rest runs without it.
+Needs torch; `fastdpo[bench]` for TRL, liger-kernel and cut-cross-entropy for themselves.
 """
 
 import argparse
+import gc
+import json
 import math
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 
-from benchmarks.harness import DEVICE, measure, provenance, record
-from fastdpo import linear_logprobs
+from benchmarks import peers
+from benchmarks.harness import DEVICE, Measured, measure, provenance, record
+from benchmarks.peers import Logps
+from fastdpo.impl import sparsity
+from fastdpo.logprobs import Backward, Impl, linear_logprobs, linear_logprobs_with_stats
+from fastdpo.op import implementation
 
 SAMPLE = 256  # rows and vocabulary entries whose gradients are compared
-TRL_CHUNK = 32768  # as its DPOTrainer asks
+MATMUL_ROWS = 2048  # of the logits that torch.mm is timed with
+PATIENCE = 180.0
+"""Seconds that a variant may take for its first forward and backward, compilation included."""
 
 
-Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""An implementation: hidden, weight, targets -> logps."""
+@dataclass(frozen=True)
+class Case:
+    """What the variants are compared on."""
+
+    N: int
+    D: int
+    V: int
+    dtype: str = "bfloat16"
+    frozen: bool = False
+    flat: bool = False
+
+    @property
+    def key(self) -> dict[str, Any]:
+        shape = {"N": self.N, "D": self.D, "V": self.V}
+        return {"shape": shape, "dtype": self.dtype, "frozen": self.frozen, "flat": self.flat}
+
+    def __str__(self) -> str:
+        head, rows = "frozen" if self.frozen else "trained", "flat" if self.flat else "peaked"
+        return f"N={self.N} D={self.D} V={self.V} {self.dtype}, {head} head, {rows} rows"
+
+
+_HEADS = (False, True)
+_H200 = ((8192, 4096, 128256), (8192, 2048, 151936), (16384, 896, 151936))
+CASES = {
+    "smoke": [Case(32, 16, 500), Case(32, 16, 500, "float32", frozen=True, flat=True)],
+    "cpu": [
+        *(Case(2048, 1024, 64000, dtype, frozen) for dtype in ("bfloat16", "float32") for frozen in _HEADS),
+        *(Case(2048, 1024, 64000, "bfloat16", frozen, flat=True) for frozen in _HEADS),
+    ],
+    "h200": [Case(*shape, "bfloat16", frozen, flat) for flat in (False, True) for shape in _H200 for frozen in _HEADS],
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to measure; `impl` and `backward` if it is ours."""
+
+    name: str
+    logps: Logps
+    impl: Impl | None = None
+    backward: Backward | None = None
+
+
+Fatal = Callable[[str, str], None]
+"""Ends the process: the name of the variant that did it, and what it did."""
 
 
 class Inputs(NamedTuple):
@@ -40,15 +100,16 @@ class Inputs(NamedTuple):
     dlogps: Tensor  # [N] float32
 
 
-def make_inputs(N: int, D: int, V: int, dtype: torch.dtype, *, flat: bool, frozen: bool) -> Inputs:
+def make_inputs(case: Case) -> Inputs:
     """Rows like a language model's: a power-law rank curve over Zipf-distributed candidates, targets drawn from them.
 
     `flat` rows are random instead: no token has more than a few thousandths of the probability.
     """
+    N, D, V, dtype = case.N, case.D, case.V, getattr(torch, case.dtype)
     torch.manual_seed(0)
     weight = torch.randn(V, D, device=DEVICE) / math.sqrt(D)
     hidden = torch.randn(N, D, device=DEVICE)
-    if flat:
+    if case.flat:
         targets = torch.randint(V, (N,), device=DEVICE)
     else:
         zipf = 1 / (torch.arange(V, device=DEVICE) + 10.0)
@@ -60,37 +121,57 @@ def make_inputs(N: int, D: int, V: int, dtype: torch.dtype, *, flat: bool, froze
         drawn = [torch.multinomial((rows @ weight.T).softmax(-1), 1) for rows in hidden.split(128)]
         targets = torch.cat(drawn).squeeze(1)
     dlogps = torch.randn(N, device=DEVICE)
-    return Inputs(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen), targets, dlogps)
+    return Inputs(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not case.frozen), targets, dlogps)
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.linear(hidden, weight).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def ours(case: Case) -> list[Variant]:
+    """Every implementation in every backward that makes a difference: "auto" is exact for 32-bit inputs."""
+    found = []
+    impls: list[Impl] = ["torch", "blas", "triton"] if DEVICE == "cuda" else ["torch"]
+    for impl in impls:
+        backwards: list[Backward] = ["exact"]
+        if implementation(impl, torch.device(DEVICE)).cell_columns(torch.device(DEVICE)) is not None:
+            backwards += ["sparse"] if case.dtype == "float32" else ["auto", "sparse"]
+        for backward in backwards:
+            logps = remembering(partial(linear_logprobs, impl=impl, backward=backward))
+            found.append(Variant(f"fastdpo {impl}, {backward}", logps, impl, backward))
+    return found
 
 
-def trl(outputs: tuple[str, ...]) -> Logps:
-    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        result: Tensor = ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, outputs
-        )[0]
-        return result
+def remembering(logps: Logps) -> Logps:
+    """Give a variant its own memory of densities: what it measured chooses its algorithm, as in training."""
+    densities: dict[Any, Any] = {}
+    calls: dict[Any, int] = {}
 
-    return logps
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        sparsity._densities, sparsity._calls = densities, calls  # the backward follows before the next variant
+        return logps(hidden, weight, targets)
+
+    return call
 
 
-def implementations(inputs: Inputs) -> dict[str, Logps]:
-    """Name everything that can run here; ratios are to "TRL"."""
-    impls = {"fastdpo torch": lambda h, w, t: linear_logprobs(h, w, t, impl="torch")}
-    if DEVICE == "cuda":
-        impls["fastdpo triton"] = lambda h, w, t: linear_logprobs(h, w, t, impl="triton")
-    impls |= {"TRL": trl(("log_probs",)), "TRL, all statistics": trl(OPTIONAL_OUTPUTS)}
-    N, V = inputs.hidden.shape[0], inputs.weight.shape[0]
-    if 4 * N * V * inputs.hidden.element_size() < free_bytes():  # logits, log-probabilities and both gradients
-        impls["PyTorch"] = naive
-    return impls
+def density(variant: Variant, inputs: Inputs) -> float | None:
+    """Share of the cells that a sparse backward computes."""
+    if variant.backward in (None, "exact"):
+        return None
+    sparsity._densities, sparsity._calls = {}, {}
+    options: dict[str, Any] = {"impl": variant.impl, "backward": variant.backward}
+    _, stats = linear_logprobs_with_stats(inputs.hidden, inputs.weight, inputs.targets, **options)
+    return None if stats.density is None else stats.density.mean().item()
+
+
+def pytorch(case: Case) -> list[Variant]:
+    """The eager baseline, where logits, log-probabilities and the gradients of both fit."""
+    if 4 * case.N * case.V * getattr(torch, case.dtype).itemsize < free_bytes():
+        return [Variant("PyTorch", peers.pytorch)]
+    print("left out: PyTorch: its logits do not fit")
+    return []
 
 
 def free_bytes() -> int:
+    gc.collect()
     if DEVICE == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return 1024 * int(available.split()[1])
@@ -126,19 +207,32 @@ def exact_results(inputs: Inputs) -> Exact:
     return Exact(torch.cat(logps), rows, torch.cat(dhidden), entries, dweight)
 
 
-def step(fn: Logps, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+def step(logps: Logps, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Forward and backward; logps, dhidden and dweight (None when frozen)."""
     hidden, weight, targets, dlogps = inputs
     wrt = [t for t in (hidden, weight) if t.requires_grad]
-    logps = fn(hidden, weight, targets)
-    dhidden, *dweight = torch.autograd.grad(logps, wrt, dlogps.to(logps.dtype))
-    return logps.detach(), dhidden, dweight[0] if dweight else None
+    result = logps(hidden, weight, targets)
+    dhidden, *dweight = torch.autograd.grad(result, wrt, dlogps.to(result.dtype))
+    return result.detach(), dhidden, dweight[0] if dweight else None
 
 
-def errors(fn: Logps, inputs: Inputs, exact: Exact) -> dict[str, float | None]:
-    logps, dhidden, dweight = step(fn, inputs)
+def forward(logps: Logps, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return logps(inputs.hidden.detach(), inputs.weight.detach(), inputs.targets)
+
+
+def matmul(inputs: Inputs) -> None:
+    """Compute all logits, the least any forward does, block by block in one place."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    workspace = hidden.new_empty(min(MATMUL_ROWS, len(hidden)), len(weight))
+    for rows in hidden.split(MATMUL_ROWS):
+        torch.mm(rows, weight.T, out=workspace[: len(rows)])
+
+
+def errors(logps: Logps, inputs: Inputs, exact: Exact) -> dict[str, float | None]:
+    result, dhidden, dweight = step(logps, inputs)
     return {
-        "logps": (logps.double() - exact.logps).abs().max().item(),
+        "logps": (result.double() - exact.logps).abs().max().item(),
         "dhidden": relative(dhidden[exact.rows], exact.dhidden),
         "dweight": None if dweight is None else relative(dweight[exact.entries], exact.dweight),
     }
@@ -148,24 +242,93 @@ def relative(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+def examined(variant: Variant, inputs: Inputs, exact: Exact, fatal: Fatal) -> dict[str, Any] | None:
+    """Run once what may fail in any way: errors and density, or None, and a line, if it did."""
+    timer = Timer(PATIENCE, fatal, (variant.name, f"did not return within {PATIENCE:.0f} s"))
+    timer.daemon = True
+    timer.start()
+    try:
+        return {"errors": errors(variant.logps, inputs, exact), "density": density(variant, inputs)}
+    except Exception as error:
+        why = peers.first_line(error)
+        print(f"left out: {variant.name}: {why}")
+        try:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:  # an illegal memory access: nothing runs on this device until the process ends
+            fatal(variant.name, why)
+    finally:
+        timer.cancel()
+    return None
+
+
+def run(case: Case, variants: list[Variant], fatal: Fatal, repetitions: int) -> list[dict[str, Any]]:
+    """Measure the variants that can run; one row of results for each."""
+    inputs = make_inputs(case)
+    exact = exact_results(inputs)
+    found = {v.name: examined(v, inputs, exact, fatal) for v in variants}
+    del exact
+    variants = [v for v in variants if found[v.name]]
+    forwards: dict[str, Callable[[], object]] = {v.name: partial(forward, v.logps, inputs) for v in variants}
+    if DEVICE == "cuda":
+        forwards["matmul"] = partial(matmul, inputs)
+    alone = measure(forwards, repetitions)
+    both = measure({v.name: partial(step, v.logps, inputs) for v in variants}, repetitions)
+
+    def row(variant: Variant) -> dict[str, Any]:
+        m, f = both[variant.name], alone[variant.name]
+        return {
+            "op": "linear_logprobs",
+            "impl": variant.name,
+            "backward": variant.backward,
+            **case.key,
+            **costs(m, both.get("TRL")),
+            "forward": costs(f, alone.get("TRL"))
+            | {
+                "tflops": 2e-9 * case.N * case.D * case.V / f.ms,
+                "of_matmul": alone["matmul"].ratio_to(f) if "matmul" in alone else None,
+            },
+            **(found[variant.name] or {}),
+        }
+
+    return [row(variant) for variant in variants]
+
+
+def costs(m: Measured, trl: Measured | None) -> dict[str, Any]:
+    ratio = None if trl is None else m.ratio_to(trl)
+    return {"ms": m.ms, "min_ms": m.min_ms, "times_ms": m.times, "ratio_to_trl": ratio, "peak_mib": m.peak_mib}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
+    def cells(form: str, *path: str) -> list[str]:
+        values: list[Any] = rows
+        for name in path:
+            values = [value[name] for value in values]
+        return ["-" if value is None else form.format(value) for value in values]
+
     columns = {
-        "impl": [row["impl"] for row in rows],
-        "ms": [f"{row['ms']:.1f}" for row in rows],
-        "min ms": [f"{row['min_ms']:.1f}" for row in rows],
-        "vs TRL": [f"{row['ratio_to_trl']:.2f}" for row in rows],
-        "peak MiB": [f"{row['peak_mib']:.0f}" for row in rows],
-    } | {
-        f"{name} error": ["-" if row["errors"][name] is None else f"{row['errors'][name]:.1e}" for row in rows]
-        for name in ("logps", "dhidden", "dweight")
-    }
-    widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
+        "impl": cells("{}", "impl"),
+        "forward ms": cells("{:.1f}", "forward", "ms"),
+        "TFLOP/s": cells("{:.2f}", "forward", "tflops"),
+        "of matmul": cells("{:.0%}", "forward", "of_matmul"),
+        "ms": cells("{:.1f}", "ms"),
+        "min ms": cells("{:.1f}", "min_ms"),
+        "vs TRL": cells("{:.2f}", "ratio_to_trl"),
+        "peak MiB": cells("{:.0f}", "peak_mib"),
+        "density": cells("{:.1%}", "density"),
+    } | {f"{name} error": cells("{:.1e}", "errors", name) for name in ("logps", "dhidden", "dweight")}
+    widths = [max(map(len, (name, *column))) for name, column in columns.items()]
     lines = [columns, *zip(*columns.values(), strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def results(path: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", choices=CASES, help="run a list of cases instead of one")
     parser.add_argument("--rows", type=int, default=2048, help="N, completion tokens")
     parser.add_argument("--hidden", type=int, default=1024, help="D")
     parser.add_argument("--vocab", type=int, default=64000, help="V")
@@ -174,42 +337,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flat", action="store_true", help="random rows instead of peaked ones")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, help="append one JSON line per implementation to this file")
+    parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse_args(argv)
     if args.smoke:
         args.rows, args.hidden, args.vocab, args.repetitions = 32, 16, 500, 2
 
-    dtype = getattr(torch, args.dtype)
-    inputs = make_inputs(args.rows, args.hidden, args.vocab, dtype, flat=args.flat, frozen=args.frozen)
-    impls = implementations(inputs)
-    exact = exact_results(inputs)
-    error = {name: errors(fn, inputs, exact) for name, fn in impls.items()}
-    measured = measure({name: partial(step, fn, inputs) for name, fn in impls.items()}, args.repetitions)
-
     where = provenance()
-    shape = {"N": args.rows, "D": args.hidden, "V": args.vocab}
-    rows = [
-        {
-            "op": "linear_logprobs",
-            "impl": name,
-            "shape": shape,
-            "dtype": args.dtype,
-            "frozen": args.frozen,
-            "flat": args.flat,
-            "ms": m.ms,
-            "min_ms": m.min_ms,
-            "times_ms": m.times,
-            "ratio_to_trl": m.ratio_to(measured["TRL"]),
-            "peak_mib": m.peak_mib,
-            "errors": error[name],
-            "provenance": where,
-        }
-        for name, m in measured.items()
-    ]
-    print(f"{shape} {args.dtype}{', frozen head' * args.frozen}{', flat rows' * args.flat}; {where}")
-    print(table(rows))
-    if args.out:
-        record(args.out, rows)
+    one = Case(args.rows, args.hidden, args.vocab, args.dtype, args.frozen, args.flat)
+    here = [row for row in results(args.out) if row["provenance"]["machine"] == where["machine"]]
+    fatalities = {row["impl"] for row in here if "fatal" in row}
+
+    def fatal(name: str, why: str) -> None:
+        print(f"left out from now on: {name}: {why}", flush=True)
+        if args.out:
+            record(args.out, [{"op": "linear_logprobs", "impl": name, "fatal": why, "provenance": where}])
+        os._exit(3)  # its thread, or its device, cannot be had back
+
+    others = [Variant(name, logps) for name, logps in peers.installed().items()]
+    failed = False
+    for case in CASES[args.cases] if args.cases else [one]:
+        if args.cases and any("forward" in row and case.key.items() <= row.items() for row in here):
+            print(f"{case}: measured before")
+            continue
+        variants = [v for v in (*ours(case), *others, *pytorch(case)) if v.name not in fatalities]
+        rows = [row | {"provenance": where} for row in run(case, variants, fatal, args.repetitions)]
+        failed |= not {v.name for v in ours(case)} <= {row["impl"] for row in rows}
+        print(f"{case}; {where}\n{table(rows)}", flush=True)
+        if args.out:
+            record(args.out, rows)
+    if failed:
+        sys.exit(4)
 
 
 if __name__ == "__main__":

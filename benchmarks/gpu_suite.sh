@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# What only a GPU can tell, in one go: the tests that need CUDA, those that use it if it is there, the table of the head.
+#
+#     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh OUT_DIR
+#
+# It needs torch, triton, transformers, accelerate and pytest, and no network. Peers that are pure Python can travel as
+# wheels, in a folder wheels/ where the command is run, filled where there is a network; they serve this run alone:
+#
+#     pip download --no-deps -d wheels trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+#
+# Every part has its time limit, and all of them together BUDGET seconds (540); a failing part stops no other. Run again
+# with the same OUT_DIR (put back there, if it was moved), it does what is still missing: a part that came to its end is
+# not repeated, the table goes on at the first case that it lacks. Start a fresh OUT_DIR when the code has changed.
+# OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and head.jsonl, which belongs
+# in benchmarks/results/<machine>/. The exit code is 0 when all parts have ended well.
+#
+# SUITE_SIZE=smoke runs toy sizes, on any machine; PYTHON names the interpreter (python3).
+set -u
+
+wheels=$PWD/wheels
+out=$(mkdir -p "${1:?usage: gpu_suite.sh OUT_DIR}" && realpath "$1") || exit
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+deadline=$((SECONDS + ${BUDGET:-540}))
+export PYTHONUNBUFFERED=1
+
+if compgen -G "$wheels/*.whl" >/dev/null; then
+    site=$(mktemp -d) || exit
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+# part NAME SECONDS LOG UNFINISHED COMMAND...: UNFINISHED lists the exit codes after which another call tries again.
+part() {
+    local name=$1 limit=$2 log=$out/$3 unfinished=" $4 " before left start rc
+    shift 4
+    before=$(awk -v name="$name" '$1 == name { rc = $2 } END { print rc }' "$out/status" 2>/dev/null)
+    if [[ -n $before && $unfinished != *" $before "* ]]; then
+        return "$before"
+    fi
+    left=$((deadline - SECONDS))
+    if ((left < 5)); then
+        echo "$name 124 0" >>"$out/status"
+        return 124
+    fi
+    echo "== $name"
+    start=$SECONDS
+    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$log"
+    rc=${PIPESTATUS[0]}
+    echo "$name $rc $((SECONDS - start))" >>"$out/status"
+    return "$rc"
+}
+
+plugins=() # where they are installed: compile on many cores, and lose one test to a kernel that hangs, not all
+"$python" -c "import xdist" 2>/dev/null && plugins+=(-n 8)
+"$python" -c "import pytest_timeout" 2>/dev/null && plugins+=(--timeout 90 --timeout-method thread)
+
+tests() { # NAME SECONDS ARGUMENTS...
+    part "$1" "$2" tests.log "124 137" \
+        "$python" -m pytest -q -p no:cacheprovider -W default --durations=5 "${plugins[@]}" "${@:3}"
+}
+
+head_table() { # CASES
+    while part head 540 head.log "1 3 124 137" "$python" -m benchmarks.head --cases "$1" --out "$out/head.jsonl"
+        (($? == 3)); do # without the variant that ended the process
+        :
+    done
+}
+
+if [[ ${SUITE_SIZE:-full} == smoke ]]; then
+    tests accuracy 60 tests/test_accuracy.py
+    head_table smoke
+else
+    mapfile -t marked < <(grep -l "mark\.gpu" tests/test_*.py)
+    tests gpu 90 -m gpu "${marked[@]}"
+    mapfile -t on_devices < <(grep -l "device: torch\.device" tests/test_*.py)
+    tests kernels 270 -m "not gpu" "${on_devices[@]}"
+    head_table h200
+fi
+
+echo "== summary"
+grep -hE "^(FAILED|ERROR)" "$out/tests.log"
+grep -h "^left out" "$out/head.log" | sort -u
+awk '{ rc[$1] = $2; s[$1] += $3; if (!seen[$1]++) order[++n] = $1 }
+    END { for (i = 1; i <= n; i++) { printf "%-16s exit %3d %5d s\n", order[i], rc[order[i]], s[order[i]]; bad += rc[order[i]] != 0 }
+          exit bad > 0 }' "$out/status"
