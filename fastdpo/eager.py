@@ -28,7 +28,7 @@ class Stats(NamedTuple):
     density: Tensor | None = None
     """Share of (row, vocabulary tile) cells that a sparse backward computes. None where the backward is dense."""
     bound: Tensor | None = None
-    """Most that being sparse can change the row's gradient of the logits: L2 norm, for an upstream gradient of 1."""
+    """Probability that a sparse backward spreads evenly over the tokens of its tile; see `fastdpo.impl.sparsity`."""
 
 
 def transform_logits(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:

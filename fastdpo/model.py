@@ -43,8 +43,8 @@ class Head(NamedTuple):
     """`decoder(input_ids=...)[0]` are the hidden states the head is applied to."""
     lm_head: nn.Module
     """The module to call: a Linear, or PEFT's wrapper around copies of one."""
-    linears: tuple[nn.Linear, ...]
-    """The Linears that calling `lm_head` may end in."""
+    linears: tuple[nn.Module, ...]
+    """The Linears, or LoRA's wrappers of one, that calling `lm_head` may end in."""
     logit_scale: float
     """Factor of the raw logits."""
     softcap: float | None
@@ -156,7 +156,12 @@ def _score(model: nn.Module, *, with_stats: bool = False, **batch: Any) -> Token
 
     op = linear_logprobs_with_stats if with_stats else linear_logprobs
     options = {"logit_scale": head.logit_scale, "softcap": head.softcap, "impl": patch.impl, "backward": patch.backward}
-    with _computing(head.linears, lambda linear, hidden: op(hidden, linear.weight, targets, linear.bias, **options)):
+
+    def compute(linear: Any, hidden: Tensor) -> Any:
+        base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
+        return op(hidden, base.weight, targets, base.bias, low_rank=_low_rank(linear, hidden), **options)
+
+    with _computing(head.linears, compute):
         scores = head.lm_head(hidden)
     if not with_stats:
         return TokenScores(scores, None)
@@ -165,7 +170,7 @@ def _score(model: nn.Module, *, with_stats: bool = False, **batch: Any) -> Token
 
 
 @contextmanager
-def _computing(linears: tuple[nn.Linear, ...], forward: Callable[[nn.Linear, Tensor], Any]) -> Iterator[None]:
+def _computing(linears: tuple[nn.Module, ...], forward: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
     """Within it the Linears compute `forward(linear, hidden)`."""
     for linear in linears:
         vars(linear)["forward"] = partial(forward, linear)
@@ -174,6 +179,19 @@ def _computing(linears: tuple[nn.Linear, ...], forward: Callable[[nn.Linear, Ten
     finally:
         for linear in linears:
             del vars(linear)["forward"]
+
+
+def _low_rank(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return LoRA's part of the head, `scaling * A(dropout(hidden)) [N, R]` and `B [V, R]`, of all active adapters."""
+    if isinstance(linear, nn.Linear) or linear.disable_adapters or linear.merged:
+        return None
+    names = [name for name in linear.active_adapters if name in linear.lora_A]
+    if not names:
+        return None
+    a = [linear.lora_A[n](linear.lora_dropout[n](hidden.to(linear.lora_A[n].weight.dtype))) for n in names]
+    hidden2 = torch.cat([linear.scaling[n] * x for n, x in zip(names, a, strict=True)], 1)
+    weight2 = torch.cat([linear.lora_B[n].weight for n in names], 1)
+    return hidden2.to(hidden.dtype), weight2.to(hidden.dtype)
 
 
 def _unwrap(model: Any) -> Any:
@@ -195,26 +213,30 @@ def _locate(model: Any) -> Head:
     return Head(decoder, lm_head, _linears(model, lm_head), *_transform(model.config))
 
 
-def _linears(model: Any, lm_head: nn.Module) -> tuple[nn.Linear, ...]:
+def _linears(model: Any, lm_head: nn.Module) -> tuple[nn.Module, ...]:
     linears: list[Any] = [lm_head]
+    found: tuple[nn.Module, ...] | None = None
     if not isinstance(lm_head, nn.Linear) and is_peft_available():
+        from peft.tuners import lora
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
-        if isinstance(lm_head, BaseTunerLayer):
+        if isinstance(lm_head, lora.Linear) and not lm_head.lora_variant and not any(lm_head.lora_bias.values()):
+            linears, found = [lm_head.get_base_layer()], (lm_head,)
+        elif isinstance(lm_head, BaseTunerLayer):
             raise _refusal(
                 model,
-                f"its output embeddings have an adapter ({type(lm_head).__name__}); leave them out "
-                "of target_modules, or train them whole with modules_to_save",
+                f"its output embeddings have an adapter ({type(lm_head).__name__}) that is not plain LoRA; leave them "
+                "out of target_modules, or train them whole with modules_to_save",
             )
-        if isinstance(lm_head, ModulesToSaveWrapper):
+        elif isinstance(lm_head, ModulesToSaveWrapper):
             linears = [lm_head.original_module, *lm_head.modules_to_save.values()]
     for linear in linears:
         # type(...).forward: quantized Linears are subclasses; FSDP's subclasses keep nn.Linear's
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not plain or "forward" in vars(linear):
             raise _refusal(model, f"its output embeddings are {type(linear).__name__}, not a plain nn.Linear")
-    return tuple(linears)
+    return found or tuple(linears)
 
 
 def _transform(config: Any) -> tuple[float, float | None]:

@@ -26,7 +26,7 @@ def make_rows(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: tor
     if kind != "flat":
         zipf = 1 / (torch.arange(V) + 10.0)
         candidates = torch.multinomial(zipf, N * 24, replacement=True).view(N, 24)
-        height = (18 if kind == "sharp" else 15) + torch.randn(N, 1)
+        height = (17 if kind == "peaked" else 20) + torch.randn(N, 1)
         slope = 2 + 4 * torch.rand(N, 1)
         for rank in range(24):
             hidden += (height - slope * math.log(rank + 1)) * weight[candidates[:, rank]]

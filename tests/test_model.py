@@ -194,17 +194,34 @@ def test_adapters_may_come_after_the_patch():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_refuses_lora_on_the_head(when):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+def test_lora_on_the_head(when):
+    """Its product is never formed; switched off, it is the base model."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_alpha=12)
+    base = make_model("llama")
+    if when == "after":
+        patch_forward(base)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        model.get_output_embeddings().lora_B["default"].weight.normal_()
+    reference = copy.deepcopy(model)
     if when == "before":
-        model = peft.get_peft_model(make_model("llama"), config)
-        with pytest.raises(ValueError, match="packed batches: its output embeddings have an adapter"):
-            patch_forward(model)
-    else:
-        base, _ = make_patched()
-        model = peft.get_peft_model(base, config)
-        with pytest.raises(ValueError, match="its output embeddings have an adapter"):
-            score(model)
+        patch_forward(model)
+    logps, expected = score(model), stock_logps(reference, PAIRS)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    actual = gradients(model, logps)
+    assert {name.split(".")[-3] for name in actual if "lm_head" in name} == {"lora_A", "lora_B"}
+    assert_same_gradients(actual, gradients(reference, expected))
+    with model.disable_adapter(), reference.disable_adapter():
+        torch.testing.assert_close(score(model), stock_logps(reference, PAIRS), rtol=0, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(score(model), logps.detach(), rtol=0, atol=1e-4)
+
+
+def test_refuses_other_adapters_of_the_head():
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
+    model = peft.get_peft_model(make_model("llama"), config)
+    with pytest.raises(ValueError, match="packed batches: its output embeddings have an adapter .*not plain LoRA"):
+        patch_forward(model)
 
 
 # Everything else is as before

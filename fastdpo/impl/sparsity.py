@@ -2,13 +2,15 @@
 
 A cell is one row by one tile of T neighbouring vocabulary entries, its mass the probability that the token lies in the
 tile without being the target. A cell that is not computed acts as its mass, spread evenly over the tile, so that the
-gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass is spread. In the L2 norm of a row's
-gradient of the logits, for an upstream gradient of 1, that is at most
+gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass is spread:
 
-    bound[n] = sqrt(sum of mass^2 over the cells of row n that are not computed)
+    |error of dhidden[n]| <= |dlogps[n]| * sum over the skipped cells j of mass[n, j] * radius[j]
 
-A row skips the cells with a mass up to EPSILON, or up to less if that would take its bound above TOLERANCE. Gradients
-of confident targets are small, and so is what they may lose: the bound is absolute.
+with radius[j] the largest distance between a row of weight in tile j and their mean: the error of a cell is its mass
+times the difference of two points in the convex hull of the tile's embeddings. (The root of the sum of squares would
+assume that the errors of cells point in random directions. In a trained model they do not: p grows along hidden.)
+So each row skips its smallest cells up to a mass, for an upstream gradient of 1: small gradients, of confident targets,
+may lose as much as large ones.
 
 Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
 """
@@ -21,13 +23,11 @@ from torch import Tensor
 from fastdpo.impl.interface import Head, result_dtype
 from fastdpo.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 
-EPSILON = 2.0**-12
-"""Largest mass of a cell that may be skipped: docs/sparse_backward.md has the errors and densities around it."""
-TOLERANCE = 2.0**-8
-"""Largest bound of a row."""
-HALVINGS = 10
-"""How often EPSILON is halved before a row skips nothing."""
-DENSE = 1 / 3
+TOLERANCE = {"auto": 2.0**-8, "sparse": 2.0**-7}
+"""Largest mass that a row may skip, by `backward`. docs/sparse_backward.md has the errors and densities."""
+LARGEST, STEPS = 6, 5
+"""Thresholds are 2^-6 to 2^-37, found in 5 bisections of the exponent."""
+DENSE = 0.4
 """Density from which computing all cells with large matmuls is cheaper."""
 
 
@@ -35,31 +35,34 @@ class Selection(NamedTuple):
     """The cells to compute: those with a share above their row's threshold, and the target's. All `[N]`."""
 
     threshold: Tensor
-    bound: Tensor
+    bound: Tensor  # mass that is skipped
     active: Tensor  # share of the row's cells that is computed
 
 
-def select(shares: Tensor, rest: Tensor) -> Selection:
-    """Choose the threshold of each row.
+def select(shares: Tensor, rest: Tensor, tolerance: float) -> Selection:
+    """Choose the largest threshold of each row, a power of two of mass, below which lies no more than `tolerance`.
 
     Args:
         shares: `[N, J]`: a cell's mass is its share of `rest`.
         rest: `[N]`: probability of all tokens but the target.
+        tolerance: mass that may be skipped.
     """
-    rows = [_select(*block) for block in zip(shares.split(1024), rest.split(1024), strict=True)]
+    rows = [_select(*block, tolerance) for block in zip(shares.split(1024), rest.split(1024), strict=True)]
     return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
 
 
-def _select(shares: Tensor, rest: Tensor) -> Selection:
+def _select(shares: Tensor, rest: Tensor, tolerance: float) -> Selection:
     mass = shares.float() * rest.float().unsqueeze(1)
-    squares = mass.square()
-    threshold, bound = torch.full_like(rest, -1.0), torch.zeros_like(rest)
-    for k in reversed(range(HALVINGS)):  # what is skipped grows with epsilon: the last that holds is the largest
-        skipped = torch.where(mass <= EPSILON / 2**k, squares, 0.0).sum(1).sqrt()
-        holds = skipped <= TOLERANCE
-        threshold = torch.where(holds, EPSILON / 2**k / rest, threshold)
-        bound = torch.where(holds, skipped, bound)
-    return Selection(threshold, bound, (shares > threshold.unsqueeze(1)).float().mean(1))
+
+    def skipped(exponent: Tensor) -> Tensor:
+        return torch.where(mass <= torch.exp2(-exponent).unsqueeze(1), mass, 0.0).sum(1)
+
+    exponent = torch.full_like(rest, LARGEST + 2**STEPS, dtype=torch.float32)  # where it skips next to nothing
+    for step in reversed(range(STEPS)):
+        larger = exponent - 2**step
+        exponent = torch.where(skipped(larger) <= tolerance, larger, exponent)
+    threshold = torch.exp2(-exponent) / rest
+    return Selection(threshold, skipped(exponent), (shares > threshold.unsqueeze(1)).float().mean(1))
 
 
 def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
