@@ -56,7 +56,8 @@ def linear_logprobs(
         targets: `[N]` int64 in [0, V).
         bias: `[V]`, dtype and device of `hidden`.
         low_rank: `hidden2 [N, R]` and `weight2 [V, R]`, whose product is added to the logits: LoRA's
-            `(scaling * hidden @ A.T, B)`, for which neither `weight + scaling * B @ A` nor its gradient is formed.
+            `(scaling * hidden @ A.T, B)`, for which neither `weight + scaling * B @ A` nor its gradient is formed. Or
+            trainable rows of some tokens: `(hidden @ (rows - weight[tokens]).T, one_hot(tokens, V).T)`.
         logit_scale: factor of the raw logits, finite and not 0.
         softcap: bound of the soft-capped logits, above 0; None for no soft-cap.
         temperature: divisor of the logits, above 0.

@@ -300,6 +300,20 @@ def test_gradcheck_of_low_rank_and_entropy(impl: Any, options: dict[str, Any], d
     assert torch.autograd.gradcheck(lambda *tensors: compute(*tensors)[0], frozen)
 
 
+def test_trainable_token_rows(head: Head) -> None:
+    """New rows for some tokens, as a low-rank addition: the weight is neither copied nor trained."""
+    tokens = torch.tensor([3, 40, 66], device=head.hidden.device)
+    new = torch.randn(3, D, device=head.hidden.device, requires_grad=True)
+    hidden, weight = head.hidden.detach().requires_grad_(), head.weight.detach()
+    one_hot = torch.nn.functional.one_hot(tokens, V).T.to(hidden.dtype)
+    actual = linear_logprobs(hidden, weight, head.targets, low_rank=(hidden @ (new - weight[tokens]).T, one_hot))
+    expected = linear_logprobs(hidden, weight.index_copy(0, tokens, new), head.targets, impl="eager")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    grads = (torch.autograd.grad(logps.sum(), (hidden, new)) for logps in (actual, expected))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backward", ["exact", "sparse"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradient_of_weight_goes_to_where_it_is_summed(impl: Any, backward: Any, head: Head) -> None:

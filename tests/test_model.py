@@ -220,7 +220,7 @@ def test_lora_on_the_head(when):
 def test_refuses_other_adapters_of_the_head():
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
     model = peft.get_peft_model(make_model("llama"), config)
-    with pytest.raises(ValueError, match="packed batches: its output embeddings have an adapter .*not plain LoRA"):
+    with pytest.raises(ValueError, match=r"packed batches: its output embeddings have an adapter .*not plain LoRA"):
         patch_forward(model)
 
 

@@ -207,6 +207,26 @@ def test_a_dense_head_is_remembered_and_tried_again(device: torch.device, monkey
     assert [sparsity.expect_dense(key) for _ in range(6)] == [True, True, False, True, True, False]
 
 
+def test_a_device_is_asked_about_the_last_but_one_backward() -> None:
+    """It has long finished that one; the newest would have to be waited for."""
+
+    class Event:
+        asked = 0
+
+        def synchronize(self) -> None:
+            self.asked += 1
+
+    key = (torch.device("cuda:0"), torch.bfloat16, (10, 10))
+    events = [Event() for _ in range(3)]
+    history = [(torch.tensor(density), event) for density, event in zip((0.1, 0.9, 0.1), events, strict=True)]
+    sparsity._densities[key] = history[:1]
+    assert not sparsity.expect_dense(key), "nothing is known yet"
+    sparsity._densities[key] = history
+    assert sparsity.expect_dense(key)
+    assert [event.asked for event in events] == [0, 1, 0]
+    assert len(sparsity._densities[key]) == 2
+
+
 # --- units ---
 
 
