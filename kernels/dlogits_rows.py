@@ -19,7 +19,7 @@ from fastdpo.kernels.logits_tile import interpreted, tanh_and_slope
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["C"])  # the last block of the vocabulary is smaller: one compilation
+@triton.jit  # C a multiple of 16, as of all but the last block, moves in vectors
 def _dlogits_rows_kernel(
     dlogits_ptr,  # [N, C], out
     z_ptr,  # [N, C] ACC

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdpo.kernels.logits_tile import interpreted, tanh_and_slope
 
-BLOCK = 2048
+BLOCK = 1024  # tests/test_aot.py compiles it: no spilled register
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _transformed(z_ptrs, offs_c, C, target, beta, HAS_SOFTCAP: tl.constexpr):
     return x, slope, (offs_c < C) & (offs_c != target)
 
 
-@triton.jit(do_not_specialize=["C", "J"])  # the last block of the vocabulary is smaller: one compilation
+@triton.jit(do_not_specialize=["J"])  # C a multiple of 16, as of all but the last block, moves in vectors
 def _fold_logits_kernel(
     e_ptr,  # [N, C], out
     masses_ptr,  # [N, J] ACC, out

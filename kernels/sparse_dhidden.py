@@ -21,20 +21,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo.kernels.logits_tile import Config, Configs, default_config, interpreted
+from fastdpo.kernels.logits_tile import FALLBACK, SMALL, Config, Configs, default_config, interpreted, loads_vectors
 from fastdpo.kernels.row_lists import TILE
 
 PROGRAMS = 4  # per multiprocessor: a program waits for its gathers, others work meanwhile
 
 # tests/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
-    ((8, 0), 2): Config(64, TILE, 128, 4, 2),
-    ((9, 0), 2): Config(64, TILE, 128, 4, 2),
-    ((10, 0), 2): Config(64, TILE, 128, 4, 2),
+    ((8, 0), 2): Config(64, TILE, 64, 4, 2),
+    ((9, 0), 2): Config(64, TILE, 64, 4, 2),
+    ((10, 0), 2): Config(64, TILE, 64, 4, 2),
 }
 
 
-@triton.jit(do_not_specialize=["N", "V", "R"])  # they change from batch to batch: one compilation
+def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
+    """Choose the table, and what serves where it has no entry."""
+    return (CONFIGS, FALLBACK) if vectors else ({}, SMALL | {4: Config(32, TILE, 16, 8, 2)})
+
+
+@triton.jit(do_not_specialize=["N", "R"])  # they change from batch to batch; V a multiple of 16 moves in vectors
 def _sparse_dhidden_kernel(
     dhidden_ptr,  # [N, D] ACC, in and out
     dlogits_ptr,  # [N, V]
@@ -108,7 +113,8 @@ def sparse_dhidden(
     """
     (N, V), D = dlogits.shape, weight.shape[1]
     kernel = _sparse_dhidden_kernel
-    config = config or default_config(dlogits, CONFIGS)._replace(BLOCK_V=TILE)
+    vectors = all(map(loads_vectors, (dhidden, dlogits, weight)))
+    config = config or default_config(dlogits, *default_configs(vectors))._replace(BLOCK_V=TILE)
     assert rows.shape == (triton.cdiv(V, config.BLOCK_V), N)
     slices = triton.cdiv(D, config.BLOCK_D)
     if ranges is None:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.logits_tile import (
+    FALLBACK,
+    SMALL,
     Config,
     Configs,
     add_low_rank,
@@ -21,20 +23,30 @@ from fastdpo.kernels.logits_tile import (
     default_config,
     fold_transform,
     interpreted,
+    loads_vectors,
     raw_logits_tile,
     tanh_and_slope,
 )
 from fastdpo.kernels.row_lists import TILE
 
-# tests/test_aot.py compiles these: no spilled register, with and without bias and soft-cap
+# tests/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, TILE, 64, 8, 3),
     ((9, 0), 2): Config(128, TILE, 64, 8, 3),
     ((10, 0), 2): Config(128, TILE, 64, 8, 3),
 }
+# A soft-cap keeps a second tile alive, the slopes
+SOFTCAP_CONFIGS: Configs = {capability: Config(64, TILE, 64, 8, 3) for capability in CONFIGS}
 
 
-@triton.jit(do_not_specialize=["N", "V"])  # they change from batch to batch: one compilation
+def default_configs(vectors: bool, has_softcap: bool) -> tuple[Configs, dict[int, Config]]:
+    """Choose the table, and what serves where it has no entry."""
+    if has_softcap:
+        return SOFTCAP_CONFIGS if vectors else {}, SMALL
+    return (CONFIGS, FALLBACK | {4: SMALL[4]}) if vectors else ({}, SMALL)
+
+
+@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; V a multiple of 16 moves in vectors
 def _sparse_dlogits_kernel(
     dlogits_ptr,  # [N, V], out
     rows_ptr,  # [J, N] int32
@@ -146,7 +158,9 @@ def sparse_dlogits(
     """
     (N, D), V = hidden.shape, weight.shape[0]
     kernel = _sparse_dlogits_kernel
-    config = config or default_config(hidden, CONFIGS)._replace(BLOCK_V=TILE)
+    vectors = loads_vectors(hidden) and loads_vectors(weight)
+    configs = default_configs(vectors, softcap is not None)
+    config = config or default_config(hidden, *configs)._replace(BLOCK_V=TILE)
     tiles = triton.cdiv(V, config.BLOCK_V)
     assert rows.shape == (tiles, N)
     scale, cap = fold_transform(logit_scale, softcap, temperature)

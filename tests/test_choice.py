@@ -92,9 +92,7 @@ def test_a_candidate_that_no_longer_exists_is_no_verdict(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1, 2]"])
-def test_a_broken_file_is_named_and_measured_again(
-    content: str, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_file_is_named_and_measured_again(content: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_text(content)
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         assert call() == "triton"

@@ -238,6 +238,7 @@ def test_tma_is_for_16_byte_rows(device: torch.device) -> None:
     assert aligned(x[3:, 8:24])
     for misfit in (
         x[:, 1:],
+        x[:, 4:],
         x.T,
         x[:1].expand(8, 32),
         x[:, :0],

@@ -290,8 +290,11 @@ def test_rows_without_upstream_gradient_have_none(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
-def test_computes_only_the_gradients_asked_for(needs: tuple[bool, bool, bool], device: torch.device) -> None:
-    inputs = make_inputs(9, 8, 50, torch.float32, device, bias=True)
+def test_computes_only_the_gradients_asked_for(
+    needs: tuple[bool, bool, bool], device: torch.device, set_tile: Any
+) -> None:
+    set_tile(4, 64)
+    inputs = make_inputs(9, 8, 203, torch.float32, device, bias=True)
     dlogps = torch.randn(9, device=device)
     every = ours(inputs, PLAIN, dlogps)
     leaves = [inputs.hidden, inputs.weight, inputs.bias]

@@ -23,17 +23,19 @@ def main(out: Path) -> None:
     inputs = torch.load(out / "inputs.pt")
     results = {}
     for name, options in inputs.pop("cases").items():
-        dtype = options.pop("dtype")
+        dtype, trained = options.pop("dtype"), not options.pop("frozen", False)
         hidden, hidden2 = (inputs[k].to(dtype).requires_grad_() for k in ("hidden", "hidden2"))
         weight, bias, weight2 = (
-            inputs[k][start:stop].to(dtype).requires_grad_() for k in ("weight", "bias", "weight2")
+            inputs[k][start:stop].to(dtype).requires_grad_(trained) for k in ("weight", "bias", "weight2")
         )
         logps = linear_logprobs(
             hidden, weight, inputs["targets"], bias, low_rank=(hidden2, weight2), shard=(dist.group.WORLD, start, V),
             **options,
         )  # fmt: skip
         leaves = [hidden, weight, bias, hidden2, weight2]
-        results[name] = [logps.detach(), *torch.autograd.grad(logps, leaves, inputs["dlogps"].to(logps.dtype))]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(logps, wanted, inputs["dlogps"].to(logps.dtype)))
+        results[name] = [logps.detach(), *(next(grads) if leaf.requires_grad else None for leaf in leaves)]
     try:
         linear_logprobs(hidden, weight, inputs["targets"] + V, shard=(dist.group.WORLD, start, V))
     except ValueError as error:

@@ -26,7 +26,7 @@ from fastdpo.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 TOLERANCE = {"auto": 2.0**-8, "sparse": 2.0**-7}
 """Largest mass that a row may skip, by `backward`. docs/sparse_backward.md has the errors and densities."""
 LARGEST, STEPS = 6, 5
-"""Thresholds are 2^-6 to 2^-37, found in 5 bisections of the exponent."""
+"""Thresholds are 2^-7 to 2^-38, found in 5 bisections of the exponent."""
 DENSE = 0.4
 """Density from which computing all cells with large matmuls is cheaper."""
 
