@@ -1,0 +1,291 @@
+"""What a sparse backward costs in accuracy: the study behind docs/sparse_backward.md, its tables and its figures.
+
+    python -m benchmarks.sparse_study            # a few minutes on 2 cores, no GPU; rewrites docs/sparse_backward*
+
+Truth is float64 on the same rounded inputs. A sweep isolates what skipping cells does: with E the difference of the
+sparse and the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. What
+fastdpo computes, rounding included, is measured beside it, and what that does to a training run. Rows skip their
+smallest cells up to a total mass, as `fastdpo.impl.sparsity` has it.
+
+Shapes: N rows, D hidden size, V vocabulary, T columns of a tile, J = V / T tiles.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import small_lm
+from benchmarks.harness import provenance
+from benchmarks.sparse_report import draw, fill
+from fastdpo import linear_logprobs
+from fastdpo.impl import sparsity
+from fastdpo.impl import torch as torch_impl
+from fastdpo.op import density_key
+from tests.rows import KINDS, Exact, Rows, error, exact, make_rows
+
+DOCS = Path(__file__).parent.parent / "docs"
+Table = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is computed."""
+
+    N: int = 128
+    D: int = 256
+    V: int = 32768
+    lm_V: int = 4096
+    lm_D: int = 128
+    lm_layers: int = 2
+    lm_steps: int = 300
+    characters: int = 300_000
+    """Of each package's docstrings."""
+    exponents: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 9, 10)
+    """Of the mass that a row may skip: 2^-3 and so on."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4)
+    steps: int = 30
+
+
+SMOKE = Sizes(
+    N=24, D=32, V=1024, lm_V=512, lm_D=32, lm_layers=1, lm_steps=3, characters=60_000,
+    exponents=(6, 7), seeds=(1, 2), steps=2,
+)  # fmt: skip
+LM = ("LM, held out", "LM, seen")
+SMALL = 4
+"""Columns of a small tile, for the LM: of V = 4096 they make the 1024 cells that V = 65536 has with tiles of 64."""
+TILES = dict.fromkeys(LM, (SMALL, 64, 128))
+"""Tiles studied, where they are not 64 and 128."""
+
+
+class Cells(NamedTuple):
+    """Masses `[N, J]` of the cells of a tile size, and which of them are computed."""
+
+    mass: Tensor
+    active: Tensor
+
+
+def probabilities(rows: Rows) -> Tensor:
+    return torch.softmax(rows.hidden.double() @ rows.weight.double().T, -1)
+
+
+def cells(rows: Rows, probs: Tensor, T: int, tolerance: float) -> Cells:
+    """Let `sparsity.select` choose the cells."""
+    index = rows.targets[:, None]
+    mass = probs.scatter(1, index, 0.0).unflatten(1, (-1, T)).sum(2)
+    selection = sparsity.select(mass, torch.ones(len(mass)), tolerance)
+    return Cells(mass, (mass > selection.threshold[:, None]).scatter_(1, index // T, True))
+
+
+def skip(rows: Rows, probs: Tensor, chosen: Cells, *, conserve: bool) -> Tensor:
+    """Sparse less exact gradient of the logits, `[N, V]` float32."""
+    T = probs.shape[1] // chosen.mass.shape[1]
+    lost = probs.unflatten(1, (-1, T))
+    if conserve:
+        lost = lost - chosen.mass.unsqueeze(2) / T
+    lost = lost.masked_fill(chosen.active.unsqueeze(2), 0).flatten(1)
+    difference: Tensor = (lost * rows.dlogps.double()[:, None]).float()
+    return difference
+
+
+def distances(weight: Tensor, T: int) -> Tensor:
+    """Distance `[V / T, T]` of each embedding from the mean of its tile."""
+    tiles = weight.unflatten(0, (-1, T))
+    away: Tensor = (tiles - tiles.mean(1, keepdim=True)).norm(dim=2)
+    return away
+
+
+def predictions(rows: Rows, chosen: Cells, difference: Tensor) -> dict[str, dict[str, float]]:
+    """Compare the error of dhidden with what three bounds say: in all, and in the row where it is worst.
+
+    With r the distances from a tile's mean: sum of mass * max r holds whatever the directions. The root of the sum of
+    squares of mass * max r holds if cells err in directions that are orthogonal, the residual, the root of the sum of
+    squares of what each logit's gradient loses, times r, if tokens do.
+    """
+    J = chosen.mass.shape[1]
+    r = distances(rows.weight.float(), difference.shape[1] // J)
+    spread = chosen.mass.masked_fill(chosen.active, 0).float() * r.amax(1) * rows.dlogps.abs()[:, None]
+    bounds = {
+        "sum": spread.sum(1), "squares": spread.norm(dim=1), "residual": (difference * r.flatten()).norm(dim=1),
+    }  # fmt: skip
+    found = (difference @ rows.weight.float()).norm(dim=1)
+    return {
+        name: {
+            "all": float(found.norm() / bound.norm()) if bound.any() else 0.0,
+            "worst": float((found / bound.clamp(min=1e-30)).max()),
+        }
+        for name, bound in bounds.items()
+    }
+
+
+def sweep(kind: str, rows: Rows, true: Exact, exponents: tuple[int, ...]) -> Table:
+    """Errors and density for every tile and tolerance, the mass of skipped cells conserved and dropped."""
+    hidden, weight = rows.hidden.float(), rows.weight.float()
+    probs = probabilities(rows)
+    rare = torch.ones(weight.shape[0], dtype=torch.bool)
+    rare[rows.targets] = False
+    table: Table = []
+    for T in TILES.get(kind, (64, 128)):
+        for exponent in exponents:
+            chosen = cells(rows, probs, T, 2.0**-exponent)
+            row: dict[str, Any] = {
+                "kind": kind, "tile": T, "exponent": exponent, "density": float(chosen.active.double().mean()),
+            }  # fmt: skip
+            for scheme in ("dropped", "conserved"):
+                difference = skip(rows, probs, chosen, conserve=scheme == "conserved")
+                dhidden, dweight = difference @ weight, difference.T @ hidden
+                ours, theirs = (true.dweight.float() + dweight)[rare], true.dweight.float()[rare]
+                cosine = F.cosine_similarity(ours, theirs)
+                row[scheme] = {
+                    "dhidden": float(dhidden.norm() / true.dhidden.norm()),
+                    "dweight": float(dweight.norm() / true.dweight.norm()),
+                    "rare_cosine": float(cosine.median()),
+                    "rare_cosine_5": float(cosine.quantile(0.05)),
+                    "rare_norm": float((ours.norm(dim=1) / theirs.norm(dim=1)).median()),
+                }
+            table.append(row | {"predicted": predictions(rows, chosen, difference)})
+    return table
+
+
+@contextmanager
+def setting(T: int, dense: float) -> Iterator[None]:
+    """Let fastdpo's cells have T columns, and let it compute all of them above a density."""
+    saved = torch_impl.CELL, sparsity.DENSE
+    torch_impl.CELL, sparsity.DENSE = T, dense
+    sparsity._densities.clear()
+    sparsity._calls.clear()
+    try:
+        yield
+    finally:
+        torch_impl.CELL, sparsity.DENSE = saved
+
+
+def grads(rows: Rows, backward: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden, weight = (t.to(dtype).detach().requires_grad_() for t in (rows.hidden, rows.weight))
+    logps = linear_logprobs(hidden, weight, rows.targets, impl="torch", backward=backward)
+    return torch.autograd.grad(logps, [hidden, weight], rows.dlogps)
+
+
+def shipped(kind: str, rows: Rows, true: Exact, T: int) -> dict[str, Any]:
+    """Errors of what fastdpo computes, and of the same in PyTorch with bfloat16 logits."""
+    hidden, weight = rows.hidden.detach().requires_grad_(), rows.weight.detach().requires_grad_()
+    logps = F.linear(hidden, weight).float().log_softmax(-1).gather(1, rows.targets[:, None]).squeeze(1)
+    variants = {"bf16 logits": torch.autograd.grad(logps, [hidden, weight], rows.dlogps)}
+    densities = {}
+    for backward in ("exact", "auto", "sparse"):
+        with setting(T, sparsity.DENSE):
+            variants[backward] = grads(rows, backward, torch.bfloat16)
+        if backward != "exact":
+            with setting(T, 1.0):
+                variants[f"{backward}, forced"] = grads(rows, backward, torch.bfloat16)
+                densities[backward] = float(sparsity._densities[density_key(rows.hidden, rows.weight)][-1][0])
+    return {
+        "kind": kind,
+        "tile": T,
+        "nll": float(-true.logps.mean()),
+        "density": densities,
+        "dhidden": {name: error(g[0], true.dhidden) for name, g in variants.items()},
+        "dweight": {name: error(g[1], true.dweight) for name, g in variants.items()},
+    }
+
+
+RUNS: dict[str, Literal["auto", "exact", "sparse"]] = {
+    "exact": "exact", "noise": "exact", "auto": "auto", "sparse": "sparse",
+}  # fmt: skip
+
+
+def training(base: Any, text: small_lm.Text, sizes: Sizes, T: int, noise: float) -> Table:
+    """Train on from `base` with every backward, none of them falling back, the batches of a seed being the same.
+
+    "noise" is exact, and adds noise of a relative size to dhidden.
+    """
+    table: Table = []
+    for seed in sizes.seeds:
+        for name, backward in RUNS.items():
+            with setting(T, 1.0):
+                run = small_lm.train(
+                    copy.deepcopy(base), text, sizes.steps, seed=100 + seed, lr=1e-3, dtype=torch.bfloat16,
+                    backward=backward, noise=noise if name == "noise" else 0.0,
+                )  # fmt: skip
+            table.append({"seed": seed, "backward": name, **run._asdict()})
+            print(f"seed {seed}, {name}: {run.held_out:.5f}, density {mean(run.densities or [1]):.2f}", flush=True)
+    return table
+
+
+def lm_rows(model: Any, tokens: Tensor) -> Rows:
+    """Rows of a batch of text."""
+    with torch.no_grad():
+        hidden, targets = small_lm.rows(model, next(small_lm.batches(tokens, seed=0)))
+    weight = model.lm_head.weight.detach()
+    return Rows(hidden.bfloat16(), weight.bfloat16(), targets, torch.randn(len(targets)))
+
+
+def rounded(value: Any) -> Any:
+    """Keep 6 digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def study(sizes: Sizes) -> dict[str, Any]:
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    text = small_lm.tokenize(sizes.lm_V, sizes.characters)
+    model = small_lm.make_model(sizes.lm_V, sizes.lm_D, sizes.lm_layers)
+    base = small_lm.train(model, text, sizes.lm_steps, seed=1, lr=3e-3)
+    print(f"small LM: {base.held_out:.3f} nats per token on held-out text", flush=True)
+
+    swept: Table = []
+    as_shipped: Table = []
+    for kind in (*KINDS, *LM):
+        torch.manual_seed(0)
+        if kind in LM:
+            rows = lm_rows(model, text.held_out if kind == LM[0] else text.train)
+        else:
+            rows = make_rows(kind, sizes.N, sizes.D, sizes.V, torch.bfloat16, device)
+        true = exact(rows)
+        swept += sweep(kind, rows, true, sizes.exponents)
+        as_shipped += [shipped(kind, rows, true, T) for T in TILES.get(kind, (64,)) if T <= 64]
+        print(f"{kind} rows: done", flush=True)
+    noise = next(row["dhidden"]["sparse, forced"] for row in as_shipped if (row["kind"], row["tile"]) == (LM[1], SMALL))
+    return {
+        "provenance": provenance() | {name: version(name) for name in ("numpy", "tokenizers", "transformers")},
+        "sizes": sizes.__dict__,
+        "lm": {"train_tokens": len(text.train), "held_out": base.held_out},
+        "cells": swept,
+        "shipped": as_shipped,
+        "noise": noise,
+        "training": training(model, text, sizes, SMALL, noise),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder for the document, its data and its figures")
+    args = parser.parse_args(argv)
+
+    results = rounded(study(SMOKE if args.smoke else Sizes()))
+    folder = args.out / "sparse_backward"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads((folder / "study.json").read_text())
+    draw(results, folder)
+    document = (DOCS / "sparse_backward.md").read_text()
+    (args.out / "sparse_backward.md").write_text(fill(document, results))
+
+
+if __name__ == "__main__":
+    main()
