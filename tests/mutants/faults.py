@@ -279,7 +279,8 @@ FAULTS: dict[str, list[Fault]] = {  # by file
     "fastdpo/op.py": [
         Fault("shard-start", RANKS, "targets not counted from the shard's first token",
               "return self.targets - self.vocab_start if self.vocab_start else self.targets", "return self.targets"),
-        Fault("kept-for-entropy", BLAS, "what was kept for log-probabilities serves for the entropy",
+        Fault("kept-for-entropy", "tests/test_logprobs.py -k low_rank_and_entropy",
+              "what was kept for log-probabilities serves for the entropy",
               "result = result._replace(kept=Kept())", "result = result._replace()"),
         Fault("rest-reversed", CELLS, "cells chosen by p, not by 1 - p",
               "torch.sigmoid(result.others - result.target)", "torch.sigmoid(result.target - result.others)"),
