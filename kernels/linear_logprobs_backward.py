@@ -39,7 +39,7 @@ from fastdpo.kernels.logits_tile import (
     interpreted,
     loads_vectors,
     raw_logits_tile,
-    tanh_and_slope,
+    store_dlogits_tile,
 )
 
 # tests/test_aot.py compiles these: no spilled register
@@ -95,7 +95,6 @@ def _linear_logprobs_backward_kernel(
     pid_n, pid_v = grouped_program_ids(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_n = offs_n < N
     scale = tl.full((), scale, ACC)
     cap = tl.full((), cap, ACC)
 
@@ -103,32 +102,11 @@ def _linear_logprobs_backward_kernel(
         hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, stride_hn, stride_hd, stride_wv, stride_wd, N, V, D,
         ACC, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    x = scale * add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
-    slope = scale
-    if HAS_SOFTCAP:
-        t, slope = tanh_and_slope(x)
-        x = cap * t
-        slope *= cap * scale
-
-    log_q = x - tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))[:, None]
-    q = tl.exp(log_q)
-    dx = q * tl.load(dothers_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    if dentropy_ptr is not None:
-        dentropy = tl.load(dentropy_ptr + offs_n, mask=mask_n, other=0.0)
-        entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        # The log q of an impossible token is -inf, q log q is 0
-        dx -= dentropy[:, None] * (q * (tl.where(q == 0, 0.0, log_q) + entropy[:, None]))
-    targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-    v_start = pid_v * BLOCK_V
-    # Few tiles hold a target; the others are spared the comparisons
-    if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:
-        dtarget = tl.load(dtarget_ptr + offs_n, mask=mask_n, other=0.0)
-        dx = tl.where(offs_v.to(tl.int64)[None, :] == targets[:, None], dtarget[:, None], dx)
-    dlogits = dx * slope
-
-    # int64: rows * stride_dn may pass 2^31
-    dlogits_ptrs = dlogits_ptr + offs_n.to(tl.int64)[:, None] * stride_dn + offs_v[None, :]
-    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < V)[None, :])
+    z = add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
+    store_dlogits_tile(
+        dlogits_ptr, z, targets_ptr, others_ptr, dtarget_ptr, dothers_ptr, dentropy_ptr, entropy_ptr,
+        offs_n, offs_n < N, pid_v * BLOCK_V, stride_dn, V, scale, cap, HAS_SOFTCAP, BLOCK_V,
+    )  # fmt: skip
 
 
 def linear_logprobs_backward(

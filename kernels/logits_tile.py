@@ -181,3 +181,51 @@ def tanh_and_slope(y):
         series = y * (1 + y2 * (-1 / 3 + y2 * (2 / 15 + y2 * (-17 / 315 + y2 * (62 / 2835)))))
         t = tl.where(y2 < 0.0625, series, t)
     return t, 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit
+def store_dlogits_tile(
+    dlogits_ptr,  # [N, V], out
+    z,  # [BLOCK_N, BLOCK_V], raw logits
+    targets_ptr,  # [N] int64, counted from the first column of the block
+    others_ptr,  # [N] ACC
+    dtarget_ptr,  # [N] ACC
+    dothers_ptr,  # [N] ACC
+    dentropy_ptr,  # [N] ACC, or None
+    entropy_ptr,  # [N] ACC
+    offs_n,  # [BLOCK_N]
+    mask_n,  # [BLOCK_N]
+    v_start,
+    stride_dn,
+    V,
+    scale,
+    cap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dlogits[offs_n, v_start:v_start + BLOCK_V] = gradient of z; the maths is that of `linear_logprobs_backward`."""
+    offs_v = v_start + tl.arange(0, BLOCK_V)
+    x = scale * z
+    slope = scale
+    if HAS_SOFTCAP:
+        t, slope = tanh_and_slope(x)
+        x = cap * t
+        slope *= cap * scale
+    log_q = x - tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))[:, None]
+    q = tl.exp(log_q)
+    dx = q * tl.load(dothers_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    if dentropy_ptr is not None:
+        dentropy = tl.load(dentropy_ptr + offs_n, mask=mask_n, other=0.0)
+        entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+        # The log q of an impossible token is -inf, q log q is 0
+        dx -= dentropy[:, None] * (q * (tl.where(q == 0, 0.0, log_q) + entropy[:, None]))
+    targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
+    # Few tiles hold a target; the others are spared the comparisons
+    if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:
+        dtarget = tl.load(dtarget_ptr + offs_n, mask=mask_n, other=0.0)
+        dx = tl.where(offs_v.to(tl.int64)[None, :] == targets[:, None], dtarget[:, None], dx)
+    dlogits = dx * slope
+
+    # int64: rows * stride_dn may pass 2^31
+    dlogits_ptrs = dlogits_ptr + offs_n.to(tl.int64)[:, None] * stride_dn + offs_v[None, :]
+    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < V)[None, :])

@@ -25,7 +25,7 @@ from fastdpo.kernels.logits_tile import (
     interpreted,
     loads_vectors,
     raw_logits_tile,
-    tanh_and_slope,
+    store_dlogits_tile,
 )
 from fastdpo.kernels.row_lists import TILE
 
@@ -88,8 +88,7 @@ def _sparse_dlogits_kernel(
     offs_i = i_start + tl.arange(0, BLOCK_N)
     mask_n = offs_i < count
     offs_n = tl.load(rows_ptr + tile.to(tl.int64) * N + offs_i, mask=mask_n, other=0)
-    v_start = tile * BLOCK_V
-    offs_v = v_start + tl.arange(0, BLOCK_V)
+    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     scale = tl.full((), scale, ACC)
     cap = tl.full((), cap, ACC)
 
@@ -97,26 +96,11 @@ def _sparse_dlogits_kernel(
         hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, stride_hn, stride_hd, stride_wv, stride_wd, N, V, D,
         ACC, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    x = scale * add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
-    slope = scale
-    if HAS_SOFTCAP:
-        t, slope = tanh_and_slope(x)
-        x = cap * t
-        slope *= cap * scale
-
-    others = tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))
-    dothers = tl.load(dothers_ptr + offs_n, mask=mask_n, other=0.0)
-    dx = dothers[:, None] * tl.exp(x - others[:, None])
-    targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-    # Few cells hold a target; blocks without one are spared the comparisons
-    if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:
-        dtarget = tl.load(dtarget_ptr + offs_n, mask=mask_n, other=0.0)
-        dx = tl.where(offs_v.to(tl.int64)[None, :] == targets[:, None], dtarget[:, None], dx)
-    dlogits = dx * slope
-
-    # int64: rows * stride_dn may pass 2^31
-    dlogits_ptrs = dlogits_ptr + offs_n.to(tl.int64)[:, None] * stride_dn + offs_v[None, :]
-    tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < V)[None, :])
+    z = add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
+    store_dlogits_tile(
+        dlogits_ptr, z, targets_ptr, others_ptr, dtarget_ptr, dothers_ptr, None, None,
+        offs_n, mask_n, tile * BLOCK_V, stride_dn, V, scale, cap, HAS_SOFTCAP, BLOCK_V,
+    )  # fmt: skip
 
 
 def sparse_dlogits(
