@@ -71,6 +71,15 @@ def test_candidates_take_turns_and_the_fastest_wins(cache: Path) -> None:
     assert json.loads(cache.read_text()) == {KEY: "blas"}
 
 
+def test_a_device_that_is_always_a_call_behind_gets_its_verdict(cache: Path) -> None:
+    impls = []
+    for _ in range(2 * choice.ROUNDS + 3):
+        FakeEvent.reached = FakeEvent.now - 1  # in the middle of the last backward
+        impls.append(call())
+    assert impls[-2:] == ["blas"] * 2
+    assert json.loads(cache.read_text()) == {KEY: "blas"}
+
+
 def test_a_verdict_outlives_the_process(cache: Path) -> None:
     cache.write_text(json.dumps({KEY: "blas", "another": "triton"}))
     assert call() == "blas"
