@@ -113,13 +113,8 @@ def test_skipping_is_a_choice_of_the_row(rows: Rows) -> None:
     """Other rows do not matter, nor does their order."""
     order = torch.randperm(N)
     shuffled = Rows(rows.hidden[order], rows.weight, rows.targets[order], rows.dlogps[order])
-    if float((rows.hidden @ rows.weight.T).float().softmax(-1).amax(1).mean()) > 0.1:
-        torch.testing.assert_close(
-            grads(shuffled, "sparse", frozen=True)[0],
-            grads(rows, "sparse", frozen=True)[0][order],
-            rtol=2**-7,
-            atol=1e-4,
-        )
+    ours, theirs = grads(shuffled, "sparse", frozen=True)[0], grads(rows, "sparse", frozen=True)[0][order]
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-4)
 
 
 def test_sparse_is_honoured_in_every_dtype(device: torch.device) -> None:
@@ -128,7 +123,7 @@ def test_sparse_is_honoured_in_every_dtype(device: torch.device) -> None:
         true = exact(rows)
         exact_error = error(grads(rows, "exact")[0], true.dhidden)
         assert exact_error < 1e-3
-        assert error(grads(rows, "auto")[0], true.dhidden) < 1e-3 if dtype.itemsize > 2 else True
+        assert error(grads(rows, "auto")[0], true.dhidden) < (1e-3 if dtype.itemsize > 2 else 5e-3)
         assert exact_error < error(grads(rows, "sparse")[0], true.dhidden) < 1e-2
 
 
@@ -218,10 +213,11 @@ def test_a_device_is_asked_about_the_last_but_one_backward() -> None:
 
     key = (torch.device("cuda:0"), torch.bfloat16, (10, 10))
     events = [Event() for _ in range(3)]
-    history = [(torch.tensor(density), event) for density, event in zip((0.1, 0.9, 0.1), events, strict=True)]
-    sparsity._densities[key] = history[:1]
-    assert not sparsity.expect_dense(key), "nothing is known yet"
-    sparsity._densities[key] = history
+    for density, event in zip((0.1, 0.9, 0.1), events, strict=True):
+        sparsity._note(key, torch.tensor(density), event)
+        assert event is events[2] or not sparsity.expect_dense(key), "nothing is known yet, or that it is sparse"
+    for event in events:
+        event.asked = 0
     assert sparsity.expect_dense(key)
     assert [event.asked for event in events] == [0, 1, 0]
     assert len(sparsity._densities[key]) == 2
