@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo import eager, op
 from fastdpo.eager import Stats
 from fastdpo.impl import torch as impl
-from fastdpo.impl.interface import Head
+from fastdpo.impl.interface import Head, Keep
 from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.accuracy import assert_as_accurate
 
@@ -155,7 +155,9 @@ def test_common_offset(offset: float, dtype: torch.dtype, device: torch.device, 
     """All logits near +100, or all below -80: exp is no float32. At 100 lse is known to 4e-6, and therefore p."""
     set_tile(16, 64)
     hidden, weight, targets, _ = make_inputs(37, 24, 203, dtype, device)
-    check(Inputs(hidden, weight, targets, torch.full((203,), offset, device=device, dtype=dtype)), grad_slack=12.0)
+    bias = torch.full((203,), offset, device=device, dtype=dtype)
+    # at -1000 the log-sum-exp is a multiple of 2^-14: every p of the row is off by up to 3e-5, and all alike
+    check(Inputs(hidden, weight, targets, bias), grad_slack=12.0 if offset == -1000 else 8.0)
 
 
 def test_a_tile_far_above_the_ones_before(device: torch.device, set_tile: Any) -> None:
@@ -361,6 +363,20 @@ def test_tiles_stay_within_the_workspace(mib: int, dtype: torch.dtype, device: t
     assert size * (3 * rows * cols + rows * D + 2 * cols * D) <= mib * 2**20
     assert rows >= 256
     assert cols >= (64 if dtype == torch.float64 and mib == 128 else 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shares", [True, False], ids=["sparse", "dense"])
+def test_what_is_kept_stays_within_the_workspace(shares: bool, dtype: torch.dtype) -> None:
+    """Probabilities fill what a tile and the shares leave, in whole columns of tiles."""
+    N, D, V, workspace = 4096, 1024, 128256, 256 * 2**20
+    hidden, weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, V))
+    head = Head(weight)
+    kept = impl.kept_like(hidden, head, Keep(shares=shares, probs=True), workspace)
+    rows, cols = impl._tile_shape(hidden, head, workspace)
+    taken = sum(t.nbytes for t in (kept.shares, kept.probs) if t is not None)
+    taken += impl._tile_bytes(rows, cols, head, torch.float32)
+    assert workspace - 2 * N * cols * dtype.itemsize < taken <= workspace  # the last tile is smaller
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

@@ -64,14 +64,16 @@ def kept_like(hidden: Tensor, head: Head, keep: Keep, workspace: int) -> Kept:
     N, V, width = hidden.shape[0], head.weight.shape[0], _width(head)
     stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
     rows, cols = _tile_shape(hidden, head, workspace)
-    blocks = 0  # of probs, as many as fit beside a tile
+    shares = hidden.new_empty(N, -(-V // CELL), dtype=stored) if keep.shares else None
+    blocks = 0  # of probs, as many as fit beside a tile and the shares
     if keep.probs and head.transform.softcap is None:
         left = workspace - _tile_bytes(rows, cols, head, result_dtype(hidden))
+        left -= 0 if shares is None else shares.nbytes
         blocks = min(-(-V // cols), max(0, left) // (stored.itemsize * cols * max(N, 1)))
     columns = max(0, V - (-(-V // cols) - blocks) * cols)
     return Kept(
         expected=hidden.new_zeros(N, width, dtype=result_dtype(hidden)) if keep.expected else None,
-        shares=hidden.new_empty(N, -(-V // CELL), dtype=stored) if keep.shares else None,
+        shares=shares,
         probs=hidden.new_empty(N, columns, dtype=stored) if columns else None,
         factors=hidden.new_empty(N, blocks, dtype=result_dtype(hidden)) if columns else None,
     )
