@@ -148,9 +148,9 @@ def _compute(
 ) -> tuple[Tensor, Stats | None]:
     """Check, compute, and put the target and the other tokens together."""
     hidden2, weight2 = low_rank or (None, None)
-    if accumulate and (not weight.is_leaf or torch.compiler.is_compiling()):
-        raise ValueError("weight must be a leaf with accumulate_grad, and the call not compiled")
     hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
+    if accumulate and (not weight.is_leaf or torch.compiler.is_compiling()):
+        raise ValueError("weight must be a leaf with accumulate_grad, not cast by autocast, and the call not compiled")
     _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
     transform = _check_options(transform, impl, backward, workspace)
     if impl == "eager":

@@ -331,6 +331,9 @@ def test_gradient_of_weight_goes_to_where_it_is_summed(impl: Any, backward: Any,
 def test_only_a_leaf_has_a_gradient_to_add_to(head: Head) -> None:
     with pytest.raises(ValueError, match="weight must be a leaf with accumulate_grad"):
         linear_logprobs(head.hidden, 2 * head.weight, head.targets, accumulate_grad=True)
+    autocast = torch.autocast(head.hidden.device.type, torch.bfloat16)
+    with autocast, pytest.raises(ValueError, match="not cast by autocast"):
+        head(accumulate_grad=True)
 
 
 def test_zero_upstream_gradient_gives_zeros(head: Head) -> None:
