@@ -52,9 +52,10 @@ def test_ranks_compute_what_one_process_does(case: str, ranks: list[dict[str, An
     dtype, frozen = options.pop("dtype"), options.pop("frozen", False)
     leaves = [inputs[k].to(dtype).requires_grad_() for k in ("hidden", "weight", "bias", "hidden2", "weight2")]
     hidden, weight, bias, hidden2, weight2 = leaves
+    options |= {"backward": "exact"}
     logps = linear_logprobs(hidden, weight, inputs["targets"], bias, low_rank=(hidden2, weight2), **options)
     grads = torch.autograd.grad(logps, leaves, inputs["dlogps"].to(logps.dtype))
-    tolerance = {"sparse": 2e-2}.get(case, {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype])
+    tolerance = {"sparse": 1e-2}.get(case, {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-3}[dtype])
     for rank, (theirs, dhidden, dweight, dbias, dhidden2, dweight2) in enumerate(r[case] for r in ranks):
         part = slice(*bounds(rank, len(ranks)))
         torch.testing.assert_close(theirs, logps.detach(), rtol=min(tolerance, 2e-5), atol=1e-6)
@@ -62,6 +63,7 @@ def test_ranks_compute_what_one_process_does(case: str, ranks: list[dict[str, An
         for actual, true in zip((dhidden, dweight, dbias, dhidden2, dweight2), expected, strict=True):
             assert actual is not None or frozen
             assert actual is None or (actual - true).norm() <= tolerance * true.norm()
+            assert case != "sparse" or (actual - true).norm() > 1e-6 * true.norm(), "no cell was skipped"
         assert torch.equal(dhidden, ranks[0][case][1]), "hidden's gradient differs between ranks"
 
 
