@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
+from fastdpo.loading import disable_dropout, load_policy, wrap_adapter
 from fastdpo.model import TokenScores, patch_forward
 from fastdpo.objectives import DPOOutput, dpo_loss
 from fastdpo.packing import shared_prefix_batch
@@ -74,12 +74,12 @@ class DPOTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         set_seed(args.seed)  # adapters start from random weights
-        model = _load(model, args)
+        model = load_policy(model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        model = _wrap_adapter(model, peft_config, ref_model)
+        model = wrap_adapter(model, peft_config, ref_model)
         ref_model = policies.resolve_reference(model, ref_model)  # before the patch: a copy must not share it
         if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
             logger.warning(
@@ -87,7 +87,7 @@ class DPOTrainer(Trainer):
             )
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
-                _disable_dropout(policy)
+                disable_dropout(policy)
             patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
 
         self._prepare_dataset = functools.partial(
@@ -291,41 +291,6 @@ class DPOTrainer(Trainer):
 def _sequence_logps(logps: Tensor, cu_target: Tensor) -> Tensor:
     """Per-token log-probs [M] to log-probs of responses [R], in float32, without a synchronisation."""
     return torch.segment_reduce(logps, "sum", offsets=cu_target, unsafe=True)
-
-
-def _load(model: Any, args: DPOConfig) -> Any:
-    if not isinstance(model, str):
-        if args.model_init_kwargs:
-            raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
-        return model
-    assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
-    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    return AutoModelForCausalLM.from_pretrained(model, **options)
-
-
-def _wrap_adapter(model: Any, peft_config: Any | None, ref_model: PreTrainedModel | None) -> Any:
-    if policies.is_peft_model(model):
-        if peft_config is not None:
-            raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
-        if ref_model is None:
-            policies.keep_ref_adapter(model)
-        return model
-    if peft_config is None:
-        return model
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    return get_peft_model(model, peft_config)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # attention layers keep theirs as a number
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:

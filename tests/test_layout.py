@@ -19,6 +19,7 @@ FLOORS = [
     {"logprobs", "objectives"},
     {"model", "packing", "attention", "metrics", "report"},
     {"config", "data", "reference"},
+    {"loading"},
     {"trainer"},
     {"cli", "__init__", "__main__"},
 ]
