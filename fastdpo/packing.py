@@ -10,139 +10,286 @@ token of a sequence predicts nothing and is left out:
     position    0  1  2  3  4  5 |  2  3  4
     key path    0  1  2  3  4  5 |  0  1 6 7 8    what a segment's queries may see, causally
 
-Prompt P, chosen C and rejected R tokens with nothing else in common take P + C + R - 1 rows.
+Prompt P, chosen C and rejected R tokens with nothing else in common take P + C + R - 1 rows. That is the layout
+`shared`; the others hold the same sequences:
 
-Shapes: T rows, S segments, K key-path entries, M targets, B examples, R responses (2B for pairs).
+- `tree`: the trunk without its last token is a segment of its own, p0 p1 | p2 c0 c1 c2 | p2 r0 r1, as many rows.
+  Every key path is then a chain of whole segments, which is how layers that carry a state can follow it.
+- `packed`: every response has a copy of its prompt.
+- `padded`: every sequence is a row of its own, filled up at its end; for models that none of the above is exact on.
+
+Shapes: T rows, S segments, K key-path entries, M targets, B examples, R responses, L length of a padded row.
 """
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_RESPONSES = ("chosen_ids", "rejected_ids")
+Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+
+LAYOUTS = ("shared", "tree", "packed", "padded")
+RESPONSE_FIELDS = {
+    "preference": ("chosen_ids", "rejected_ids"),
+    "ranked": ("ranked_ids",),
+    "unpaired": ("completion_ids", "kl_ids"),
+}
+"""The kinds of examples, and where each has its responses."""
+
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "weight": ("finite and at least 0", lambda x: 0 <= x < math.inf),
+    "margin": ("finite", math.isfinite),
+    "beta": ("finite and above 0", lambda x: 0 < x < math.inf),
+}
+_PADDED_MULTIPLE = 8  # enough for tensor cores, and R rows pay for it
 
 
 def shared_prefix_batch(
-    examples: Sequence[Mapping[str, Any]], *, prefix_sharing: bool = True, pad_to_multiple_of: int = 64
+    examples: Sequence[Mapping[str, Any]], *, layout: str = "shared", pad_to_multiple_of: int = 64
 ) -> dict[str, Any]:
-    """Pack preference pairs into one row of tokens, on the CPU.
+    """Pack tokenised examples into one row of tokens, on the CPU.
 
     Prefix sharing: https://arxiv.org/abs/2410.20305, with the trunk extended over a common start of the responses.
 
     Args:
-        examples: one mapping per pair: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ints; completions end
-            with EOS and are already truncated), optionally `pair_index` (int; its position in `examples` if absent)
-            and, in all examples or none, `ref_chosen_logps` and `ref_rejected_logps` (floats, nats).
-        prefix_sharing: False gives every response a copy of its prompt: same results, more rows.
-        pad_to_multiple_of: one unused segment fills T up to a multiple of this.
+        examples: one mapping per example, all of one kind. Lists of ids are not empty, and completions end with EOS
+            and are already truncated.
+
+            - preference: `prompt_ids`, `chosen_ids`, `rejected_ids`.
+            - ranked: `prompt_ids`, `ranked_ids`, a list of at least two lists of ids, best first.
+            - unpaired: `prompt_ids`, `completion_ids`, `label` (bool: desirable) and, in all examples or none,
+              `kl_ids`, a completion that belongs to another prompt.
+
+            Each may have `pair_index` (int; its position in `examples` if absent) and, in all examples or none,
+            `weight` (at least 0), `margin`, `beta` (above 0), `ref_token_logps` (for each response a list of as many
+            floats, nats) or, for a preference, `ref_chosen_logps` and `ref_rejected_logps` (floats, nats).
+        layout: `shared`, `tree`, `packed` or `padded`, as above: same sequences, different rows.
+        pad_to_multiple_of: one unused segment fills T up to a multiple of this; L of a padded batch is a multiple of
+            at most 8.
 
     Returns:
-        A flat dict of CPU tensors and Python ints, so that nothing later has to ask the device:
+        A flat dict of CPU tensors and Python ints, so that nothing later has to ask the device. The rows, unless
+        padded:
 
         - `input_ids`, `position_ids` `[1, T]` int64: tokens, and positions inside each full sequence.
         - `tree_cu_seqlens_q`, `tree_cu_seqlens_k` `[S + 1]` int32: bounds of the segments, and of their key paths.
         - `tree_kv_index` `[K]` int64: the row of each key-path entry. A segment's own rows end its path.
         - `tree_max_seqlen_q`, `tree_max_seqlen_k` int: longest segment and longest key path.
-        - `logit_index`, `target_ids` `[M]` int64: the row that predicts each completion token, and that token.
-          Responses in the order chosen 0..B-1, rejected 0..B-1; rows repeat where responses share tokens.
+
+        The rows of a padded batch: `input_ids`, `position_ids`, `attention_mask` `[R, L]` int64, zero after the end
+        of each sequence. And in every layout:
+
+        - `logit_index`, `target_ids` `[M]` int64: the row that predicts each completion token (of R L rows if
+          padded), and that token. Responses in slots: the first of all examples, then the second of all, and so on;
+          so chosen 0..B-1, rejected 0..B-1. Rows repeat where responses share tokens.
         - `cu_target` `[R + 1]` int64: bounds of each response in M.
-        - `ref_logps` `[R]` float32, where the examples have them.
         - `pair_index` `[B]` int64.
+        - `label` `[B]` bool, of unpaired examples.
+        - `response_index` `[B, most responses]` int64, of ranked examples: where the response of each rank is in R;
+          R where an example has fewer.
+        - `weight`, `margin`, `beta` `[B]`, `ref_logps` `[R]`, `ref_token_logps` `[M]` float32, where the examples
+          have them.
         - `num_tokens` int: tokens of all R full sequences, prompts counted for each; `num_padded_tokens` int: R times
           the longest; `num_packed_tokens` int: rows before the filling.
 
     Raises:
-        ValueError: no examples, a missing or empty field, an id that is not an int or is negative, a reference
-            log-prob that is missing in some examples only or not finite. The message names pair_index and field.
+        ValueError: no examples, an unknown layout, a missing or empty field, an id that is not an int or is negative,
+            a number out of its range or that only some examples have. The message names pair_index and field.
     """
     if not examples:
         raise ValueError("examples must hold at least one pair, got none")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+    kind = kind_of(examples[0])
     pair_index = [_pair_index(example, i) for i, example in enumerate(examples)]
-    pairs = list(zip(pair_index, examples, strict=True))
-    prompts = [_token_ids(example, "prompt_ids", i) for i, example in pairs]
-    responses = [[_token_ids(example, field, i) for field in _RESPONSES] for i, example in pairs]
+    where = [f"pair_index {i}" for i in pair_index]
+    pairs = list(zip(where, examples, strict=True))
+    prompts = [_token_ids(_field(example, "prompt_ids", at), f"{at}: prompt_ids") for at, example in pairs]
+    has_kl = examples[0].get("kl_ids") is not None
+    responses = [_responses(example, kind, at, has_kl) for at, example in pairs]
+    slots = _slots(responses)
 
-    batch = _pack(prompts, responses, prefix_sharing, pad_to_multiple_of)
-    has_ref = examples[0].get(_REF_LOGPS[0]) is not None
-    ref_logps = [[_ref_logps(example, field, i, has_ref) for i, example in pairs] for field in _REF_LOGPS]
-    if has_ref:
-        batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32).flatten()
+    rows = _padded if layout == "padded" else _packed
+    batch = rows(prompts, responses, slots, layout, pad_to_multiple_of)
+    batch |= _targets(prompts, responses, slots)
     batch["pair_index"] = torch.tensor(pair_index)
+    if kind == "unpaired":
+        batch["label"] = torch.tensor([_label(example, at) for at, example in pairs])
+    if kind == "ranked":
+        index = torch.full((len(examples), max(map(len, responses))), len(slots))
+        index[tuple(torch.tensor(slots).T)] = torch.arange(len(slots))
+        batch["response_index"] = index
+    for field in _NUMBERS:
+        if (values := _numbers(pairs, field)) is not None:
+            batch[field] = torch.tensor(values, dtype=torch.float32)
+    if kind == "preference":
+        references = {field: _numbers(pairs, field) for field in _REF_LOGPS}
+        missing = [field for field, values in references.items() if values is None]
+        if len(missing) == 1:
+            raise ValueError(f"{where[0]}: {missing[0]} is missing; give both {' and '.join(_REF_LOGPS)}, or neither")
+        if not missing:
+            batch["ref_logps"] = torch.tensor(list(references.values()), dtype=torch.float32).flatten()
+    if _in_all(pairs, "ref_token_logps"):
+        logps = [_ref_token_logps(example, r, at) for r, (at, example) in zip(responses, pairs, strict=True)]
+        batch["ref_token_logps"] = torch.from_numpy(np.concatenate([logps[i][k] for i, k in slots]))
     return batch
 
 
-def _pack(
-    prompts: list[Tensor], responses: list[list[Tensor]], prefix_sharing: bool, pad_to_multiple_of: int
-) -> dict[str, Any]:
-    """Lay out B prompts with K responses each; fields as in `shared_prefix_batch`, R = B K."""
-    tokens: list[Tensor] = []
-    positions: list[Tensor] = []
-    paths: list[Tensor] = []  # per segment: the rows its queries may see
-    logit_index: list[list[Tensor]] = [[] for _ in responses[0]]  # [K][B]
-    lengths: list[int] = []  # of the full sequences
-    T = 0
-    for prompt, completions in zip(prompts, responses, strict=True):
-        P = prompt.numel()
-        trunk = P + _common_start(completions) if prefix_sharing else 0
-        for k, completion in enumerate(completions):
-            length = P + completion.numel()
-            # the first response holds the trunk; the others begin with a copy of its last token
-            start = trunk - 1 if k and trunk else 0
-            end = T + length - 1 - start
-            path = torch.arange(T, end)
-            if start:
-                path = torch.cat((paths[-k][:start], path))
-            tokens += (prompt[start:], completion[max(start - P, 0) : -1])
-            positions.append(torch.arange(start, length - 1))
-            paths.append(path)
-            logit_index[k].append(path[P - 1 :])
-            lengths.append(length)
-            T = end
-    num_packed_tokens = T
-    if filling := -T % pad_to_multiple_of:
-        tokens.append(torch.zeros(filling, dtype=torch.int64))
-        positions.append(torch.arange(filling))
-        paths.append(torch.arange(T, T + filling))
+def kind_of(example: Mapping[str, Any]) -> str:
+    """The kind of a tokenised example, `preference` where nothing tells another."""
+    others = (kind for kind in ("ranked", "unpaired") if RESPONSE_FIELDS[kind][0] in example)
+    return next(others, "preference")
 
-    targets = [completion for k in zip(*responses, strict=True) for completion in k]
-    seqlens_q, seqlens_k = ([segment.numel() for segment in segments] for segments in (positions, paths))
+
+def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
+    """Rows that a tokenised example takes in a batch; in a padded one, those it takes alone.
+
+    Args:
+        example: as in `shared_prefix_batch`; its ids may be lists or numpy arrays, and are not checked.
+        layout: as in `shared_prefix_batch`.
+    """
+    fields = RESPONSE_FIELDS[kind_of(example)]
+    found = [example[field] for field in fields if example.get(field) is not None]
+    responses = found[0] if fields == RESPONSE_FIELDS["ranked"] else found
+    lengths = [len(example["prompt_ids"]) + len(response) - 1 for response in responses]
+    if layout == "padded":
+        return len(lengths) * max(lengths)
+    shared = 0 if layout == "packed" else _trunk(example["prompt_ids"], responses) - 1
+    return sum(lengths) - (len(lengths) - 1) * shared
+
+
+# Rows
+
+
+def _slots(responses: list[list[Ids]]) -> list[tuple[int, int]]:
+    """`[R]` (example, rank): the order of the responses."""
+    return [(i, k) for k in range(max(map(len, responses))) for i, each in enumerate(responses) if k < len(each)]
+
+
+def _packed(
+    prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
+) -> dict[str, Any]:
+    """The rows of a batch in one row of tokens, and which of them predict the targets."""
+    tokens: list[Ids] = []
+    # per segment: length of the shared start of its path and the first of its rows, likewise for its own
+    segments: tuple[list[int], ...] = ([], [], [], [])
+    shared_len, shared_row, own_len, own_row = segments
+    segment_of: dict[tuple[int, int], int] = {}  # by (example, rank)
+    T = 0
+    for i, (prompt, completions) in enumerate(zip(prompts, responses, strict=True)):
+        P, first_row = len(prompt), T
+        branch = 0 if layout == "packed" else _trunk(prompt, completions) - 1  # where branches begin
+        if layout == "tree" and branch:
+            tokens += (prompt[:branch], completions[0][: max(branch - P, 0)])
+            for column, value in zip(segments, (0, 0, branch, T), strict=True):
+                column.append(value)
+            T += branch
+        for k, completion in enumerate(completions):
+            start = 0 if layout == "shared" and k == 0 else branch
+            length = P + len(completion) - 1 - start
+            tokens += (prompt[start:], completion[max(start - P, 0) : -1])
+            segment_of[i, k] = len(own_row)
+            for column, value in zip(segments, (start, first_row, length, T), strict=True):
+                column.append(value)
+            T += length
+    num_packed_tokens = T
+    if filling := -T % multiple:
+        tokens.append(np.zeros(filling, np.int64))
+        for column, value in zip(segments, (0, 0, filling, T), strict=True):
+            column.append(value)
+
+    starts, lengths = np.array([shared_row, own_row]).T, np.array([shared_len, own_len]).T
+    # a response's targets are predicted from position P - 1 on, first in the shared start, then in its own rows
+    at = [segment_of[slot] for slot in slots]
+    skipped = np.array([len(prompts[i]) - 1 for i, _ in slots])
+    skipped = np.stack((np.minimum(skipped, lengths[at, 0]), np.maximum(skipped - lengths[at, 0], 0)), 1)
     return {
-        "input_ids": torch.cat(tokens)[None],
-        "position_ids": torch.cat(positions)[None],
-        "tree_cu_seqlens_q": _offsets(seqlens_q).int(),
-        "tree_cu_seqlens_k": _offsets(seqlens_k).int(),
-        "tree_kv_index": torch.cat(paths),
-        "tree_max_seqlen_q": max(seqlens_q),
-        "tree_max_seqlen_k": max(seqlens_k),
-        "logit_index": torch.cat([rows for k in logit_index for rows in k]),
-        "target_ids": torch.cat(targets),
-        "cu_target": _offsets([completion.numel() for completion in targets]),
-        "num_tokens": sum(lengths),
-        "num_padded_tokens": len(lengths) * max(lengths),
+        "input_ids": torch.from_numpy(np.concatenate(tokens))[None],
+        "position_ids": torch.from_numpy(_ranges(lengths[:, 0], lengths[:, 1]))[None],
+        "tree_cu_seqlens_q": _offsets(own_len).int(),
+        "tree_cu_seqlens_k": _offsets(lengths.sum(1).tolist()).int(),
+        "tree_kv_index": torch.from_numpy(_ranges(starts.ravel(), lengths.ravel())),
+        "tree_max_seqlen_q": max(own_len),
+        "tree_max_seqlen_k": int(lengths.sum(1).max()),
+        "logit_index": torch.from_numpy(_ranges((starts[at] + skipped).ravel(), (lengths[at] - skipped).ravel())),
         "num_packed_tokens": num_packed_tokens,
     }
 
 
-def _common_start(completions: list[Tensor]) -> int:
-    """Length of the common prefix, short enough to leave every completion a token of its own."""
-    first, n = completions[0], min(completion.numel() for completion in completions) - 1
+def _padded(
+    prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
+) -> dict[str, Any]:
+    """One row for each sequence."""
+    lengths = np.array([len(prompts[i]) + len(responses[i][k]) - 1 for i, k in slots])
+    multiple = min(multiple, _PADDED_MULTIPLE)
+    L = -(-int(lengths.max()) // multiple) * multiple
+    input_ids, place = np.zeros((len(slots), L), np.int64), np.arange(L)
+    for row, (i, k) in zip(input_ids, slots, strict=True):
+        P = len(prompts[i])
+        row[:P] = prompts[i]
+        row[P : P + len(responses[i][k]) - 1] = responses[i][k][:-1]
+    mask = place < lengths[:, None]
+    first = np.array([r * L + len(prompts[i]) - 1 for r, (i, _) in enumerate(slots)])
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        "position_ids": torch.from_numpy(place * mask),
+        "logit_index": torch.from_numpy(_ranges(first, np.array([len(responses[i][k]) for i, k in slots]))),
+        "num_packed_tokens": int(lengths.sum()),
+    }
+
+
+def _targets(prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]]) -> dict[str, Any]:
+    targets = [responses[i][k] for i, k in slots]
+    lengths = [len(prompts[i]) + len(target) for (i, _), target in zip(slots, targets, strict=True)]
+    return {
+        "target_ids": torch.from_numpy(np.concatenate(targets)),
+        "cu_target": _offsets([len(target) for target in targets]),
+        "num_tokens": sum(lengths),
+        "num_padded_tokens": len(lengths) * max(lengths),
+    }
+
+
+def _trunk(prompt: Sequence[int] | Ids, completions: Sequence[Sequence[int] | Ids]) -> int:
+    """Length of the sequences' common prefix; each completion keeps a token of its own. 1 if there is but one."""
+    if len(completions) == 1:
+        return 1  # a branch of its own from the start: nothing is shared
+    first, n = completions[0], min(map(len, completions)) - 1
     for other in completions[1:]:
-        differs = (first[:n] != other[:n]).nonzero()
-        n = int(differs[0]) if differs.numel() else n
-    return n
+        if n and first[0] != other[0]:  # the usual case, without making arrays of lists
+            n = 0
+        differs = np.flatnonzero(np.asarray(first[:n]) != np.asarray(other[:n]))
+        n = int(differs[0]) if len(differs) else n
+    return len(prompt) + n
+
+
+def _ranges(starts: Ids, lengths: Ids) -> Ids:
+    """`[starts[0], starts[0] + 1, ...]` of each length, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    ranges: Ids = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+    return ranges
 
 
 def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor(list(accumulate(lengths, initial=0)))
+
+
+# Fields of the examples, checked
+
+
+def _field(example: Mapping[str, Any], field: str, where: str) -> Any:
+    if field not in example:
+        raise ValueError(f"{where}: {field} is missing; the example has {', '.join(map(repr, example)) or 'nothing'}")
+    return example[field]
 
 
 def _pair_index(example: Mapping[str, Any], position: int) -> int:
@@ -152,30 +299,77 @@ def _pair_index(example: Mapping[str, Any], position: int) -> int:
     return int(index)
 
 
-def _token_ids(example: Mapping[str, Any], field: str, pair_index: int) -> Tensor:
-    where = f"pair_index {pair_index}: {field}"
-    if field not in example:
-        raise ValueError(f"{where} is missing; the example has {', '.join(map(repr, example)) or 'nothing'}")
+def _responses(example: Mapping[str, Any], kind: str, where: str, has_kl: bool) -> list[Ids]:
+    if kind == "ranked":
+        ranked = _field(example, "ranked_ids", where)
+        if not isinstance(ranked, Sequence) or isinstance(ranked, str) or len(ranked) < 2:
+            raise ValueError(f"{where}: ranked_ids must be a list of at least two lists of ids, got {ranked!r:.80}")
+        return [_token_ids(ids, f"{where}: ranked_ids[{k}]") for k, ids in enumerate(ranked)]
+    fields = RESPONSE_FIELDS[kind]
+    if kind == "unpaired":
+        _same_as_first("kl_ids", example.get("kl_ids") is not None, has_kl, where)
+        fields = fields if has_kl else fields[:1]
+    return [_token_ids(_field(example, field, where), f"{where}: {field}") for field in fields]
+
+
+def _token_ids(value: Any, where: str) -> Ids:
     try:
-        ids = array("q", example[field])  # half the time of torch.tensor
+        ids = array("q", value)  # half the time of torch.tensor
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{where} must be a list of ints: {error}") from error
     if not ids:
-        why = "no row could predict the first completion token" if field == "prompt_ids" else "nothing to score"
+        why = "no row could predict the first completion token" if "prompt" in where else "nothing to score"
         raise ValueError(f"{where} must not be empty: {why}")
-    tensor = torch.frombuffer(ids, dtype=torch.int64)
-    if (lowest := int(tensor.min())) < 0:
+    result = np.frombuffer(ids, np.int64)
+    if (lowest := int(result.min())) < 0:
         raise ValueError(f"{where} must not be negative, got {lowest}")
-    return tensor
+    return result
 
 
-def _ref_logps(example: Mapping[str, Any], field: str, pair_index: int, has_ref: bool) -> float | None:
-    logps: float | None = example.get(field)
-    if (logps is not None) != has_ref:
+def _label(example: Mapping[str, Any], where: str) -> bool:
+    label = _field(example, "label", where)
+    if not isinstance(label, (bool, np.bool_)):
+        raise ValueError(f"{where}: label must be True (desirable) or False, got {label!r}")
+    return bool(label)
+
+
+def _in_all(pairs: list[tuple[str, Mapping[str, Any]]], field: str) -> bool:
+    given = pairs[0][1].get(field) is not None
+    for where, example in pairs:
+        _same_as_first(field, example.get(field) is not None, given, where)
+    return given
+
+
+def _same_as_first(field: str, given: bool, first: bool, where: str) -> None:
+    if given != first:
         raise ValueError(
-            f"pair_index {pair_index}: {field} is {'missing' if has_ref else 'given'}, but the first example "
-            f"{'has' if has_ref else 'lacks'} {_REF_LOGPS[0]}; give both reference log-probs in all examples, or none"
+            f"{where}: {field} is {'given' if given else 'missing'}, but the first example "
+            f"{'has' if first else 'lacks'} it; give it in all examples, or none"
         )
-    if logps is not None and not math.isfinite(logps):
-        raise ValueError(f"pair_index {pair_index}: {field} must be finite, got {logps}")
+
+
+def _numbers(pairs: list[tuple[str, Mapping[str, Any]]], field: str) -> list[float] | None:
+    """The examples' values of an optional field."""
+    if not _in_all(pairs, field):
+        return None
+    wanted, allowed = _NUMBERS.get(field, _NUMBERS["margin"])
+    for where, example in pairs:
+        value = example[field]
+        if isinstance(value, bool) or not isinstance(value, Real) or not allowed(float(value)):
+            raise ValueError(f"{where}: {field} must be {wanted}, got {value!r}")
+    return [float(example[field]) for _, example in pairs]
+
+
+def _ref_token_logps(example: Mapping[str, Any], responses: list[Ids], where: str) -> list[np.ndarray[Any, Any]]:
+    """One array of float32 for each response."""
+    lists = example["ref_token_logps"]
+    lengths = [len(ids) for ids in responses]
+    try:
+        logps = [np.frombuffer(array("f", each), np.float32) if len(each) else np.zeros(0) for each in lists]
+    except TypeError as error:
+        raise ValueError(f"{where}: ref_token_logps must be a list of floats for each response: {error}") from error
+    if (found := [len(each) for each in logps]) != lengths:
+        raise ValueError(f"{where}: ref_token_logps has lists of {found} values, but the responses {lengths} tokens")
+    if not all(np.isfinite(each).all() for each in logps):
+        raise ValueError(f"{where}: ref_token_logps must be finite")
     return logps

@@ -107,7 +107,8 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or functools.partial(shared_prefix_batch, prefix_sharing=args.prefix_sharing),
+            data_collator=data_collator
+            or functools.partial(shared_prefix_batch, layout="shared" if args.prefix_sharing else "packed"),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
