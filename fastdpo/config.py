@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 from fastdpo.logprobs import BACKWARDS, IMPLS
-from fastdpo.objectives import check_objective
+from fastdpo.settings import ObjectiveSettings
 
 ON_BAD_ROW = ("error", "drop")
 
@@ -96,7 +96,7 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if len(self.loss_type) != 1:
             raise ValueError(f"loss_type must name one objective, got {self.loss_type}")
-        check_objective(self.loss_type[0], self.beta, self.label_smoothing)
+        ObjectiveSettings((self.loss_type[0],), beta=self.beta, label_smoothing=self.label_smoothing)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
         for name, allowed in (

@@ -22,8 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
 from fastdpo.loading import disable_dropout, load_policy, wrap_adapter
+from fastdpo.loss import DPOOutput, dpo_loss
 from fastdpo.model import TokenScores, patch_forward
-from fastdpo.objectives import DPOOutput, dpo_loss
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
 

@@ -17,6 +17,8 @@ FLOORS = [
     {"choice", "vocab_parallel"},
     {"op"},
     {"logprobs", "objectives"},
+    {"settings", "step"},
+    {"loss"},
     {"model", "packing", "attention", "metrics", "report"},
     {"config", "data", "reference"},
     {"loading"},

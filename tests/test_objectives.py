@@ -82,7 +82,7 @@ def test_rewards_are_detached(logps: Tensor) -> None:
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 0.5\), got -0.1"),
         ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown: did you mean 'sigmoid'"),
-        ({"loss_type": "zzz"}, r"loss_type 'zzz' is unknown: choose from \['sigmoid'\]"),
+        ({"loss_type": "zzz"}, "loss_type 'zzz' is unknown: choose from 'sigmoid', 'hinge'"),
     ],
     ids=lambda value: str(value)[:30],
 )
