@@ -31,7 +31,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 _INPUTS = ("input_ids", "position_ids", "logit_index", "target_ids", *attention.METADATA)
 _NOT_FOR_THE_MODEL = (
-    *("cu_target", "ref_logps", "pair_index"),
+    *("cu_target", "ref_logps", "ref_token_logps", "pair_index", "response_index"),
+    *("weight", "margin", "beta", "label"),
     *("num_tokens", "num_padded_tokens", "num_packed_tokens"),
 )
 
