@@ -18,7 +18,7 @@ FLOORS = [
     {"op"},
     {"logprobs", "objectives"},
     {"model", "packing", "attention", "metrics", "report"},
-    {"config", "data", "reference"},
+    {"config", "data", "reference", "sampler"},
     {"trainer"},
     {"cli", "__init__", "__main__"},
 ]
