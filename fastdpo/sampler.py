@@ -76,11 +76,6 @@ class BudgetSampler(Sampler[list[int]]):
         most = max(len(self._fill(plan)) for plan in range(self._plans))
         self._length = -(-most // world_size)
 
-    @property
-    def sampler(self) -> "BudgetSampler":
-        """Itself: where accelerate looks for `set_epoch` once it has wrapped this to skip batches."""
-        return self
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration is of."""
         self._epoch = epoch
