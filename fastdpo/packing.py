@@ -151,7 +151,7 @@ def kind_of(example: Mapping[str, Any]) -> str:
 
 
 def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
-    """Rows that a tokenised example takes in a batch; in a padded one, those it takes alone.
+    """Rows that a tokenised example takes in a batch; in a padded one, those it takes with no other.
 
     Args:
         example: as in `shared_prefix_batch`; its ids may be lists or numpy arrays, and are not checked.
@@ -162,7 +162,7 @@ def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
     responses = found[0] if fields == RESPONSE_FIELDS["ranked"] else found
     lengths = [len(example["prompt_ids"]) + len(response) - 1 for response in responses]
     if layout == "padded":
-        return len(lengths) * max(lengths)
+        return len(lengths) * _multiple_of(_PADDED_MULTIPLE, max(lengths))
     shared = 0 if layout == "packed" else _trunk(example["prompt_ids"], responses) - 1
     return sum(lengths) - (len(lengths) - 1) * shared
 
@@ -230,8 +230,7 @@ def _padded(
 ) -> dict[str, Any]:
     """One row for each sequence."""
     lengths = np.array([len(prompts[i]) + len(responses[i][k]) - 1 for i, k in slots])
-    multiple = min(multiple, _PADDED_MULTIPLE)
-    L = -(-int(lengths.max()) // multiple) * multiple
+    L = _multiple_of(min(multiple, _PADDED_MULTIPLE), int(lengths.max()))
     input_ids, place = np.zeros((len(slots), L), np.int64), np.arange(L)
     for row, (i, k) in zip(input_ids, slots, strict=True):
         P = len(prompts[i])
@@ -265,8 +264,8 @@ def _trunk(prompt: Sequence[int] | Ids, completions: Sequence[Sequence[int] | Id
         return 1  # a branch of its own from the start: nothing is shared
     first, n = completions[0], min(map(len, completions)) - 1
     for other in completions[1:]:
-        if n and first[0] != other[0]:  # the usual case, without making arrays of lists
-            n = 0
+        if not n or first[0] != other[0]:  # the usual case, without making arrays of lists
+            return len(prompt)
         differs = np.flatnonzero(np.asarray(first[:n]) != np.asarray(other[:n]))
         n = int(differs[0]) if len(differs) else n
     return len(prompt) + n
@@ -277,6 +276,10 @@ def _ranges(starts: Ids, lengths: Ids) -> Ids:
     before = np.cumsum(lengths) - lengths
     ranges: Ids = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
     return ranges
+
+
+def _multiple_of(multiple: int, at_least: int) -> int:
+    return -(-at_least // multiple) * multiple
 
 
 def _offsets(lengths: list[int]) -> Tensor:

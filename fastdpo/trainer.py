@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +28,7 @@ from fastdpo.loss import LossOutput, compute, step_values
 from fastdpo.model import TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
+from fastdpo.sampler import rebatch
 from fastdpo.settings import from_config
 from fastdpo.step import step_context
 
@@ -103,6 +106,7 @@ class DPOTrainer(Trainer):
                 disable_dropout(policy)
             patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
 
+        self._layout = "shared" if args.prefix_sharing else "packed"
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -120,8 +124,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or functools.partial(shared_prefix_batch, layout="shared" if args.prefix_sharing else "packed"),
+            data_collator=data_collator or functools.partial(shared_prefix_batch, layout=self._layout),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -134,6 +137,24 @@ class DPOTrainer(Trainer):
         self._sums = metrics.RunningSums()
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        args = self.args
+        if args.tokens_per_batch is None and not args.longest_first:
+            return loader
+        return rebatch(
+            loader,
+            layout=self._layout,
+            tokens_per_batch=args.tokens_per_batch,
+            batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epochs=math.ceil(args.num_train_epochs),
+            rank=args.process_index,
+            world_size=args.world_size,
+            longest_first=args.longest_first,
+        )
 
     # One step
 

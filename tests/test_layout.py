@@ -20,7 +20,7 @@ FLOORS = [
     {"settings", "step"},
     {"loss"},
     {"model", "packing", "attention", "metrics", "report"},
-    {"config", "data", "reference"},
+    {"config", "data", "reference", "sampler"},
     {"loading"},
     {"trainer"},
     {"cli", "__init__", "__main__"},

@@ -171,9 +171,9 @@ def test_rows_of_an_example_are_those_it_takes(examples, layout):
 
 
 def test_rows_of_a_padded_example_are_those_it_takes_alone():
-    example = pair([1, 2, 3], [4, 5], [6, 7, 8, 9])
-    assert rows_of(example, "padded") == 2 * 6
-    assert shared_prefix_batch([example], layout="padded", pad_to_multiple_of=1)["input_ids"].numel() == 2 * 6
+    example = pair([1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12])
+    assert rows_of(example, "padded") == 2 * 16
+    assert shared_prefix_batch([example], layout="padded")["input_ids"].numel() == 2 * 16
 
 
 def test_the_picture_in_the_docstring():
