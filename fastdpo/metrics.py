@@ -175,8 +175,8 @@ def add_examples(
         sums.add(("rewards/length_correlation",), (moments * kept).sum(1)[None])
     if out.token_loss is not None:  # all examples', so those kept get the share that their weighted log-probs have
         nll = chosen_logps * batch.get("weight", 1.0)
-        share = (nll * kept).sum() / nll.sum()
-        examples["nll_loss"] = (out.token_loss * share / B * torch.ones_like(kept), _sides(batch, lengths)[0] * kept)
+        total = out.token_loss * (nll * kept).sum() / nll.sum()
+        sums.add_ratios({"nll_loss": (total[None], (_sides(batch, lengths)[0] * kept).sum()[None])})
     if out.ref_sequence_logps is not None:
         below = chosen_logps < _sides(batch, out.ref_sequence_logps)[0]
         examples["logps/chosen_below_ref"] = (below * chosen, chosen)

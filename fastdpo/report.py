@@ -5,11 +5,14 @@ Content-Security-Policy forbids the rest.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import logging
+import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,15 @@ def write_report(
         logger.exception("the report could not be written to %s", folder)
         return None
     return page
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that a run's numbers depend on, for `facts`."""
+    found = {"Python": platform.python_version()}
+    for name in ("fastdpo", "torch", "triton", "transformers", "accelerate", "datasets", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _page(title: str, body: Iterable[str]) -> str:
