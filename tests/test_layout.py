@@ -17,7 +17,7 @@ FLOORS = [
     {"choice", "vocab_parallel"},
     {"op"},
     {"logprobs", "objectives"},
-    {"model", "packing", "attention", "metrics", "report"},
+    {"model", "packing", "attention", "metrics", "report", "formats"},
     {"config", "data", "reference", "sampler"},
     {"trainer"},
     {"cli", "__init__", "__main__"},
