@@ -36,7 +36,7 @@ def sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
     loss = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
 
     e = 0: Eq. 7 of Rafailov et al., https://arxiv.org/abs/2305.18290; else Eq. 3 of https://ericmitchell.ai/cdpo.pdf;
-    with a margin Eq. 8 of ODPO, https://arxiv.org/abs/2402.10571.
+    with a margin ODPO, https://arxiv.org/abs/2402.10571.
     """
     losses = -(1 - label_smoothing) * F.logsigmoid(z)
     if label_smoothing:
@@ -45,7 +45,7 @@ def sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def hinge(z: Tensor) -> Tensor:
-    """SLiC's hinge on DPO's margin: loss = max(0, 1 - z); Eq. 7 of RSO, https://arxiv.org/abs/2309.06657."""
+    """SLiC: loss = max(0, 1 - z); Section 2 of https://arxiv.org/abs/2305.10425 with DPO's margin."""
     return F.relu(1 - z)
 
 
@@ -54,7 +54,7 @@ def robust(z: Tensor, label_smoothing: float) -> Tensor:
 
     loss = (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)
 
-    Eq. 11 of https://arxiv.org/abs/2403.00409.
+    Section 3.1 of https://arxiv.org/abs/2403.00409.
     """
     losses = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
     return losses / (1 - 2 * label_smoothing)
@@ -100,7 +100,7 @@ def sigmoid_norm(
 ) -> Tensor:
     """Length-normalised DPO: loss = -log sigmoid(beta (s_w / n_w - s_l / n_l)) with scores s and lengths n.
 
-    Section 5.1.2 of Tulu 3, https://arxiv.org/abs/2411.15124.
+    As Tulu 3 trains, https://arxiv.org/abs/2411.15124.
     """
     return -F.logsigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths))
 
@@ -113,7 +113,7 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
     loss = -log sigmoid(beta c) - log sigmoid(-beta c) / 2 - log sigmoid(-beta r) / 2, with log-ratios c and r
 
-    Algorithm 1 of https://arxiv.org/abs/2402.05369.
+    Section 4.1 of https://arxiv.org/abs/2402.05369.
     """
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
     return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
@@ -122,7 +122,7 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
     """Binary classifier optimization: loss = -log sigmoid(beta c) - log sigmoid(-beta r), with log-ratios c and r.
 
-    Eq. 6 of https://arxiv.org/abs/2404.04656, without the reward shift of its Eq. 9, as in TRL 1.16.
+    Section 4 of https://arxiv.org/abs/2404.04656, without its reward shift, as in TRL 1.16.
     """
     return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
 
@@ -166,7 +166,7 @@ def aot(
     loss = sigmoid's at beta (m - m_ref), with margins m = log pi(y_w) - log pi(y_l) and m_ref the reference's margin
     of the same rank in the optimizer step.
 
-    Eq. 7 of https://arxiv.org/abs/2406.05882 with the logistic loss.
+    Section 3 of https://arxiv.org/abs/2406.05882 with the logistic loss.
     """
     return sigmoid(beta * (chosen_logps - rejected_logps - matched_ref_margins), label_smoothing)
 
@@ -183,9 +183,9 @@ def aot_unpaired(
 
     loss = sigmoid's at beta (c - r), with log-ratios c and r of the same rank in the optimizer step
 
-    Eq. 8 of https://arxiv.org/abs/2406.05882 with the logistic loss. Here each pair counts the loss of its own chosen
-    response, against a constant, and of its own rejected response, against a constant: together the gradient of all
-    losses; minus half of their value, for each loss is counted twice.
+    Section 3 of https://arxiv.org/abs/2406.05882 with the logistic loss. Here each pair counts the loss of its own
+    chosen response, against a constant, and that of its own rejected response, against a constant: together they have
+    the gradient of all losses. Half of their value is taken off, for each loss is counted twice.
     """
     of_chosen = sigmoid(beta * (chosen_logratios - matched_rejected), label_smoothing)
     of_rejected = sigmoid(beta * (matched_chosen - rejected_logratios), label_smoothing)
@@ -215,7 +215,7 @@ def simpo(
 ) -> Tensor:
     """SimPO: loss = sigmoid's at beta (log pi(y_w) / n_w - log pi(y_l) / n_l) - gamma, with lengths n.
 
-    Eq. 6 of https://arxiv.org/abs/2405.14734, which recommends beta from 2 to 10 and gamma from beta / 5 to beta / 2.
+    Eq. 6 of https://arxiv.org/abs/2405.14734, which takes beta from 2 to 10 and gamma from beta / 5 to beta / 2.
     For CPO-SimPO add `sft` to the sum.
     """
     return sigmoid(
@@ -226,7 +226,7 @@ def simpo(
 def cpo(chosen_logps: Tensor, rejected_logps: Tensor, beta: Beta, label_smoothing: float) -> Tensor:
     """CPO: loss = sigmoid's at beta (log pi(y_w) - log pi(y_l)), plus cpo_alpha times `sft`.
 
-    Eq. 3 and 5 of https://arxiv.org/abs/2401.08417; the likelihood averaged over tokens, as in TRL.
+    Eq. 3 of https://arxiv.org/abs/2401.08417 with its likelihood term, averaged over tokens as in TRL.
     """
     return sigmoid(beta * (chosen_logps - rejected_logps), label_smoothing)
 
@@ -236,7 +236,7 @@ def orpo(
 ) -> Tensor:
     """ORPO: loss = -beta log sigmoid(log (odds(p_w) / odds(p_l))), plus `sft`; odds(p) = p / (1 - p).
 
-    Eq. 4, 6 and 7 of https://arxiv.org/abs/2403.07691, beta being its lambda and p the geometric mean of the tokens'
+    Eq. 4 to 7 of https://arxiv.org/abs/2403.07691, beta being its lambda and p the geometric mean of the tokens'
     probabilities. p stays an ulp below 1, where the odds end.
     """
 
@@ -255,7 +255,7 @@ def plackett_luce(ranked_logratios: Tensor, ranked_mask: Tensor, beta: Beta) -> 
 
     loss = -sum_k log (exp(beta c_k) / sum_{j >= k} exp(beta c_j)), with the log-ratio c_k of the response ranked k
 
-    Eq. 20 of Appendix A.3 of https://arxiv.org/abs/2305.18290; K = 2 is `sigmoid`. Where the mask `[B, K]` is False a
+    Appendix A.3 of https://arxiv.org/abs/2305.18290; K = 2 is `sigmoid`. Where the mask `[B, K]` is False a
     row has no response.
     """
     K = ranked_logratios.shape[1]

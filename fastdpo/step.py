@@ -14,6 +14,7 @@ gradients: a sorted sum's gradient keeps the order fixed.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,10 +57,9 @@ def step_context(
     table = dict(zip(values[0], rows[:-1], strict=True))
     matched = _contexts(table, rows[-1] > 0)
     own = {name: x if x.ndim == 0 else x[start : start + sum(counts)] for name, x in matched.items()}
-    ends = torch.tensor(counts).cumsum(0).tolist()
     return [
         {name: x if x.ndim == 0 else x[end - n : end] for name, x in own.items()}
-        for n, end in zip(counts, ends, strict=True)
+        for n, end in zip(counts, accumulate(counts), strict=True)
     ]
 
 
