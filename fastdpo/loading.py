@@ -1,6 +1,7 @@
 """What a run starts from: model, tokenizer, datasets, adapter, as a config names them."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.model import Layout, layout_of
+from fastdpo.packing import LAYOUTS
 from fastdpo.reference import policies
 
 logger = logging.getLogger("fastdpo")
@@ -59,6 +62,16 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # attention layers keep theirs as a number
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
+    """The best layout of batches that is exact on all `models`; `prefix_sharing` False: without shared prefixes."""
+    found = [layout_of(model) for model in models]
+    layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
+    if not prefix_sharing and layout in ("shared", "tree"):
+        layout, reason = "packed", "prefix_sharing is off"
+    logger.info("batches of %s are %s: %s", type(models[0]).__name__, layout, reason)
+    return layout
 
 
 def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:

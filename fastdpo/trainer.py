@@ -23,8 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
-from fastdpo.loading import disable_dropout, load_policy, wrap_adapter
-from fastdpo.loss import LossOutput, compute, step_values
+from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
+from fastdpo.loss import compute, step_values
 from fastdpo.model import TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
@@ -106,11 +106,15 @@ class DPOTrainer(Trainer):
                 disable_dropout(policy)
             patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
 
-        self._layout = "shared" if args.prefix_sharing else "packed"
+        self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
             max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            kind=self._settings.kind,
+            with_kl=self._settings.needs_kl,
             vocab_size=model.get_input_embeddings().weight.shape[0],
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
@@ -137,6 +141,7 @@ class DPOTrainer(Trainer):
         self._sums = metrics.RunningSums()
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
+        self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -185,7 +190,10 @@ class DPOTrainer(Trainer):
         if training:
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
-        self._add_metrics(inputs, scores, out)
+        keep = None if training else metrics.distinct_examples(self.accelerator, len(out.losses))
+        metrics.add_examples(self._sums, inputs, out, keep=keep, stats=scores.stats)
+        if training:
+            metrics.add_tokens(self._sums, inputs)
         return (loss, out) if return_outputs else loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
@@ -260,59 +268,27 @@ class DPOTrainer(Trainer):
             return True
         return bool(step % self.state.logging_steps == 0)
 
-    def _add_metrics(self, inputs: dict[str, Any], scores: TokenScores, out: LossOutput) -> None:
-        B, add, logps = len(out.losses), self._sums.add, out.sequence_logps
-        keep = B if self.model.training else self._distinct_pairs(B)
-        chosen_logps, rejected_logps = (side[:keep] for side in logps.chunk(2))
-        losses, chosen_rewards, rejected_rewards = (
-            values[:keep] for values in (out.losses, out.chosen_rewards, out.rejected_rewards)
-        )
-        margins = chosen_rewards - rejected_rewards
-        add("rewards/chosen", chosen_rewards)
-        add("rewards/rejected", rejected_rewards)
-        add("rewards/margins", margins)
-        add("rewards/accuracies", (margins.sign() + 1) / 2)  # a tie counts one half: policy = reference scores 0.5
-        add("logps/chosen", chosen_logps)
-        add("logps/rejected", rejected_logps)
-        if scores.stats is not None:
-            stats, bounds = scores.stats, inputs["cu_target"]
-            token = torch.arange(len(scores.logps), device=bounds.device)
-            chosen = token < bounds[keep]
-            rejected = (token >= bounds[B]) & (token < bounds[B + keep])
-            add("entropy", stats.entropy.where(chosen | rejected, 0.0), (chosen | rejected).sum())
-            add("mean_token_accuracy", stats.is_top1 & chosen, chosen.sum())
-            add("logits/chosen", stats.mean_logits.where(chosen, 0.0), chosen.sum())
-            add("logits/rejected", stats.mean_logits.where(rejected, 0.0), rejected.sum())
-            if stats.density is not None:
-                add("head/density", stats.density)
-        if not self.model.training:
-            add("loss", losses)
-            return
-        tokens, padded, packed = (inputs[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
-        self._sums.add_number("num_tokens", tokens)
-        self._sums.add_number("padding_saved", padded - tokens, padded)
-        self._sums.add_number("prompt_shared", tokens - packed, tokens)
-
-    def _distinct_pairs(self, B: int) -> int:
-        """How many of this evaluation batch's pairs are no repetitions that make the processes' last batches even."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return B
-        before = self.accelerator.process_index * B
-        return int(min(max(state.remainder - before, 0), B))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to the training step's."""
         if "loss" in logs:
-            self._guard.check_now()
-            sums = self._sums.read(self.accelerator)
-            now, tokens = time.perf_counter(), sums.pop("num_tokens").total
-            logs.update({name: entry.total / entry.weight for name, entry in sums.items()})
-            logged = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-            logs["num_tokens"] = next(logged, 0.0) + tokens
-            logs["tokens_per_second"] = tokens / (now - self._clock) if self._clock else 0.0
+            now = time.perf_counter()
+            numbers, histograms = metrics.training_logs(
+                self._sums,
+                self.accelerator,
+                seconds=self._clock and now - self._clock,
+                log_history=self.state.log_history,
+            )
+            self._guard.check_now()  # by now its verdicts have arrived
+            logs.update(numbers)
+            self._keep_histograms(histograms)
             self._clock = now
         super().log(logs, start_time)
+
+    def _keep_histograms(self, histograms: dict[str, metrics.Histogram], prefix: str = "") -> None:
+        """The first and the last of each, for the report."""
+        for name, histogram in histograms.items():
+            kept = self.histograms.setdefault(prefix + name, [])
+            kept[1:] = [(self.state.global_step, histogram)]
 
     # Evaluation
 
@@ -339,8 +315,9 @@ class DPOTrainer(Trainer):
         """Evaluate with sums over pairs, so that a smaller last batch weighs what it holds."""
         training_sums, self._sums = self._sums, metrics.RunningSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        for name, entry in self._sums.read(self.accelerator).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = entry.total / entry.weight
+        numbers, histograms = metrics.results(self._sums.read(self.accelerator))
+        output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
+        self._keep_histograms(histograms, f"{metric_key_prefix}_")
         self._sums, self._clock = training_sums, None
         return output
 
@@ -353,7 +330,7 @@ class DPOTrainer(Trainer):
         return loss, None, None
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*data.COLUMNS, "ref_chosen_logps", "ref_rejected_logps"]
+        self._signature_columns = [*data.COLUMNS]
 
 
 def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:
