@@ -207,7 +207,9 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
 
 
 def _discard(manifest: Path, why: str) -> None:
-    logger.warning("reference cache: %s is damaged: %s. Its entries, and only those, are computed again.", manifest, why)
+    logger.warning(
+        "reference cache: %s is damaged: %s. Its entries, and only those, are computed again.", manifest, why
+    )
     manifest.unlink(missing_ok=True)
     manifest.with_suffix(".safetensors").unlink(missing_ok=True)
 

@@ -225,7 +225,9 @@ def score_batch(
     """Score the items in one packed batch, or in several where a layout needs it."""
     device = next(model.parameters()).device
     examples = [item.example() for item in items]
-    while sum(len(response) for item in items for response in item.responses) * len(examples) < MIN_TARGETS * len(items):
+    while sum(len(response) for item in items for response in item.responses) * len(examples) < MIN_TARGETS * len(
+        items
+    ):
         examples += [item.example() for item in items]  # repeated, so that the head has its usual algorithm
     batch = shared_prefix_batch(examples, layout=layout)
     bounds = batch["cu_target"].tolist()
