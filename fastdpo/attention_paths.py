@@ -16,6 +16,9 @@ from torch import Tensor
 MOST_BUCKETS = 4
 LEVELS = 32
 """Lengths that the search for the buckets tells apart."""
+ROUNDING = 16
+"""On the CPU the grid's lengths are multiples of this: a vector's width, so that SDPA adds up a path in the same order
+whatever the longest path beside it. A batch's log-probs are then, bit for bit, those of any other batch."""
 TOLERANCE = 1.1
 """Scores of the grid over those of its paths that need no further bucket."""
 
@@ -74,6 +77,8 @@ def key_paths(
         shapes: tuple[tuple[int, int], ...] = ((S, max_seqlen_k),)
         start = torch.arange(S, device=device) * max_seqlen_k
     else:
+        if device.type == "cpu":  # a path's result must not depend on the others': see ROUNDING
+            seqlens_k = [-(-n // ROUNDING) * ROUNDING for n in seqlens_k]
         shapes, places = _buckets(seqlens_k)
         start = torch.tensor(places).to(device, non_blocking=True)
     entry = torch.arange(kv_index.shape[0], device=device)

@@ -23,19 +23,35 @@ def is_peft_model(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def resolve_reference(model: Any, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
-    """The frozen model to compare with; None where the policy itself serves, through `as_reference`.
+def resolve_reference(
+    model: Any,
+    ref_model: PreTrainedModel | None,
+    *,
+    ref_adapter_name: str | None = None,
+    needs_reference: bool = True,
+) -> PreTrainedModel | None:
+    """The frozen model to compare with; None where there is none, or where the policy serves, through `as_reference`.
 
     - a model given: used as it is;
     - PEFT, none given: the policy with its adapters off. An adapter that was trained before is copied to one named
       "ref" by `keep_ref_adapter`, so that training starts at the reference;
-    - full fine-tuning, none given: a copy of the policy as passed, never read from disk again.
+    - PEFT with an adapter called `ref_adapter_name`: the policy with that one instead of its own;
+    - full fine-tuning, none given: a copy of the policy as passed, never read from disk again;
+    - an objective that `needs_reference` not: nothing is copied or kept.
 
     Call it before anything patches `model`.
 
     Raises:
-        ValueError: `ref_model` is `model`, or weights outside the adapters train and no reference is given.
+        ValueError: `ref_model` is `model`, weights outside the adapters train and no reference is given, the named
+            adapter can't serve, or a reference is given that nothing would ask.
     """
+    if not needs_reference:
+        if ref_model is not None or ref_adapter_name is not None:
+            given = "ref_model" if ref_model is not None else f"ref_adapter_name={ref_adapter_name!r}"
+            raise ValueError(f"{given} is given, but the objective (loss_type) uses no reference; leave it out")
+        return None
+    if ref_adapter_name is not None:
+        _check_ref_adapter(model, ref_model, ref_adapter_name)
     if ref_model is model:
         raise ValueError("ref_model is the same object as model, so it would be trained too; leave it out")
     if ref_model is None and is_peft_model(model):
@@ -57,6 +73,18 @@ def resolve_reference(model: Any, ref_model: PreTrainedModel | None) -> PreTrain
     return ref_model
 
 
+def _check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
+    found = list(model.peft_config) if is_peft_model(model) else []
+    if name not in found:
+        raise ValueError(f"ref_adapter_name={name!r} is no adapter of the model, which has {found or 'none'}")
+    if ref_model is not None:
+        raise ValueError(f"both ref_model and ref_adapter_name={name!r} are given; leave one out")
+    if name in model.active_adapters:
+        raise ValueError(
+            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the other"
+        )
+
+
 def keep_ref_adapter(model: Any) -> None:
     """Copy a PEFT model's active adapter to a frozen one named "ref", which `as_reference` then uses."""
     name = model.active_adapter
@@ -68,14 +96,18 @@ def keep_ref_adapter(model: Any) -> None:
 
 
 @contextmanager
-def as_reference(model: Any) -> Iterator[None]:
-    """Within it a PEFT model answers as the reference: with its "ref" adapter if it has one, else with none."""
-    if REF_ADAPTER not in model.peft_config:
+def as_reference(model: Any, adapter: str | None = None) -> Iterator[None]:
+    """Within it a PEFT model answers as the reference: with its `adapter` ("ref" if None) if it has one, else with none.
+
+    What training asks with `ref_adapter_name`, this must be asked with too.
+    """
+    adapter = REF_ADAPTER if adapter is None else adapter
+    if adapter not in model.peft_config:
         with model.disable_adapter():
             yield
         return
     previous = model.active_adapter
-    model.set_adapter(REF_ADAPTER)
+    model.set_adapter(adapter)
     try:
         yield
     finally:

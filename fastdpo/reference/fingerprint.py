@@ -1,0 +1,136 @@
+"""What a model's log-probs depend on, as one key: its weights, its config and the precision it computes in.
+
+Nothing else goes in, so a key is the same across losses, learning rates, names and folders. What is left out cannot be
+told from a model in memory, the libraries' versions and code of its own above all; `fastdpo.reference.precompute`
+therefore computes a few cached entries again before it believes them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import is_peft_available
+
+from fastdpo.reference.cache import FORMAT
+
+_COSMETIC = {
+    *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
+    *("dtype", "torch_dtype"),  # what the file asks for; the tensors say what they are
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    *("initializer_range", "initializer_factor", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
+    *("chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "tie_word_embeddings"),
+}
+"""Config entries that no log-prob depends on. An entry that is not here counts, so an unknown one is never ignored."""
+
+
+def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str, dict[str, Any]]:
+    """The key of what `model` would answer now, and what the key is made of.
+
+    Args:
+        model: a causal LM, or a PEFT model. Adapters count as they are at this moment: off, or the active ones. With
+            all of them off, the key is that of the model without any.
+        autocast: the dtype it will compute in under autocast; None where there is none.
+
+    Returns:
+        64 hex digits, and the description that they are the SHA-256 of.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    skipped, renamed, scalings = _adapters(base)
+    weights = hashlib.sha256()
+    device = "cpu"
+    for name, tensor in sorted(_tensors(base, skipped, renamed)):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        weights.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        device = tensor.device.type
+    description = {
+        "format": FORMAT,
+        "class": type(base).__qualname__,
+        "weights": weights.hexdigest(),
+        "adapters": scalings,
+        "config": _numerics(base.config.to_dict()),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "device": device,
+        "matmul_precision": _matmul_precision(device),
+    }
+    text = json.dumps(description, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest(), description
+
+
+def _numerics(config: Any) -> Any:
+    """A config without what is cosmetic, at any depth. Dropout is off wherever a reference is asked."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        str(key): _numerics(value)
+        for key, value in config.items()
+        if key not in _COSMETIC and "dropout" not in str(key) and not str(key).endswith("_pdrop")
+    }
+
+
+def _matmul_precision(device: str) -> str:
+    """How float32 matmuls are computed: exactly, or in TF32 or bf16."""
+    backend = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    precision = str(backend.fp32_precision)
+    return "ieee" if precision == "none" else precision
+
+
+def _tensors(base: Any, skipped: set[str], renamed: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that take part, by the name they would have in a model without adapters."""
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        if any(name.startswith(prefix) for prefix in skipped):
+            continue
+        for prefix, replacement in renamed.items():
+            if name.startswith(prefix):
+                name = replacement + name.removeprefix(prefix)
+                break
+        yield name, tensor
+
+
+def _adapters(base: Any) -> tuple[set[str], dict[str, str], dict[str, float]]:
+    """Prefixes of tensors that take no part, new prefixes of those that do, and the factors of active adapters."""
+    skipped: set[str] = set()
+    renamed: dict[str, str] = {}
+    scalings: dict[str, float] = {}
+    if not is_peft_available():
+        return skipped, renamed, scalings
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for path, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            active = [] if module.disable_adapters or module.merged else list(module.active_adapters)
+            renamed[f"{path}.base_layer."] = f"{path}."
+            for part in module.adapter_layer_names:
+                for adapter in _names(getattr(module, part, None)):
+                    prefix = f"{path}.{part}.{adapter}"
+                    if adapter in active:
+                        renamed[prefix] = f"{path}.{part}.{active.index(adapter)}"
+                    else:
+                        skipped.add(prefix)
+            for i, adapter in enumerate(active):
+                if adapter in getattr(module, "scaling", {}):
+                    scalings[f"{path}.{i}"] = float(module.scaling[adapter])
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            active = [] if module.disable_adapters else list(module.active_adapters)
+            kept = [adapter for adapter in _names(getattr(module, "modules_to_save", None)) if adapter in active]
+            for adapter in _names(getattr(module, "modules_to_save", None)):
+                prefix = f"{path}.modules_to_save.{adapter}."
+                if adapter in kept:
+                    renamed[prefix] = f"{path}."
+                else:
+                    skipped.add(prefix)
+            if kept:
+                skipped.add(f"{path}.original_module.")
+            else:
+                renamed[f"{path}.original_module."] = f"{path}."
+    return skipped, renamed, scalings
+
+
+def _names(container: Any) -> list[str]:
+    return [] if container is None else list(container.keys())

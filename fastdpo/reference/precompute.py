@@ -1,0 +1,301 @@
+"""What the reference says of every response of a dataset, computed once in large batches and kept on disk.
+
+Each response is looked up in a `TokenCache` by its token ids; what is missing is scored by the packed forward that
+training uses, longest first, and written in shards as it comes. On one machine's CPU the values are those that training
+would have computed, bit for bit, however either was batched; `tests/test_reference_precompute.py` says in which bounds.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+from fastdpo.model import patch_forward
+from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.reference.cache import Logps, TokenCache, entry_key, write_file
+from fastdpo.reference.fingerprint import fingerprint
+
+logger = logging.getLogger("fastdpo")
+
+COLUMN = "ref_token_logps"
+TOKENS_PER_SHARD = 1 << 19  # 2 MiB: minutes of work of a large model, and a thousand shards are a billion tokens
+MIN_TARGETS = 16
+"""A head of fewer rows is another algorithm in the CPU's BLAS, and rounds otherwise."""
+_CHECKED_ENTRIES = 4
+
+
+class Item(NamedTuple):
+    """A prompt and those of its responses that are to be scored."""
+
+    row: int
+    """Position in the dataset."""
+    prompt: Sequence[int]
+    responses: list[Sequence[int]]
+    keys: list[bytes]
+    """One `entry_key` for each response."""
+
+    def example(self) -> dict[str, Any]:
+        """The responses as one tokenised example; they share what they have in common."""
+        example: dict[str, Any] = {"prompt_ids": self.prompt, "pair_index": self.row}
+        if len(self.responses) == 1:
+            return example | {"completion_ids": self.responses[0], "label": True}
+        return example | {"ranked_ids": self.responses}
+
+
+def with_reference(dataset: Dataset, model: Any, *, folder: Path | str | None, **options: Any) -> Dataset:
+    """`dataset` with a column `ref_token_logps`: for each response of a row, a float32 list as long as the response.
+
+    Args:
+        dataset: tokenised rows of any kind, see `fastdpo.shared_prefix_batch`.
+        model: what answers as the reference; a PEFT policy inside `as_reference`. Unwrapped, on its device.
+        folder: the cache; values of all models and datasets may live in one. None: keep nothing.
+        **options: as in `token_logps`.
+
+    Raises:
+        ValueError, FloatingPointError: as `token_logps`.
+    """
+    values = token_logps(dataset, model, folder=folder, **options)
+    flat = [logps for row in values for logps in row]
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    tokens = np.cumsum([0, *map(len, flat)], dtype=np.int64)
+    lists = pa.LargeListArray.from_arrays(tokens, pa.array(np.concatenate(flat) if flat else np.zeros(0, np.float32)))
+    column = pa.LargeListArray.from_arrays(offsets, lists)
+    if COLUMN in dataset.column_names:
+        dataset = dataset.remove_columns(COLUMN)
+    return concatenate_datasets([dataset, Dataset(pa.table({COLUMN: column}))], axis=1)
+
+
+def token_logps(
+    dataset: Dataset,
+    model: Any,
+    *,
+    folder: Path | str | None,
+    layout: str = "shared",
+    tokens_per_batch: int = 16384,
+    autocast: torch.dtype | None = None,
+    name: str = "train",
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait_for_everyone: Callable[[], None] = lambda: None,
+    disable_tqdm: bool = False,
+) -> list[list[Logps]]:
+    """The log-probs that `model` gives each token of each response, in nats, from the cache where it has them.
+
+    Args:
+        dataset: tokenised rows of any kind, see `fastdpo.shared_prefix_batch`.
+        model: a causal LM, or a PEFT model whose adapters are as they should be; patched if it is not yet.
+        folder: the cache; None: keep nothing.
+        layout: of the batches, see `fastdpo.shared_prefix_batch`; one that is exact on the model.
+        tokens_per_batch: rows that a batch may have; one example with more is a batch of its own.
+        autocast: the dtype of autocast in training; None where it is off.
+        name: what errors and the progress bar call the dataset.
+        process_index: this process among those that share the work.
+        num_processes: how many share it; each computes a part, and reads the others' from `folder`.
+        wait_for_everyone: returns when all of these processes have called it.
+        disable_tqdm: no progress bar.
+
+    Returns:
+        One list per dataset row, of one `[tokens]` float32 array per response.
+
+    Raises:
+        ValueError: the dataset is streamed, or cached values are not what the model says.
+        FloatingPointError: a log-prob is not finite; names the dataset row.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a datasets.Dataset "
+            "only; set precompute_ref_log_probs=False, or load it without streaming"
+        )
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
+    patch_forward(model, **_patched_with(model))
+    items = list(_items(dataset))
+    options: dict[str, Any] = {"layout": layout, "autocast": autocast}
+    with _evaluating(model):
+        cache = _open(folder, model, autocast)
+        if known := [item for item in items if all(key in cache for key in item.keys)]:
+            _check(cache, known, model, name, options)
+        share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
+        with cache.filling(share):
+            batches = _batches(_missing(items, cache), layout, tokens_per_batch)[process_index::num_processes]
+            _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options)
+        wait_for_everyone()
+        cache.refresh()
+        # nothing, unless another process failed or writes to a disk of its own
+        _fill(cache, _batches(_missing(items, cache), layout, tokens_per_batch), model, name, disable_tqdm, options)
+    return [[cache[key] for key in item.keys] for item in items]
+
+
+def _patched_with(model: Any) -> dict[str, Any]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    patch = vars(base).get("_fastdpo")
+    return {"impl": patch.impl, "backward": patch.backward} if patch else {}
+
+
+def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -> TokenCache:
+    if folder is None:
+        return TokenCache(None)
+    key, description = fingerprint(model, autocast=autocast)
+    home = Path(folder) / key[:32]
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "reference.json").exists():  # for people; nothing reads it
+        write_file(home / "reference.json", json.dumps(description, indent=1, sort_keys=True, default=str).encode())
+    return TokenCache(home)
+
+
+def _items(dataset: Dataset) -> Iterator[Item]:
+    columns = {"prompt_ids", *(field for fields in RESPONSE_FIELDS.values() for field in fields)}
+    for i, row in enumerate(dataset.select_columns([c for c in dataset.column_names if c in columns])):
+        kind = kind_of(row)
+        found = [row[field] for field in RESPONSE_FIELDS[kind] if row.get(field) is not None]
+        responses = found[0] if kind == "ranked" else found
+        yield Item(i, row["prompt_ids"], responses, [entry_key(row["prompt_ids"], ids) for ids in responses])
+
+
+def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
+    """What is not in the cache, each response once."""
+    seen: set[bytes] = set()
+    rest = []
+    for item in items:
+        kept = []
+        for response, key in zip(item.responses, item.keys, strict=True):
+            if key not in cache and key not in seen:
+                seen.add(key)
+                kept.append((response, key))
+        if kept:
+            rest.append(Item(item.row, item.prompt, [r for r, _ in kept], [key for _, key in kept]))
+    return rest
+
+
+def _batches(items: Sequence[Item], layout: str, tokens_per_batch: int) -> list[list[Item]]:
+    """Items of like length together, the longest first: a batch that does not fit into memory fails at once."""
+    sized = sorted(((rows_of(item.example(), layout), item) for item in items), key=lambda pair: -pair[0])
+    batches: list[list[Item]] = []
+    for single in (False, True):  # a batch holds examples of one kind
+        rows = tokens_per_batch
+        for size, item in sized:
+            if (len(item.responses) == 1) != single:
+                continue
+            if rows + size > tokens_per_batch:
+                batches.append([])
+                rows = 0
+            batches[-1].append(item)
+            rows += size
+    return batches
+
+
+def _fill(
+    cache: TokenCache,
+    batches: Sequence[Sequence[Item]],
+    model: Any,
+    name: str,
+    disable_tqdm: bool,
+    options: dict[str, Any],
+) -> None:
+    if not batches:
+        return
+    total = sum(len(response) for batch in batches for item in batch for response in item.responses)
+    unsaved: dict[bytes, Logps] = {}
+    waiting = 0
+    description = f"Reference log-probs of {name} dataset"
+    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=disable_tqdm) as bar:
+        for batch in batches:
+            scored = score_batch(model, batch, name, **options)
+            unsaved |= scored
+            tokens = sum(map(len, scored.values()))
+            waiting += tokens
+            if waiting >= TOKENS_PER_SHARD:
+                cache.add(unsaved)
+                unsaved, waiting = {}, 0
+            bar.update(tokens)
+        cache.add(unsaved)
+
+
+def score_batch(
+    model: Any, items: Sequence[Item], name: str, *, layout: str, autocast: torch.dtype | None
+) -> dict[bytes, Logps]:
+    """Score the items in one packed batch, or in several where a layout needs it."""
+    device = next(model.parameters()).device
+    examples = [item.example() for item in items]
+    while sum(len(response) for item in items for response in item.responses) * len(examples) < MIN_TARGETS * len(
+        items
+    ):
+        examples += [item.example() for item in items]  # repeated, so that the head has its usual algorithm
+    batch = shared_prefix_batch(examples, layout=layout)
+    bounds = batch["cu_target"].tolist()
+    batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    batch = {key: x for key, x in batch.items() if key not in ("label", "response_index")}
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        logps = model(**batch).logps.float().cpu().numpy()
+    scored = {}
+    slots = max(len(example.get("ranked_ids", [()])) for example in examples)
+    order = [
+        (i, k) for k in range(slots) for i, e in enumerate(examples) if k < len(e.get("ranked_ids", [()]))
+    ]  # the order of responses in a batch
+    for r, (i, k) in enumerate(order):
+        if i >= len(items):
+            continue
+        values = logps[bounds[r] : bounds[r + 1]]
+        if not np.isfinite(values).all():
+            raise FloatingPointError(
+                f"{name} dataset: row {items[i].row}: the reference gives response {k} a log-prob that is not finite; "
+                "its weights may not be finite, or it overflows in fp16 (use bf16)"
+            )
+        scored[items[i].keys[k]] = values
+    return scored
+
+
+def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, options: dict[str, Any]) -> None:
+    """Compute a few cached values again: what the key can't see (libraries, a model's own code) must not have changed.
+
+    Rounding may differ, between machines above all; a change of the model does not hide in that.
+    """
+    singles = [item for item in known if len(item.responses) == 1]
+    sample = sorted(singles or known, key=lambda item: sum(map(len, item.responses)))[:_CHECKED_ENTRIES]
+    low = options["autocast"] is not None or next(model.parameters()).dtype != torch.float32
+    bound = 5e-2 if low else 1e-3
+    for key, values in score_batch(model, sample, name, **options).items():
+        error = float(np.abs(values - cache[key]).mean())
+        if error > bound:
+            raise ValueError(
+                f"reference cache {cache.folder}: cached log-probs are {error:.2g} nats per token from what the model "
+                "says now, with the same weights and config; was another version of transformers or of the model's "
+                "code at work? Remove that folder and they are computed anew."
+            )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def fill(datasets: Mapping[str, Dataset], model: Any, *, folder: Path | str, **options: Any) -> dict[str, int]:
+    """Fill the cache with what `model` says of several tokenised datasets, ahead of training.
+
+    Args:
+        datasets: tokenised rows by name.
+        model: as in `with_reference`.
+        folder: the cache.
+        **options: as in `token_logps`, without its name.
+
+    Returns:
+        For each name, the tokens whose log-probs the cache now holds.
+    """
+    return {
+        name: sum(len(logps) for row in token_logps(rows, model, folder=folder, name=name, **options) for logps in row)
+        for name, rows in datasets.items()
+    }

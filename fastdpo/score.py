@@ -1,0 +1,121 @@
+"""The model as a reward model: `beta * log(pi(y|x) / pi_ref(y|x))`, https://arxiv.org/abs/2305.18290, section 5.1."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo import data
+from fastdpo.packing import kind_of
+from fastdpo.reference import policies
+from fastdpo.reference.cache import Logps, write_file
+from fastdpo.reference.precompute import token_logps
+
+logger = logging.getLogger("fastdpo")
+
+
+class Scores(NamedTuple):
+    """What `score` returns."""
+
+    rows: list[dict[str, Any]]
+    """One per scored row: `row` (its position in what was given) and, one entry per response in the row's order,
+    `rewards`, `logps`, `ref_logps` (nats, summed over the response) and `lengths` (its tokens)."""
+    accuracy: float | None
+    """Share of pairs of a row's responses that the rewards order as the dataset does; a tie counts one half. None
+    where rows hold single responses."""
+
+
+def score(
+    model: Any,
+    ref_model: Any | None,
+    rows: Dataset | Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    beta: float = 0.1,
+    max_length: int | None = None,
+    output: Path | str | None = None,
+    ref_adapter_name: str | None = None,
+    cache_dir: Path | str | None = None,
+    **options: Any,
+) -> Scores:
+    """Reward responses by how much likelier a trained model makes them than its reference.
+
+    Args:
+        model: the trained causal LM, or a PEFT model; changed as by `DPOTrainer` (its forward is patched).
+        ref_model: its reference. None: a PEFT model with its adapters off, or with `ref_adapter_name`'s on.
+        rows: of one format: `prompt` with `chosen` and `rejected`, with `responses` (best first), or with
+            `completion`; text, messages or token ids, see `fastdpo.data`.
+        tokenizer: as in training.
+        beta: scale of the rewards, > 0. Accuracy does not depend on it.
+        max_length: cut longer prompt + response; None: nothing is cut.
+        output: a JSONL file for `Scores.rows`, complete or not there.
+        ref_adapter_name: see `ref_model`.
+        cache_dir: keep log-probs in this folder as the reference cache does: a run that was stopped goes on there.
+        **options: `layout`, `tokens_per_batch`, `autocast`, `disable_tqdm`, see
+            `fastdpo.reference.precompute.token_logps`.
+
+    Raises:
+        ValueError: beta, a row or a column makes no sense, or there is no reference; names the row.
+        FloatingPointError: a log-prob is not finite; names the row.
+    """
+    if not beta > 0 or beta == float("inf"):
+        raise ValueError(f"beta must be a finite number above 0, got {beta}")
+    if ref_model is model:
+        raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
+    if ref_model is None and not policies.is_peft_model(model):
+        raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
+    dataset = _tokenised(rows, tokenizer, max_length, model)
+
+    scored = token_logps(dataset, model, folder=cache_dir, name="policy's", **options)
+    if ref_model is not None:
+        reference = token_logps(dataset, ref_model, folder=cache_dir, name="reference's", **options)
+    else:
+        with policies.as_reference(model, ref_adapter_name):
+            reference = token_logps(dataset, model, folder=cache_dir, name="reference's", **options)
+
+    index = dataset["pair_index"]
+    results = [_row(i, ours, theirs, beta) for i, ours, theirs in zip(index, scored, reference, strict=True)]
+    ranked = kind_of(dataset[0]) != "unpaired"
+    result = Scores(results, _accuracy(results) if ranked else None)
+    if output is not None:
+        lines = "".join(json.dumps(row) + "\n" for row in results)
+        write_file(Path(output), lines.encode())
+    return result
+
+
+def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, model: Any) -> Dataset:
+    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+    if "completion" in dataset.column_names and "label" not in dataset.column_names:
+        dataset = dataset.add_column("label", [True] * len(dataset))  # it is not asked; the format wants one
+    prepared = data.prepare_dataset(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        name="scored",
+    )
+    assert isinstance(prepared, Dataset)
+    return prepared
+
+
+def _row(index: int, ours: Sequence[Logps], theirs: Sequence[Logps], beta: float) -> dict[str, Any]:
+    logps, ref_logps = ([float(np.sum(x, dtype=np.float64)) for x in side] for side in (ours, theirs))
+    return {
+        "row": index,
+        "rewards": [beta * (a - b) for a, b in zip(logps, ref_logps, strict=True)],
+        "logps": logps,
+        "ref_logps": ref_logps,
+        "lengths": [len(x) for x in ours],
+    }
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Responses are best first, so every pair of a row is in the right order if its first has the greater reward."""
+    pairs = [(a, b) for row in rows for a, b in combinations(row["rewards"], 2)]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
