@@ -161,6 +161,7 @@ def memory_model(
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without its weights' values: {why}") from error
         trained = [p for p in model.parameters() if p.requires_grad]
+        vocabulary = int(model.get_output_embeddings().weight.shape[0])
         if len(small.moments) != len(large.moments):
             raise ValueError(f"{type(model).__name__} does not run the same operations on batches of different sizes")
         return Memory(
