@@ -218,7 +218,10 @@ class RunConfig:
     """A folder of JSONL, Parquet or CSV files named after their splits, one such file, or a dataset on the Hub."""
 
     model_name_or_path: str | None = None
-    """The policy to start from; also its own reference."""
+    """The policy to start from; also its own reference, unless there is another."""
+
+    ref_model_name_or_path: str | None = None
+    """The reference, where it is not the policy as it starts."""
 
     config_name: str | None = None
     """Instead of `model_name_or_path`: a model config to build with random weights."""

@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from fastdpo.config import DPOConfig, RunConfig
 from fastdpo.loading import lora
 from fastdpo.memory_model import Memory, Precision, Ratios, memory_model
-from fastdpo.report import BLUE, GREEN, GREY, GRID, INK, PURPLE, summary_table
+from fastdpo.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
+from fastdpo.report import summary_table
 from fastdpo.settings import from_config
 from fastdpo.token_stats import Batches, TokenStats, epoch, token_stats
 

@@ -1,11 +1,12 @@
 """`DPOTrainer`: transformers' Trainer with packed pairs, the fused head and the DPO objective wired in."""
 
+import contextlib
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -28,20 +29,16 @@ from fastdpo.loss import compute, step_values
 from fastdpo.model import TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
+from fastdpo.reference.checks import check_first_loss, first_loss_is_known
+from fastdpo.reference.precompute import reference_folder, with_reference
+from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.settings import from_config
-from fastdpo.step import step_context
+from fastdpo.step import StepTotals, step_context, step_totals
 
 logger = logging.getLogger("fastdpo")
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
-
-
-class StepTotals(NamedTuple):
-    """What the loss of an optimizer step is divided by, float32 scalars on the device, over all processes."""
-
-    examples: Tensor
-    chosen_tokens: Tensor
 
 
 class DPOTrainer(Trainer):
@@ -67,6 +64,8 @@ class DPOTrainer(Trainer):
         FloatingPointError: a loss or gradient was not finite; training stops there.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole optimizer step
 
     def __init__(
@@ -93,20 +92,6 @@ class DPOTrainer(Trainer):
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         model = wrap_adapter(model, peft_config, ref_model)
-        if self._settings.needs_reference:
-            ref_model = policies.resolve_reference(model, ref_model)  # before the patch: a copy must not share it
-        elif ref_model is not None:
-            raise ValueError(f"ref_model has no effect: loss_type {args.loss_type} reads no reference; leave it out")
-        if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
-            logger.warning(
-                "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
-            )
-        for policy in filter(None, (model, ref_model)):
-            if args.disable_dropout:
-                disable_dropout(policy)
-            patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
-
-        self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -125,6 +110,30 @@ class DPOTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, name="eval")
 
+        given = ref_model is not None or "ref_chosen_logps" in (train_dataset.column_names or ())
+        # before the patch, which a copy must not share
+        ref_model = policies.resolve_reference(
+            model,
+            ref_model,
+            needs_reference=self._settings.needs_reference,
+            copies=not args.precompute_ref_log_probs and not given,
+        )
+        if args.sync_ref_model:
+            options: dict[str, Any] = {"alpha": args.ref_model_mixup_alpha, "every": args.ref_model_sync_steps}
+            check_sync(model, precompute=args.precompute_ref_log_probs, **options)
+            assert ref_model is not None
+            self._sync = SyncReference(ref_model, **options)
+            callbacks = [*(callbacks or ()), self._sync]
+        if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
+            logger.warning(
+                "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
+            )
+        for policy in filter(None, (model, ref_model)):
+            if args.disable_dropout:
+                disable_dropout(policy)
+            patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
+        self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
+
         super().__init__(
             model=model,
             args=args,
@@ -137,11 +146,45 @@ class DPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
         _check_parallelism(self, ref_model)
-        self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.ref_model = None
+        if args.precompute_ref_log_probs:
+            self._precompute(ref_model)
+        elif ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
+            self._settings.loss_type,
+            ref_is_policy=not given,
+            global_step=0,
+            columns=self.train_dataset.column_names or (),
+            use_weighting=args.use_weighting,
+        )
         self._sums = metrics.RunningSums()
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
+
+    def _precompute(self, ref_model: PreTrainedModel | None) -> None:
+        """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
+        args, accelerator = self.args, self.accelerator
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        score = functools.partial(
+            with_reference,
+            model=self.model if ref_model is None else ref_model.to(accelerator.device),
+            folder=reference_folder(args.reference_cache_dir),
+            layout=self._layout,
+            autocast=autocast,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            wait_for_everyone=accelerator.wait_for_everyone,
+            disable_tqdm=args.disable_tqdm,
+        )
+        switched = ref_model is None and policies.is_peft_model(self.model)
+        with policies.as_reference(self.model) if switched else contextlib.nullcontext():
+            self.train_dataset = score(self.train_dataset, name="train")
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: score(rows, name=name) for name, rows in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = score(self.eval_dataset, name="eval")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -181,13 +224,21 @@ class DPOTrainer(Trainer):
             scores: TokenScores = model(**inputs, with_stats=with_stats)
         ref_logps = self._reference_logps(inputs)
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
-        totals = num_items_in_batch or self._totals([inputs])
+        totals = num_items_in_batch or step_totals([inputs])
         # gradients are averaged over processes, so each contributes its share times their number
         processes = self.args.world_size if num_items_in_batch else 1
         loss = out.losses.sum() * processes / totals.examples
         if out.token_loss is not None:
             loss = loss + out.token_loss * processes / totals.chosen_tokens
         if training:
+            if self._first_loss_is_known and self.state.global_step == 0:
+                dtype = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
+                check_first_loss(
+                    float(out.losses.detach().mean()),  # waits for the device, once
+                    dtype or next(self.model.parameters()).dtype,
+                    precomputed=ref_logps is None,
+                )
+            self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
         keep = None if training else metrics.distinct_examples(self.accelerator, len(out.losses))
@@ -203,10 +254,15 @@ class DPOTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 scores: TokenScores = self.ref_model(**inputs)
-            else:
-                with policies.as_reference(self.accelerator.unwrap_model(self.model)):
-                    scores = self.model(**inputs)
-        return scores.logps
+                return scores.logps
+            policy = self.accelerator.unwrap_model(self.model)
+            if not policies.is_peft_model(policy):
+                raise ValueError(
+                    "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
+                    "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
+                )
+            with policies.as_reference(policy):
+                return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
         """What the optimizer step's loss is divided by, over accumulation and processes.
@@ -215,19 +271,13 @@ class DPOTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        totals = self._totals(batch_samples)
+        totals = step_totals(batch_samples)
         if self.args.world_size > 1:
             sums: Any = self.accelerator.reduce(torch.stack(totals), reduction="sum")
             totals = StepTotals(*sums)
         if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
             self._exchange(batch_samples)
         return totals
-
-    def _totals(self, batches: list[dict[str, Any]]) -> StepTotals:
-        examples = sum(len(batch["pair_index"]) for batch in batches)
-        bounds = [batch["cu_target"] for batch in batches]
-        tokens = torch.stack([x[len(batch["pair_index"])] for x, batch in zip(bounds, batches, strict=True)]).sum()
-        return StepTotals(torch.full_like(tokens, examples, dtype=torch.float32), tokens.float())
 
     def _exchange(self, batches: list[dict[str, Any]]) -> None:
         """Give each micro-batch what its loss needs of the others: one more pass, without gradients."""
@@ -247,6 +297,11 @@ class DPOTrainer(Trainer):
         )
         for batch, context in zip(batches, contexts, strict=True):
             batch["step_context"] = context
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            self._sync.load(resume_from_checkpoint)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -2,7 +2,7 @@
 
 A shard is two files. The data is safetensors, so nothing read here can run code:
 
-    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32: entry i is logps[o_i : o_i+1]
+    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32: entry i: logps[o_i : o_i+1]
     shard-<id>.json           its manifest: sizes, and the SHA-256 of the data
 
 Both are written to a temporary name, fsynced and renamed, the manifest last: a shard is finished when it has one, and

@@ -8,6 +8,7 @@ would have computed, bit for bit, however either was batched; `tests/test_refere
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,12 @@ class Item(NamedTuple):
         if len(self.responses) == 1:
             return example | {"completion_ids": self.responses[0], "label": True}
         return example | {"ranked_ids": self.responses}
+
+
+def reference_folder(folder: str | None) -> Path:
+    """Where the cache is: `folder`, else "reference" in $FASTDPO_CACHE or ~/.cache/fastdpo."""
+    home = os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo")
+    return Path(folder) if folder else Path(home) / "reference"
 
 
 def with_reference(dataset: Dataset, model: Any, *, folder: Path | str | None, **options: Any) -> Dataset:
@@ -111,8 +118,8 @@ def token_logps(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a datasets.Dataset "
-            "only; set precompute_ref_log_probs=False, or load it without streaming"
+            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a "
+            "datasets.Dataset only; set precompute_ref_log_probs=False, or load it without streaming"
         )
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
