@@ -105,6 +105,7 @@ class DPOTrainer(Trainer):
             num_proc=args.dataset_num_proc,
         )
         train_dataset = self._prepare_dataset(train_dataset)
+        self._settings.check_columns(train_dataset.column_names or ())
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_dataset(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
