@@ -168,6 +168,13 @@ class DPOConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_completion_length", "tokens_per_batch", "ref_model_sync_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.tokens_per_batch or self.longest_first:
+            for name, only in (("dataloader_drop_last", False), ("train_sampling_strategy", "random")):
+                if (value := getattr(self, name, only)) != only:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect on batches that tokens_per_batch or longest_first plans; "
+                        "leave it out"
+                    )
         for name, allowed in (
             ("head_impl", IMPLS),
             ("head_backward", BACKWARDS),

@@ -154,7 +154,7 @@ class DPOTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
             self._settings.loss_type,
-            ref_is_policy=not given,
+            ref_is_policy=self._settings.needs_reference and not given,
             global_step=0,
             columns=self.train_dataset.column_names or (),
             use_weighting=args.use_weighting,
