@@ -144,23 +144,30 @@ def force(monkeypatch, name):
 
 @pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "alone"])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("function", [varlen_2_11, varlen_2_12], ids=lambda f: f.__name__)
-def test_varlen_matches_each_path_alone(function, options, prefix_sharing, monkeypatch):
-    install(monkeypatch, varlen=function)
+def test_varlen_matches_each_path_alone(options, prefix_sharing, monkeypatch):
+    install(monkeypatch, varlen=varlen_2_12)
     force(monkeypatch, "varlen")
     batch = shared_prefix_batch(PAIRS, prefix_sharing=prefix_sharing)
     assert_exact(make_qkv(batch), batch, **options)
 
 
-@pytest.mark.parametrize("function", [first_varlen, varlen_2_10], ids=lambda f: f.__name__)
-def test_varlen_of_torch_2_10_matches_each_path_alone(function, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (first_varlen, {}),
+        (varlen_2_10, {"scaling": 0.4}),
+        (varlen_2_11, {"scaling": 0.4, "sliding_window": 5}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_older_varlen_matches_each_path_alone(function, options, monkeypatch):
     install(monkeypatch, varlen=function)
     force(monkeypatch, "varlen")
     batch = shared_prefix_batch(PAIRS)
-    assert_exact(make_qkv(batch), batch, **({} if function is first_varlen else {"scaling": 0.4}))
+    assert_exact(make_qkv(batch), batch, **options)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS[:3], {"softcap": 3.0, "sliding_window": 5, "scaling": 0.4}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "sliding_window": 5, "scaling": 0.4}], ids=["full", "all"])
 def test_flash_matches_each_path_alone(options, monkeypatch):
     install(monkeypatch, flash=flash)
     force(monkeypatch, "flash")
@@ -407,6 +414,22 @@ def test_lengths_in_the_batch_make_buckets_on_any_device(monkeypatch):
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
     assert paths_of(on_meta).shapes == ((len(lengths), max(lengths)),)
     assert paths_of(on_meta | {"tree_seqlens_k": lengths}).shapes == paths_of(batch).shapes != paths_of(on_meta).shapes
+
+
+@pytest.mark.parametrize(("softcap", "backend"), [(None, "grid"), (3.0, "grid"), (None, "varlen")])
+def test_nothing_waits_for_the_device(softcap, backend, monkeypatch):
+    """On the meta device a number that the host asks for raises."""
+    if backend == "varlen":
+        install(
+            monkeypatch, varlen=lambda q, k, v, *bounds, **options: q + k.sum(0).repeat(2, 1) + v.sum(0).repeat(2, 1)
+        )
+        force(monkeypatch, backend)
+    monkeypatch.setattr(attention, "_autocast_dtype", lambda query: query.dtype)  # meta has none
+    batch = shared_prefix_batch(PAIRS)
+    qkv = [x.detach().to("meta").requires_grad_() for x in make_qkv(batch, sinks=softcap is not None)]
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    out = attend(qkv, on_meta, softcap=softcap)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), qkv)] == [x.shape for x in qkv]
 
 
 def test_one_bucket_computes_the_same(monkeypatch):
