@@ -146,7 +146,7 @@ def batch_of(pairs: int) -> tuple[dict[str, Any], int, Ratios]:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "keeping"])
 def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
-    """Every storage that a real step allocates outside of kernels is counted, and the prediction is within 5 %."""
+    """Every storage that a real step allocates outside of kernels is counted, and the prediction is within 10 %."""
     batch, T, ratios = batch_of(8)
     predicted = memory_model.memory_model(CONFIG, ratios, checkpointing=checkpointing, varlen=False)
     step, known = real_step(CONFIG, batch, checkpointing)
@@ -154,7 +154,7 @@ def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
         step()
     counted = max(alive for alive, _ in live.moments)
     outside = replace(predicted, workspace_per_row=0)  # the head's workspace is inside its kernel
-    assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.05)
+    assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.1)
 
 
 def test_memory_of_other_setups() -> None:
