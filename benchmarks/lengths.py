@@ -9,6 +9,7 @@ to one prompt sometimes begin alike; these never do but by chance, which is to t
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 EOS, PAD = 2, 0
 FIRST_WORD = 3
@@ -63,7 +64,7 @@ def token_counts(rows: list[dict[str, str]], max_length: int) -> list[tuple[int,
     return counts
 
 
-def tokenizer(vocab: int) -> "object":
+def tokenizer(vocab: int) -> Any:
     """A fast tokenizer of transformers whose words are w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -14,7 +14,8 @@ fused head. Times are split where modules begin and end: body and head (of the p
 data, and the rest (optimizer, clipping, the Trainer's loop); on CUDA by events in the stream.
 
 With --cases, those that --out holds from this machine are skipped: called again, it goes on where it was cut off. What
-cannot run is left out and named; the exit code is 4 if that was fastdpo. Needs torch; `fastdpo[bench]` for TRL.
+cannot run is left out and named; the exit code is 4 if that was fastdpo, and 5 if --seconds were over before all cases
+were measured. Needs torch; `fastdpo[bench]` for TRL.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import gc
 import inspect
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -401,6 +403,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no case that would take longer, by the last"
+    )
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse_args(argv)
 
@@ -411,16 +416,21 @@ def main(argv: list[str] | None = None) -> None:
     variants = {name: VARIANTS[name] for name in args.variants}
     disable_progress_bars()
     logging.getLogger("fastdpo").setLevel(logging.WARNING)
-    failed = False
+    failed, start, longest = False, time.monotonic(), 0.0
     for case in CASES[args.cases] if args.cases else [one]:
         if args.cases and any(case.key.items() <= row.items() for row in here):
             print(f"{case}: measured before")
             continue
+        began = time.monotonic()
+        if began - start + longest > args.seconds:
+            print(f"{case}: no time left")
+            sys.exit(5)
         found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
         failed |= not {name for name in variants if name != "TRL"} <= {row["impl"] for row in found}
         print(f"{case}; {where}\n{table(found)}", flush=True)
         if args.out:
             record(args.out, found)
+        longest = max(longest, time.monotonic() - began)
     if failed:
         sys.exit(4)
 

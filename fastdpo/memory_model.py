@@ -45,7 +45,7 @@ class Ratios(NamedTuple):
     targets: float
     """M / T: completion tokens."""
     grid: float
-    """Segments times the longest key path, by T: what attention without a variable-length kernel pads to."""
+    """Places of the grid that attention without a variable-length kernel pads to, by T."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class _AttentionMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        sums = torch.empty_like(query, dtype=torch.float32)  # dquery is added up in float32
+        sums = None if query.dtype == torch.float32 else torch.empty_like(query, dtype=torch.float32)  # of dquery
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         del sums
         return grads
@@ -353,7 +353,10 @@ def _attention(
         key, value = key.index_select(0, memory_paths), value.index_select(0, memory_paths)
         return _AttentionMemory.apply(query, key, value)[None], None
     query, key, value = (x.index_select(0, memory_grid) for x in (query, key, value))
-    out = _AttentionMemory.apply(query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # grouped heads are written out
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = _AttentionMemory.apply(query, key, value).clone()  # the buckets' results put together
     return out.index_select(0, torch.zeros(rows, dtype=torch.int64))[None], None
 
 

@@ -64,7 +64,7 @@ class Batches:
     targets: Numbers
     """M"""
     grid: Numbers
-    """Segments times the longest key path."""
+    """Segments times the longest key path: what the grid has at most, where it is one bucket."""
     processes: int
 
     @property
