@@ -105,23 +105,25 @@ class DPOTrainer(Trainer):
             num_proc=args.dataset_num_proc,
         )
         train_dataset = self._prepare_dataset(train_dataset)
-        self._settings.check_columns(train_dataset.column_names or ())
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_dataset(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, name="eval")
-
-        given = ref_model is not None or "ref_chosen_logps" in (train_dataset.column_names or ())
+        columns = [set(rows.column_names or ()) for rows in _datasets(train_dataset, eval_dataset)]
+        for names in columns:
+            self._settings.check_columns(names)
+        scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
+        is_own_reference = self._settings.needs_reference and ref_model is None and not any(scored)
         # before the patch, which a copy must not share
         ref_model = policies.resolve_reference(
             model,
             ref_model,
             needs_reference=self._settings.needs_reference,
-            copies=not args.precompute_ref_log_probs and not given,
+            copies=not args.precompute_ref_log_probs and not all(scored),
         )
         if args.sync_ref_model:
             options: dict[str, Any] = {"alpha": args.ref_model_mixup_alpha, "every": args.ref_model_sync_steps}
-            check_sync(model, precompute=args.precompute_ref_log_probs, **options)
+            check_sync(model, precompute=args.precompute_ref_log_probs or any(scored), **options)
             assert ref_model is not None
             self._sync = SyncReference(ref_model, **options)
             callbacks = [*(callbacks or ()), self._sync]
@@ -154,9 +156,9 @@ class DPOTrainer(Trainer):
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
             self._settings.loss_type,
-            ref_is_policy=self._settings.needs_reference and not given,
+            ref_is_policy=is_own_reference,
             global_step=0,
-            columns=self.train_dataset.column_names or (),
+            columns=sorted(columns[0]),
             use_weighting=args.use_weighting,
         )
         self._sums = metrics.RunningSums()
@@ -168,24 +170,28 @@ class DPOTrainer(Trainer):
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
         args, accelerator = self.args, self.accelerator
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        score = functools.partial(
-            with_reference,
-            model=self.model if ref_model is None else ref_model.to(accelerator.device),
-            folder=reference_folder(args.reference_cache_dir),
-            layout=self._layout,
-            autocast=autocast,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            wait_for_everyone=accelerator.wait_for_everyone,
-            disable_tqdm=args.disable_tqdm,
-        )
+        options: dict[str, Any] = {
+            "model": self.model if ref_model is None else ref_model.to(accelerator.device),
+            "folder": reference_folder(args.reference_cache_dir),
+            "layout": self._layout,
+            "autocast": autocast,
+            "process_index": args.process_index,
+            "num_processes": args.world_size,
+            "wait_for_everyone": accelerator.wait_for_everyone,
+            "disable_tqdm": args.disable_tqdm,
+        }
+
+        def score(rows: Any, name: str) -> Any:
+            given = not data.REFERENCES.keys().isdisjoint(rows.column_names or ())
+            return rows if given else with_reference(rows, name=name, **options)
+
         switched = ref_model is None and policies.is_peft_model(self.model)
         with policies.as_reference(self.model) if switched else contextlib.nullcontext():
-            self.train_dataset = score(self.train_dataset, name="train")
+            self.train_dataset = score(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: score(rows, name=name) for name, rows in self.eval_dataset.items()}
+                self.eval_dataset = {name: score(rows, name) for name, rows in self.eval_dataset.items()}
             elif self.eval_dataset is not None:
-                self.eval_dataset = score(self.eval_dataset, name="eval")
+                self.eval_dataset = score(self.eval_dataset, "eval")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -387,6 +393,11 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*data.COLUMNS]
+
+
+def _datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [train_dataset, *(rows for rows in held_out if rows is not None)]
 
 
 def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:
