@@ -118,4 +118,4 @@ def _row(index: int, ours: Sequence[Logps], theirs: Sequence[Logps], beta: float
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
     """Responses are best first, so every pair of a row is in the right order if its first has the greater reward."""
     pairs = [(a, b) for row in rows for a, b in combinations(row["rewards"], 2)]
-    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    return float(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))

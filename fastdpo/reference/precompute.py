@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.model import patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
@@ -111,12 +111,13 @@ def token_logps(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a datasets.Dataset "
-            "only; set precompute_ref_log_probs=False, or load it without streaming"
+            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a "
+            "datasets.Dataset only; set precompute_ref_log_probs=False, or load it without streaming"
         )
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
-    patch_forward(model, **_patched_with(model))
+    if "_fastdpo" not in vars(model.get_base_model() if hasattr(model, "get_base_model") else model):
+        patch_forward(model)
     items = list(_items(dataset))
     options: dict[str, Any] = {"layout": layout, "autocast": autocast}
     with _evaluating(model):
@@ -132,12 +133,6 @@ def token_logps(
         # nothing, unless another process failed or writes to a disk of its own
         _fill(cache, _batches(_missing(items, cache), layout, tokens_per_batch), model, name, disable_tqdm, options)
     return [[cache[key] for key in item.keys] for item in items]
-
-
-def _patched_with(model: Any) -> dict[str, Any]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    patch = vars(base).get("_fastdpo")
-    return {"impl": patch.impl, "backward": patch.backward} if patch else {}
 
 
 def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -> TokenCache:
@@ -225,31 +220,26 @@ def score_batch(
     """Score the items in one packed batch, or in several where a layout needs it."""
     device = next(model.parameters()).device
     examples = [item.example() for item in items]
-    while sum(len(response) for item in items for response in item.responses) * len(examples) < MIN_TARGETS * len(
-        items
-    ):
-        examples += [item.example() for item in items]  # repeated, so that the head has its usual algorithm
-    batch = shared_prefix_batch(examples, layout=layout)
+    # repeated where they are few tokens, so that the head has its usual algorithm
+    tokens = sum(len(response) for item in items for response in item.responses)
+    batch = shared_prefix_batch(examples * -(-MIN_TARGETS // tokens), layout=layout)
     bounds = batch["cu_target"].tolist()
+    # unpaired examples have one response each, in their order
+    index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
+    batch.pop("label", None)
     batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
-    batch = {key: x for key, x in batch.items() if key not in ("label", "response_index")}
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logps = model(**batch).logps.float().cpu().numpy()
     scored = {}
-    slots = max(len(example.get("ranked_ids", [()])) for example in examples)
-    order = [
-        (i, k) for k in range(slots) for i, e in enumerate(examples) if k < len(e.get("ranked_ids", [()]))
-    ]  # the order of responses in a batch
-    for r, (i, k) in enumerate(order):
-        if i >= len(items):
-            continue
-        values = logps[bounds[r] : bounds[r + 1]]
-        if not np.isfinite(values).all():
-            raise FloatingPointError(
-                f"{name} dataset: row {items[i].row}: the reference gives response {k} a log-prob that is not finite; "
-                "its weights may not be finite, or it overflows in fp16 (use bf16)"
-            )
-        scored[items[i].keys[k]] = values
+    for item, responses in zip(items, index, strict=False):
+        for k, key in enumerate(item.keys):
+            values = logps[bounds[responses[k]] : bounds[responses[k] + 1]]
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"{name} dataset: row {item.row}: the reference gives response {k} a log-prob that is not finite; "
+                    "its weights may not be finite, or it overflows in fp16 (use bf16)"
+                )
+            scored[key] = values
     return scored
 
 
