@@ -8,6 +8,7 @@ would have computed, bit for bit, however either was batched; `tests/test_refere
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from fastdpo.reference.fingerprint import fingerprint
 logger = logging.getLogger("fastdpo")
 
 COLUMN = "ref_token_logps"
+TOKENS_PER_BATCH = 16384
 TOKENS_PER_SHARD = 1 << 19  # 2 MiB: minutes of work of a large model, and a thousand shards are a billion tokens
 MIN_TARGETS = 16
 """A head of fewer rows is another algorithm in the CPU's BLAS, and rounds otherwise."""
@@ -79,7 +81,8 @@ def token_logps(
     *,
     folder: Path | str | None,
     layout: str = "shared",
-    tokens_per_batch: int = 16384,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    examples_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     name: str = "train",
     process_index: int = 0,
@@ -95,6 +98,7 @@ def token_logps(
         folder: the cache; None: keep nothing.
         layout: of the batches, see `fastdpo.shared_prefix_batch`; one that is exact on the model.
         tokens_per_batch: rows that a batch may have; one example with more is a batch of its own.
+        examples_per_batch: in place of the former, how many examples a batch has.
         autocast: the dtype of autocast in training; None where it is off.
         name: what errors and the progress bar call the dataset.
         process_index: this process among those that share the work.
@@ -114,8 +118,10 @@ def token_logps(
             f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a "
             "datasets.Dataset only; set precompute_ref_log_probs=False, or load it without streaming"
         )
-    if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
+    for what, number in (("tokens_per_batch", tokens_per_batch), ("precompute_ref_batch_size", examples_per_batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{what} must be at least 1, got {number}")
+    budget = (1, examples_per_batch) if examples_per_batch else (0, tokens_per_batch)
     if "_fastdpo" not in vars(model.get_base_model() if hasattr(model, "get_base_model") else model):
         patch_forward(model)
     items = list(_items(dataset))
@@ -126,12 +132,14 @@ def token_logps(
             _check(cache, known, model, name, options)
         share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
         with cache.filling(share):
-            batches = _batches(_missing(items, cache), layout, tokens_per_batch)[process_index::num_processes]
+            # by length, which no other process changes while this one looks: the shares do not overlap
+            by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
+            batches = _batches(_missing(by_length[process_index::num_processes], cache), layout, budget)
             _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options)
         wait_for_everyone()
         cache.refresh()
         # nothing, unless another process failed or writes to a disk of its own
-        _fill(cache, _batches(_missing(items, cache), layout, tokens_per_batch), model, name, disable_tqdm, options)
+        _fill(cache, _batches(_missing(items, cache), layout, budget), model, name, disable_tqdm, options)
     return [[cache[key] for key in item.keys] for item in items]
 
 
@@ -170,20 +178,25 @@ def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
     return rest
 
 
-def _batches(items: Sequence[Item], layout: str, tokens_per_batch: int) -> list[list[Item]]:
-    """Items of like length together, the longest first: a batch that does not fit into memory fails at once."""
+def _batches(items: Sequence[Item], layout: str, budget: tuple[int, int]) -> list[list[Item]]:
+    """Items of like length together, the longest first: a batch that does not fit into memory fails at once.
+
+    `budget` is (1, examples) or (0, rows) of a batch.
+    """
+    counts_examples, most = budget
     sized = sorted(((rows_of(item.example(), layout), item) for item in items), key=lambda pair: -pair[0])
     batches: list[list[Item]] = []
     for single in (False, True):  # a batch holds examples of one kind
-        rows = tokens_per_batch
-        for size, item in sized:
+        used = most
+        for rows, item in sized:
             if (len(item.responses) == 1) != single:
                 continue
-            if rows + size > tokens_per_batch:
+            size = 1 if counts_examples else rows
+            if used + size > most:
                 batches.append([])
-                rows = 0
+                used = 0
             batches[-1].append(item)
-            rows += size
+            used += size
     return batches
 
 
@@ -271,6 +284,31 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def options_of(args: Any, *, layout: str) -> dict[str, Any]:
+    """The options of `token_logps` that a `DPOConfig` sets, the cache's folder among them.
+
+    Args:
+        args: a `DPOConfig`.
+        layout: of the run's batches.
+    """
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    options: dict[str, Any] = {
+        "folder": getattr(args, "reference_cache_dir", None) or default_folder(),
+        "layout": layout,
+        "autocast": autocast,
+        "examples_per_batch": getattr(args, "precompute_ref_batch_size", None),
+        "disable_tqdm": bool(args.disable_tqdm),
+    }
+    if tokens := getattr(args, "tokens_per_batch", None):
+        options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward more fits
+    return options
+
+
+def default_folder() -> Path:
+    """Where reference log-probs are kept unless `reference_cache_dir` says otherwise: one folder for all runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastdpo" / "reference"
 
 
 def fill(datasets: Mapping[str, Dataset], model: Any, *, folder: Path | str, **options: Any) -> dict[str, int]:
