@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastdpo.report import BLUE, GREEN, GREY, GRID, VERMILION
+from fastdpo.plots import BLUE, GREEN, GREY, GRID, VERMILION
 
 Study = dict[str, Any]
 COLOURS = {"exact": BLUE, "noise": GREY, "auto": GREEN, "sparse": VERMILION}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
     from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
-    from fastdpo.objectives import DPOOutput, dpo_loss
+    from fastdpo.loss import DPOOutput, dpo_loss
     from fastdpo.packing import shared_prefix_batch
     from fastdpo.trainer import DPOTrainer
 
@@ -23,9 +23,9 @@ __all__ = [
 
 _HOME = {
     "DPOConfig": "config",
-    "DPOOutput": "objectives",
+    "DPOOutput": "loss",
     "DPOTrainer": "trainer",
-    "dpo_loss": "objectives",
+    "dpo_loss": "loss",
     "linear_logprobs": "logprobs",
     "linear_logprobs_with_stats": "logprobs",
     "shared_prefix_batch": "packing",

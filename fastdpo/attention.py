@@ -14,9 +14,9 @@ Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -43,17 +43,25 @@ METADATA = (
 )
 """Fields of a packed batch that every attention layer needs."""
 
-_PACKING: ContextVar[bool] = ContextVar("fastdpo_packing", default=False)
+
+class _Packing(threading.local):  # torch.compile does not follow a ContextVar
+    on = False
+
+    def get(self) -> bool:
+        return self.on
+
+
+_PACKING = _Packing()
 
 
 @contextmanager
 def packing() -> Iterator[None]:
     """Within it masks are windows, and attention without the batch's metadata raises."""
-    token = _PACKING.set(True)
+    before, _PACKING.on = _PACKING.on, True
     try:
         yield
     finally:
-        _PACKING.reset(token)
+        _PACKING.on = before
 
 
 def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]:

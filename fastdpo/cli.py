@@ -58,10 +58,11 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     run, args = read_config(config, overrides)  # before the slow imports: mistakes show at once
 
     from fastdpo import report
+    from fastdpo.loading import load_datasets, load_model, lora
     from fastdpo.trainer import DPOTrainer
 
-    model, tokenizer = _load_model(run, args)
-    train_dataset, eval_dataset = _load_datasets(run)
+    model, tokenizer = load_model(run, args)
+    train_dataset, eval_dataset = load_datasets(run)
     if eval_dataset is None:
         args.set_evaluate(strategy="no")
     args.eval_on_start = eval_dataset is not None
@@ -71,7 +72,7 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=_lora(run),
+        peft_config=lora(run),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if eval_dataset is not None and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step:
@@ -99,51 +100,6 @@ def _overrides(rest: list[str]) -> dict[str, Any]:
             raise ValueError(f"--{key} needs a value")
         values[key.replace("-", "_")] = yaml.safe_load(value)
     return values
-
-
-def _load_model(run: Any, args: Any) -> tuple[Any, Any]:
-    """The policy and its tokenizer, from trained weights or built with random ones."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    source = run.model_name_or_path or run.config_name
-    code = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(source, **code)
-    if run.model_name_or_path:
-        return run.model_name_or_path, tokenizer
-    set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code), **code)
-    logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
-    return model, tokenizer
-
-
-def _load_datasets(run: Any) -> tuple[Any, Any]:
-    from datasets import DatasetDict, load_dataset
-
-    kind = Path(run.dataset_name).suffix.removeprefix(".")
-    if kind in ("json", "jsonl", "csv", "parquet"):
-        splits = load_dataset(kind.removesuffix("l"), data_files=run.dataset_name)
-    else:
-        splits = load_dataset(run.dataset_name)
-    assert isinstance(splits, DatasetDict)
-    if run.dataset_train_split not in splits:
-        raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
-    if run.dataset_test_split not in splits:
-        logger.warning("%s has no split %r: nothing is held out", run.dataset_name, run.dataset_test_split)
-    return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
-
-
-def _lora(run: Any) -> Any | None:
-    if not run.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=run.lora_r,
-        lora_alpha=run.lora_alpha,
-        lora_dropout=run.lora_dropout,
-        target_modules=run.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -16,9 +16,10 @@ import yaml
 from transformers import TrainingArguments
 
 from fastdpo.logprobs import BACKWARDS, IMPLS
-from fastdpo.objectives import check_objective
+from fastdpo.settings import ObjectiveSettings, from_config
 
 ON_BAD_ROW = ("error", "drop")
+SELF_CHECK = ("error", "fallback")
 
 
 @dataclass
@@ -47,9 +48,13 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay off: a loss that is not finite stops training."}
     )
 
-    # The objective
+    # The objective; what each field may be with which is checked by `fastdpo.settings.ObjectiveSettings`
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"], metadata={"help": "The objective; `sigmoid` is DPO."}
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "The objective, by its name in fastdpo.objectives; several are summed. `sigmoid` is DPO."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the objectives in the sum. Unset: 1 each."}
     )
     beta: float = field(
         default=0.1, metadata={"help": "Strength of the pull towards the reference, > 0; 0.1 to 0.5 is usual."}
@@ -57,6 +62,46 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Probability that a preference label is flipped (cDPO), in [0, 0.5)."}
     )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "What keeps the policy near: reverse_kl, forward_kl, js_divergence or alpha_divergence."},
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Coefficient of `alpha_divergence`."})
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: weigh pairs by how likely the policy itself would write them."}
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "LD-DPO: factor in [0, 1] of the tokens beyond the length of the pair's shorter response."},
+    )
+    rpo_alpha: float | None = field(
+        default=None, metadata={"help": "RPO: weight of the chosen tokens' negative log-likelihood, added to the loss."}
+    )
+    reference_free: bool = field(
+        default=False, metadata={"help": "A reference to which all responses are equally likely; none is loaded."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of `simpo`."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the log-likelihood term of `cpo`."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of desirable responses in `kto`."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of undesirable responses in `kto`."})
+
+    # The reference
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Score the datasets with the reference before training, then train without it in memory."},
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where precomputed log-probs are kept. Unset: in ~/.cache/fastdpo/reference."},
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "TR-DPO: mix the policy into the reference while training."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "TR-DPO: the policy's share in the new reference, in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: mix every this many optimizer steps."})
 
     # The model
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -74,15 +119,37 @@ class DPOConfig(TrainingArguments):
         default=1024,
         metadata={"help": "Longest prompt + completion in tokens; the end of longer ones is cut. None: no limit."},
     )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; the start of longer ones is cut. None: no limit."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Longest completion in tokens; the end of longer ones is cut. None: no limit."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
     on_bad_row: str = field(
         default="error",
         metadata={"help": "A malformed dataset row: `error` stops and names it, `drop` leaves it out and says so."},
     )
 
-    # Packing and the head
+    # Packing, attention and the head
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill batches up to so many rows of tokens, instead of per_device_train_batch_size examples each."
+        },
+    )
+    longest_first: bool = field(
+        default=False, metadata={"help": "Start with the largest batch, so that one too large shows at once."}
+    )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Compute the common start of a pair once instead of twice."}
+    )
+    self_check: str = field(
+        default="error",
+        metadata={
+            "help": "At the start, fused log-probs are compared with the model's own. On a mismatch: `error` refuses, "
+            "`fallback` warns and trains on padded batches where those are right."
+        },
     )
     head_impl: str = field(
         default="auto", metadata={"help": "Implementation of the fused LM head: auto, triton, blas, torch or eager."}
@@ -94,15 +161,18 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if len(self.loss_type) != 1:
-            raise ValueError(f"loss_type must name one objective, got {self.loss_type}")
-        check_objective(self.loss_type[0], self.beta, self.label_smoothing)
+        settings = from_config(self)
+        self._check_reference(settings)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
+        for name in ("max_prompt_length", "max_completion_length", "tokens_per_batch", "ref_model_sync_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name, allowed in (
             ("head_impl", IMPLS),
             ("head_backward", BACKWARDS),
             ("on_bad_row", ON_BAD_ROW),
+            ("self_check", SELF_CHECK),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -116,6 +186,19 @@ class DPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
         self._resolve_checkpointing()
         super().__post_init__()
+
+    def _check_reference(self, settings: ObjectiveSettings) -> None:
+        """Refuse settings of a reference that the objective does not read, or that exclude each other."""
+        for name in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, name) and not settings.needs_reference:
+                raise ValueError(f"{name} has no effect: loss_type {self.loss_type} reads no reference; leave it out")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model changes the reference while training, so its log-probs can't be computed before; "
+                "set precompute_ref_log_probs=False"
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
 
     def _resolve_checkpointing(self) -> None:
         """On unless switched off, under TRL's name for it and under the one newer transformers give it."""

@@ -1,30 +1,48 @@
-"""Preference rows to token ids: dataset formats, chat templates, truncation, and errors that name the row.
+"""Datasets to token ids: kinds of rows, truncation, numbers that go with a row, and errors that name the row.
 
-A row holds `chosen` and `rejected`, with or without `prompt`. Each is text (standard format) or a list of
-`{"role", "content"}` messages (conversational format). Without `prompt`, the common start of the two is the prompt.
-`tools` and `chat_template_kwargs` columns go to the chat template. The result has the columns
-`prompt_ids, chosen_ids, rejected_ids` (completions end with EOS) and `pair_index`, the row it came from.
+`fastdpo.formats` says what rows may look like. The result has the token columns of its kind,
+
+| kind | columns |
+|---|---|
+| preference | `prompt_ids`, `chosen_ids`, `rejected_ids` |
+| ranked | `prompt_ids`, `ranked_ids` |
+| unpaired | `prompt_ids`, `completion_ids`, `label` and, where asked for, `kl_ids` |
+
+and `pair_index`, the row it came from. Completions end with EOS unless they were cut. The columns `weight`, `margin`,
+`beta` and reference log-probs are carried along; all others are left behind.
 """
 
 import difflib
-import json
 import logging
+import math
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+
+from fastdpo.formats import RAW_COLUMNS, TOKEN_COLUMNS, BadRow, read_ids, response_names, tokenize
 
 logger = logging.getLogger("fastdpo")
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COLUMNS = (*TOKEN_COLUMNS, "pair_index")
+NUMBERS = ("weight", "margin", "beta")
+REFERENCES = {
+    "ref_chosen_logps": Value("float64"),
+    "ref_rejected_logps": Value("float64"),
+    "ref_token_logps": List(List(Value("float32"))),
+}
+COLUMNS = (
+    *dict.fromkeys(column for columns in TOKEN_COLUMNS.values() for column in columns),
+    *("kl_ids", "pair_index", *NUMBERS, *REFERENCES),
+)
+"""All that `prepare_dataset` may return, of any kind."""
+
 MAX_NAMED_ROWS = 5
-
-
-class BadRow(ValueError):
-    """What is wrong with one dataset row."""
+_NOTES = {
+    "prompt": "have a prompt that is too long and cut at its start",
+    "completion": "have a completion that is too long and cut at its end",
+    "special": "spell out a special token, which becomes the real one; fine if a chat template made the text",
+}
 
 
 def prepare_dataset(
@@ -33,24 +51,35 @@ def prepare_dataset(
     *,
     max_length: int | None,
     vocab_size: int,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    kind: str = "preference",
+    with_kl: bool = False,
     on_bad_row: str = "error",
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
-    """Tokenise a preference dataset; rows that are already tokenised are only checked.
+    """Tokenise a dataset; rows that are already tokenised are only checked and cut.
 
     Args:
         dataset: see the module's docstring.
         tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
         max_length: longest prompt + completion, in tokens; the end is cut. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.
+        max_prompt_length: longest prompt; the start of longer ones is cut, but for a BOS token. None: no limit.
+        max_completion_length: longest completion; the end of longer ones is cut. None: no limit.
+        kind: of rows that the objective needs: `preference`, `ranked` or `unpaired`. A preference is also a ranking
+            of two, and two unpaired rows.
+        with_kl: give every unpaired row `kl_ids`, a completion that belongs to another prompt: that of the next row
+            with a different one, the last rows going on from the first.
         on_bad_row: "error" raises on malformed rows, "drop" leaves them out with a warning.
         num_proc: processes used by `Dataset.map`.
         name: what errors, log lines and progress bars call this dataset.
 
     Raises:
         TypeError: not a `datasets` dataset.
-        ValueError: a column is missing, no row is left, or (on_bad_row="error") rows are malformed; names the rows.
+        ValueError: a column is missing, the rows are of another kind, no row is left, no prompt differs from another
+            (with_kl), or (on_bad_row="error") rows are malformed; names the rows.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -59,195 +88,210 @@ def prepare_dataset(
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{name} dataset is empty")
+    if kind not in TOKEN_COLUMNS:
+        raise ValueError(f"kind must be one of {', '.join(TOKEN_COLUMNS)}, got {kind!r}")
+    if with_kl and isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
     first = next(iter(dataset))
-    _check_columns(list(first), name)
-
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": list(first)}
+    found = _find_kind(list(first), kind, name)
+    ranked = kind == "ranked"
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "max_completion_length": max_completion_length,
+    }
+    arguments: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "kind": found, "as_ranked": ranked}
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "remove_columns": list(first),
+        "fn_kwargs": arguments | limits,
+        "features": _features("ranked" if ranked else found, first),
+    }
     if isinstance(dataset, IterableDataset):
-        rows = dataset.map(
-            lambda row, i: _raise_problem(tokenize_row(row, i, tokenizer, max_length, vocab_size), i, name, on_bad_row),
-            **options,
-        )
-        return rows.filter(lambda row: not row["problem"]).remove_columns(["problem"])
-
-    rows = dataset.map(
-        tokenize_row,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size},
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-        **options,
-    )
-    _report_problems(rows["problem"], name, on_bad_row)
-    kept = [i for i, problem in enumerate(rows["problem"]) if not problem]
-    if not kept:
-        raise ValueError(f"{name} dataset has no usable row left out of {len(rows)}")
-    return rows.select(kept).remove_columns(["problem"])
+        said: set[str] = set()
+        rows = dataset.map(tokenize_row, **options)
+        rows = rows.filter(_report_streamed, fn_kwargs={"name": name, "on_bad_row": on_bad_row, "said": said})
+        rows = rows.remove_columns(["problem", "notes"])
+    else:
+        rows = dataset.map(tokenize_row, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
+        _report_problems(rows["problem"], name, on_bad_row)
+        kept = [i for i, problem in enumerate(rows["problem"]) if not problem]
+        if not kept:
+            raise ValueError(f"{name} dataset has no usable row left out of {len(rows)}")
+        _report_notes(rows["notes"], name, limits)
+        rows = rows.select(kept).remove_columns(["problem", "notes"])
+    if kind == "unpaired" and found == "preference":
+        rows = rows.map(_unpair, batched=True, remove_columns=rows.column_names)
+    if with_kl and kind == "unpaired" and "kl_ids" not in rows.column_names:
+        rows = _add_kl(rows, name, max_length)
+    return rows
 
 
 def tokenize_row(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None, vocab_size: int
+    row: dict[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    vocab_size: int,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    kind: str = "preference",
+    as_ranked: bool = False,
 ) -> dict[str, Any]:
-    """Token ids of one row, with `problem` saying why it can't be used, or empty.
+    """Token ids of one row of a kind, with `problem` saying why it can't be used, or empty.
 
-    A problem that begins with "dropped:" is no fault of the row's (nothing of it is left to learn from).
+    A problem that begins with "dropped:" is no fault of the row's (nothing of it is left to learn from). `notes` names
+    what was done to it, by the keys of `_NOTES`. `as_ranked` returns a preference as a ranking of two.
     """
-    empty: dict[str, Any] = {
-        "prompt_ids": [],
-        "chosen_ids": [],
-        "rejected_ids": [],
-        "pair_index": row.get("pair_index", index),
-    }
+    result = _empty("ranked" if as_ranked else kind, row, index)
+    notes: list[str] = result["notes"]
     try:
-        if TOKEN_COLUMNS[0] in row:
-            prompt, chosen, rejected = (_check_ids(row[column], column) for column in TOKEN_COLUMNS)
+        _check_fields(row, kind)
+        if TOKEN_COLUMNS[kind][0] in row:
+            prompt, responses = read_ids(row, kind)
         else:
-            prompt, chosen, rejected = _tokenize(_with_prompt(row), tokenizer)
-        _check_tokens(prompt, chosen, rejected, vocab_size)
-        if tokenizer.bos_token_id is not None and prompt[:2] == [tokenizer.bos_token_id] * 2:
+            prompt, responses, special = tokenize(row, kind, tokenizer)
+            notes += ["special"] if special else []
+        _check_tokens(prompt, responses, kind, vocab_size)
+        bos = tokenizer.bos_token_id
+        if bos is not None and prompt[:2] == [bos] * 2:
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
-    except BadRow as error:
-        return {**empty, "problem": str(error)}
 
-    if max_length is not None:
-        room = max_length - len(prompt)
+        if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models are lost without it
+            prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]
+            notes.append("prompt")
+        room = math.inf if max_length is None else max_length - len(prompt)
         if room <= 0:
-            return {**empty, "problem": f"dropped: its prompt of {len(prompt)} tokens fills max_length={max_length}"}
-        chosen, rejected = chosen[:room], rejected[:room]
-    if chosen == rejected:
-        return {**empty, "problem": "dropped: chosen and rejected are the same tokens"}
-    return {**empty, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "problem": ""}
+            why = f"its prompt of {len(prompt)} tokens fills max_length={max_length}"
+            return result | {"problem": f"dropped: {why}"}
+        room = min(room, max_completion_length or math.inf)
+        if max(map(len, responses)) > room:
+            responses = [ids[: int(room)] for ids in responses]
+            notes.append("completion")
+        if {"prompt", "completion"} & set(notes) and (given := REFERENCES.keys() & row.keys()):
+            raise BadRow(f"`{min(given)}` is of the whole row, but the row is too long and gets cut; raise the limits")
+    except BadRow as error:
+        return result | {"problem": str(error)}
+    if len(responses) > 1 and all(ids == responses[0] for ids in responses):
+        what = "all responses" if kind == "ranked" else "chosen and rejected"
+        return result | {"problem": f"dropped: {what} are the same tokens"}
+    columns = TOKEN_COLUMNS["ranked" if as_ranked else kind][1:]
+    ids = {columns[0]: responses} if as_ranked or kind == "ranked" else dict(zip(columns, responses, strict=False))
+    return result | {"prompt_ids": prompt, **ids}
 
 
-def _check_columns(columns: list[str], name: str) -> None:
-    if TOKEN_COLUMNS[0] in columns:
-        needed: tuple[str, ...] = TOKEN_COLUMNS
-    else:
-        needed = ("chosen", "rejected")
-    for column in needed:
+def _find_kind(columns: list[str], wanted: str, name: str) -> str:
+    """The kind of rows to read, which `wanted` can be made of."""
+    if unsupported := {"image", "images"} & set(columns):
+        raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
+    table = TOKEN_COLUMNS if "prompt_ids" in columns else RAW_COLUMNS
+    fitting = [kind for kind, needed in table.items() if set(needed) <= set(columns)]
+    for kind in (wanted, "preference"):
+        if kind in fitting:
+            return kind
+    if fitting:
+        needed = " and ".join(map(repr, table[wanted]))
+        raise ValueError(
+            f"{name} dataset holds {fitting[0]} rows (it has the columns {columns}), but the objective needs {wanted} "
+            f"rows (columns {needed}); change the dataset or loss_type"
+        )
+    for column in table[wanted]:
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f"; rename {near[0]!r}?" if near else ""
-            raise ValueError(f"{name} dataset has no column {column!r}; it has {columns}{hint}")
-    if unsupported := {"image", "images"} & set(columns):
-        raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
+            raise ValueError(
+                f"{name} dataset has no column {column!r}, which {wanted} rows need; it has {columns}{hint}"
+            )
+    raise AssertionError("unreachable: a kind that lacks no column fits")
 
 
-def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """Check types and emptiness, and split off an implicit prompt."""
-    fields = ["chosen", "rejected"]
-    if row.get("prompt") is not None:
-        fields.insert(0, "prompt")
-    elif "prompt" in row:
-        raise BadRow("`prompt` is None; give it a value, or remove the column where prompts are implicit")
-    kinds = {field: _kind(row[field], field) for field in fields}
-    if kinds["chosen"] != kinds["rejected"]:
-        raise BadRow(f"`chosen` is {kinds['chosen']} but `rejected` is {kinds['rejected']}; make them alike")
-    if kinds.get("prompt", kinds["chosen"]) != kinds["chosen"]:
-        if kinds["prompt"] != "text":
-            raise BadRow(f"`prompt` is {kinds['prompt']} but `chosen` is {kinds['chosen']}; make them alike")
-        fields.remove("prompt")  # a text copy of a prompt that the messages hold too, as UltraFeedback has it
-    if "prompt" in fields:
-        return row
-    chosen, rejected = row["chosen"], row["rejected"]
-    start = common_prefix_length(chosen, rejected)
-    if kinds["chosen"] == "text" and 0 < start < min(len(chosen), len(rejected)) and chosen[start - 1] == " ":
-        start -= 1  # the space belongs to the completions, as tokenizers see it
-    prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
-    for field, rest in (("chosen", chosen), ("rejected", rejected)):
-        if not rest:
-            raise BadRow(f"`{field}` is nothing but the start of the other response: no completion is left")
-    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+def _features(kind: str, first: dict[str, Any]) -> Features:
+    """Types of what `tokenize_row` returns, so that they do not hang on the first rows."""
+    ids = List(Value("int64"))
+    features = {column: ids for column in TOKEN_COLUMNS[kind]}
+    if kind == "ranked":
+        features["ranked_ids"] = List(ids)
+    if kind == "unpaired":
+        features["label"] = Value("bool")
+    features |= {column: Value("float64") for column in NUMBERS if column in first}
+    features |= {column: feature for column, feature in REFERENCES.items() if column in first}
+    if "kl_ids" in first:
+        features["kl_ids"] = ids
+    return Features(
+        features | {"pair_index": Value("int64"), "problem": Value("string"), "notes": List(Value("string"))}
+    )
 
 
-def _kind(value: Any, field: str) -> str:
-    if isinstance(value, str):
-        if not value and field != "prompt":
-            raise BadRow(f"`{field}` is empty")
-        return "text"
-    if isinstance(value, list) and value:
-        for message in value:
-            if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
-                raise BadRow(f"`{field}` must hold messages with `role` and `content`, found {message!r:.80}")
-        if not value[-1]["content"] and not value[-1].get("tool_calls"):
-            raise BadRow(f"`{field}` ends with an empty message")
-        return "messages"
-    raise BadRow(f"`{field}` must be text or a non-empty list of messages, got {value!r:.80}")
+def _empty(kind: str, row: dict[str, Any], index: int) -> dict[str, Any]:
+    """What is returned of a row with a problem."""
+    kept: dict[str, Any] = dict.fromkeys(NUMBERS, (int, float)) | {"pair_index": (int,)}
+    if kind == "unpaired":
+        kept |= {"label": (bool,), "kl_ids": (list,)}
+    # None instead of a type that Arrow would refuse; the row has a problem then
+    carried = {c: row[c] if type(row[c]) in types else None for c, types in kept.items() if c in row}
+    carried |= {column: row[column] for column in REFERENCES if column in row}
+    ids: dict[str, Any] = {column: [] for column in TOKEN_COLUMNS[kind] if column != "label"}
+    return {"pair_index": index, **ids, **carried, "problem": "", "notes": []}
 
 
-def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Ids of prompt, chosen, rejected. A completion starts where it and the prompt alone part company."""
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if isinstance(chosen, str):
-        prompt_ids = _encode(prompt, tokenizer, "prompt")
-        full_ids = [
-            _end_with_eos(_encode(prompt + completion, tokenizer, field), tokenizer)
-            for field, completion in (("chosen", chosen), ("rejected", rejected))
-        ]
-    else:
-        tools = row.get("tools")
-        options = {
-            "tokenize": True,
-            "return_dict": True,
-            "tools": (json.loads(tools) if isinstance(tools, str) else tools) or None,
-            **(row.get("chat_template_kwargs") or {}),
-        }
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
-        full_ids = [
-            tokenizer.apply_chat_template(prompt + completion, **options)["input_ids"]
-            for completion in (chosen, rejected)
-        ]
-    start = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
-    if start < len(prompt_ids):
-        _warn_merged_boundary(tokenizer.decode(prompt_ids[start:]))
-    return prompt_ids[:start], full_ids[0][start:], full_ids[1][start:]
+def _check_fields(row: dict[str, Any], kind: str) -> None:
+    """Check what goes with the tokens."""
+    for field in NUMBERS:
+        if field not in row:
+            continue
+        value = row[field]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadRow(f"`{field}` must be a finite number, got {value!r:.80}")
+        if (field == "weight" and value < 0) or (field == "beta" and value <= 0):
+            raise BadRow(f"`{field}` must be {'at least' if field == 'weight' else 'above'} 0, got {value}")
+    if kind == "unpaired" and not isinstance(row["label"], bool):
+        raise BadRow(f"`label` must be true (desirable) or false, got {row['label']!r:.80}")
+    if type(row.get("pair_index", 0)) is not int:
+        raise BadRow(f"`pair_index` must be an int, got {row['pair_index']!r:.80}; rename or remove the column")
 
 
-_warned_merged_boundary = False
-
-
-def _warn_merged_boundary(end: str) -> None:
-    global _warned_merged_boundary
-    if not _warned_merged_boundary:
-        _warned_merged_boundary = True
-        logger.warning(
-            "the prompt alone and prompt + completion are tokenised differently from %r on, so this end of the prompt "
-            "counts as completion. End prompts on a token boundary, or use a chat template that renders both alike. "
-            "Said once; other rows are likely the same.",
-            end,
-        )
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, field: str) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"`{field}` is not valid Unicode: {error.reason} at character {error.start}") from None
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
-
-
-def _end_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token, so completions would have no end; set tokenizer.eos_token")
-    return ids if ids[-1:] == [eos] else [*ids, eos]
-
-
-def _check_ids(ids: Any, column: str) -> list[int]:
-    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-        raise BadRow(f"`{column}` must be a list of token ids, got {ids!r:.80}")
-    return ids
-
-
-def _check_tokens(prompt: list[int], chosen: list[int], rejected: list[int], vocab_size: int) -> None:
+def _check_tokens(prompt: list[int], responses: list[list[int]], kind: str, vocab_size: int) -> None:
     if not prompt:
         raise BadRow("`prompt` has no tokens, so nothing predicts the first token of the completions; add a BOS token")
-    for field, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    for field, ids in zip(["prompt", *response_names(kind, len(responses))], [prompt, *responses], strict=True):
         if not ids:
             raise BadRow(f"`{field}` has no tokens")
         if (worst := max(ids)) >= vocab_size or min(ids) < 0:
             bad = worst if worst >= vocab_size else min(ids)
             raise BadRow(f"`{field}` holds token id {bad}, but the model's vocabulary has {vocab_size} entries")
+
+
+# Rows of another kind
+
+
+def _unpair(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Every preference as two rows with a label: the batch's chosen ones, then its rejected ones."""
+    chosen, rejected = batch.pop("chosen_ids"), batch.pop("rejected_ids")
+    doubled = {column: values * 2 for column, values in batch.items() if column not in REFERENCES}
+    label = [True] * len(chosen) + [False] * len(rejected)
+    return doubled | {"completion_ids": chosen + rejected, "label": label}
+
+
+def _add_kl(rows: Dataset, name: str, max_length: int | None) -> Dataset:
+    prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
+    if len(set(prompts)) == 1:
+        raise ValueError(f"{name} dataset has one prompt only; the KL term needs completions of other prompts")
+    following, other = [0] * len(prompts), 0
+    for i in reversed(range(2 * len(prompts) - 1)):  # twice around, so that the last rows know the first ones
+        i, after = i % len(prompts), (i + 1) % len(prompts)
+        other = after if prompts[after] != prompts[i] else other
+        following[i] = other
+    kl = rows.select(following).select_columns(["completion_ids"]).rename_column("completion_ids", "kl_ids")
+    result: Dataset = concatenate_datasets([rows, kl], axis=1)
+    return result if max_length is None else result.map(_cut_kl, fn_kwargs={"max_length": max_length})
+
+
+def _cut_kl(row: dict[str, Any], max_length: int) -> dict[str, Any]:
+    return {"kl_ids": row["kl_ids"][: max_length - len(row["prompt_ids"])]}
+
+
+# Reports
 
 
 def _report_problems(problems: Sequence[str], name: str, on_bad_row: str) -> None:
@@ -270,16 +314,24 @@ def _name_rows(rows: list[tuple[int, str]]) -> str:
     return named + (f"; and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")
 
 
-def _raise_problem(row: dict[str, Any], index: int, name: str, on_bad_row: str) -> dict[str, Any]:
-    """For streamed datasets: `_report_problems` of one row, when it comes by."""
-    problem: str = row["problem"]
+def _report_notes(notes: Sequence[list[str]], name: str, limits: dict[str, int | None]) -> None:
+    """One line for each thing that was done to rows."""
+    for key, what in _NOTES.items():
+        rows = [i for i, done in enumerate(notes) if key in done]
+        if rows:
+            named = ", ".join(map(str, rows[:MAX_NAMED_ROWS])) + (", ..." if len(rows) > MAX_NAMED_ROWS else "")
+            given = "" if key == "special" else f"; {', '.join(f'{k}={v}' for k, v in limits.items() if v is not None)}"
+            logger.warning("%s dataset: %d rows of %d %s (rows %s%s)", name, len(rows), len(notes), what, named, given)
+
+
+def _report_streamed(row: dict[str, Any], name: str, on_bad_row: str, said: set[str]) -> bool:
+    """For streamed datasets: the reports of one row, when it comes by, and whether to keep it."""
+    problem, index = row["problem"], row["pair_index"]
     if problem and not problem.startswith("dropped: ") and on_bad_row == "error":
         raise ValueError(f"{name} dataset: row {index}: {problem}. Mend it, or set on_bad_row='drop'.")
     if problem:
         logger.warning("%s dataset: dropped row %d: %s", name, index, problem.removeprefix("dropped: "))
-    return row
-
-
-def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Number of leading elements that `a` and `b` have in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    for key in set(row["notes"]) - said:
+        said.add(key)
+        logger.warning("%s dataset: rows %s; row %d is the first, others are not named", name, _NOTES[key], index)
+    return not problem

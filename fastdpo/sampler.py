@@ -76,11 +76,6 @@ class BudgetSampler(Sampler[list[int]]):
         most = max(len(self._fill(plan)) for plan in range(self._plans))
         self._length = -(-most // world_size)
 
-    @property
-    def sampler(self) -> "BudgetSampler":
-        """Itself: where accelerate looks for `set_epoch` once it has wrapped this to skip batches."""
-        return self
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration is of."""
         self._epoch = epoch
@@ -140,7 +135,7 @@ def _split(batches: list[list[int]], count: int) -> list[list[int]]:
     heapq.heapify(heap)
     for i in range(len(batches), count):
         _, at, batch = heap[0]
-        keep, rest = (batch[::2], batch[1::2]) if len(batch) > 1 else (batch, batches[i % len(batches)])
+        keep, rest = (batch[::2], batch[1::2]) if len(batch) > 1 else (batch, heap[i % len(heap)][2])
         heapq.heapreplace(heap, (-len(keep), at, keep))
         heapq.heappush(heap, (-len(rest), i, rest))
     return [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]

@@ -2,15 +2,16 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,14 +23,25 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
+from fastdpo.loading import disable_dropout, load_policy, wrap_adapter
+from fastdpo.loss import LossOutput, compute, step_values
 from fastdpo.model import TokenScores, patch_forward
-from fastdpo.objectives import DPOOutput, dpo_loss
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
+from fastdpo.sampler import rebatch
+from fastdpo.settings import from_config
+from fastdpo.step import step_context
 
 logger = logging.getLogger("fastdpo")
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
+
+
+class StepTotals(NamedTuple):
+    """What the loss of an optimizer step is divided by, float32 scalars on the device, over all processes."""
+
+    examples: Tensor
+    chosen_tokens: Tensor
 
 
 class DPOTrainer(Trainer):
@@ -73,23 +85,28 @@ class DPOTrainer(Trainer):
         args = DPOConfig() if args is None else args
         if train_dataset is None:
             raise ValueError("train_dataset is required")
+        self._settings = from_config(args)
         set_seed(args.seed)  # adapters start from random weights
-        model = _load(model, args)
+        model = load_policy(model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        model = _wrap_adapter(model, peft_config, ref_model)
-        ref_model = policies.resolve_reference(model, ref_model)  # before the patch: a copy must not share it
+        model = wrap_adapter(model, peft_config, ref_model)
+        if self._settings.needs_reference:
+            ref_model = policies.resolve_reference(model, ref_model)  # before the patch: a copy must not share it
+        elif ref_model is not None:
+            raise ValueError(f"ref_model has no effect: loss_type {args.loss_type} reads no reference; leave it out")
         if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
             logger.warning(
                 "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
             )
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
-                _disable_dropout(policy)
+                disable_dropout(policy)
             patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
 
+        self._layout = "shared" if args.prefix_sharing else "packed"
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -107,8 +124,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or functools.partial(shared_prefix_batch, layout="shared" if args.prefix_sharing else "packed"),
+            data_collator=data_collator or functools.partial(shared_prefix_batch, layout=self._layout),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -122,6 +138,24 @@ class DPOTrainer(Trainer):
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        args = self.args
+        if args.tokens_per_batch is None and not args.longest_first:
+            return loader
+        return rebatch(
+            loader,
+            layout=self._layout,
+            tokens_per_batch=args.tokens_per_batch,
+            batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epochs=math.ceil(args.num_train_epochs),
+            rank=args.process_index,
+            world_size=args.world_size,
+            longest_first=args.longest_first,
+        )
+
     # One step
 
     def compute_loss(
@@ -129,51 +163,82 @@ class DPOTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: StepTotals | None = None,
     ) -> Any:
-        """Sum of the pairs' losses over the pairs of the whole optimizer step, on all processes."""
+        """This micro-batch's part of the loss of the whole optimizer step, over all processes."""
         training = self.model.training
         if training and self._clock is None:
             self._clock = time.perf_counter()
+        context = inputs.pop("step_context", None)
+        with_stats = not training or self._settings.needs_token_stats or self._is_logging_step()
         # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
         with self.accelerator.autocast():
-            scores: TokenScores = model(**inputs, with_stats=not training or self._is_logging_step())
-            ref_logps = inputs.get("ref_logps")
-            if ref_logps is None:
-                ref_logps = self._reference_logps(inputs)
-        logps = _sequence_logps(scores.logps, inputs["cu_target"])
-        out = dpo_loss(
-            *logps.chunk(2),
-            *ref_logps.chunk(2),
-            loss_type=self.args.loss_type[0],
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
-        )
-        if num_items_in_batch is None:
-            loss = out.losses.mean()
-        else:  # gradients are averaged over processes, so each contributes its share times their number
-            loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+            scores: TokenScores = model(**inputs, with_stats=with_stats)
+        ref_logps = self._reference_logps(inputs)
+        out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
+        totals = num_items_in_batch or self._totals([inputs])
+        # gradients are averaged over processes, so each contributes its share times their number
+        processes = self.args.world_size if num_items_in_batch else 1
+        loss = out.losses.sum() * processes / totals.examples
+        if out.token_loss is not None:
+            loss = loss + out.token_loss * processes / totals.chosen_tokens
         if training:
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
-        self._add_metrics(inputs, scores, logps, out)
+        self._add_metrics(inputs, scores, out)
         return (loss, out) if return_outputs else loss
 
-    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The reference's log-probs of the completion tokens `[M]`; None where none are read, or the batch has them."""
+        if not self._settings.needs_reference or not {"ref_logps", "ref_token_logps"}.isdisjoint(inputs):
+            return None
+        with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
-                scores = self.ref_model(**inputs)
+                scores: TokenScores = self.ref_model(**inputs)
             else:
                 with policies.as_reference(self.accelerator.unwrap_model(self.model)):
                     scores = self.model(**inputs)
-        return _sequence_logps(scores.logps, inputs["cu_target"])
+        return scores.logps
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
-        """Pairs in the optimizer step, over accumulation and processes."""
-        pairs: Any = sum(len(batch["pair_index"]) for batch in batch_samples)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
+        """What the optimizer step's loss is divided by, over accumulation and processes.
+
+        An objective that looks at the whole step gets what its micro-batches must know of each other, too.
+        """
+        if not batch_samples:
+            return None
+        totals = self._totals(batch_samples)
         if self.args.world_size > 1:
-            pairs = self.accelerator.reduce(torch.full((), float(pairs), device=device), reduction="sum")
-        return pairs or None
+            sums: Any = self.accelerator.reduce(torch.stack(totals), reduction="sum")
+            totals = StepTotals(*sums)
+        if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
+            self._exchange(batch_samples)
+        return totals
+
+    def _totals(self, batches: list[dict[str, Any]]) -> StepTotals:
+        examples = sum(len(batch["pair_index"]) for batch in batches)
+        bounds = [batch["cu_target"] for batch in batches]
+        tokens = torch.stack([x[len(batch["pair_index"])] for x, batch in zip(bounds, batches, strict=True)]).sum()
+        return StepTotals(torch.full_like(tokens, examples, dtype=torch.float32), tokens.float())
+
+    def _exchange(self, batches: list[dict[str, Any]]) -> None:
+        """Give each micro-batch what its loss needs of the others: one more pass, without gradients."""
+        values = []
+        for batch in batches:
+            with torch.no_grad(), self.accelerator.autocast():
+                scores: TokenScores = self.model_wrapped(**batch)
+            if (ref_logps := self._reference_logps(batch)) is not None:
+                batch["ref_token_logps"] = ref_logps
+            values.append(step_values(batch, scores.logps, None, self._settings))
+        args = self.args
+        contexts = step_context(
+            values,
+            gather=(lambda x: self.accelerator.gather(x[None])) if args.world_size > 1 else None,
+            rank=args.process_index,
+            capacity=None if args.tokens_per_batch else args.train_batch_size * args.gradient_accumulation_steps,
+        )
+        for batch, context in zip(batches, contexts, strict=True):
+            batch["step_context"] = context
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -195,11 +260,13 @@ class DPOTrainer(Trainer):
             return True
         return bool(step % self.state.logging_steps == 0)
 
-    def _add_metrics(self, inputs: dict[str, Any], scores: TokenScores, logps: Tensor, out: DPOOutput) -> None:
-        B, add = len(out.losses), self._sums.add
+    def _add_metrics(self, inputs: dict[str, Any], scores: TokenScores, out: LossOutput) -> None:
+        B, add, logps = len(out.losses), self._sums.add, out.sequence_logps
         keep = B if self.model.training else self._distinct_pairs(B)
         chosen_logps, rejected_logps = (side[:keep] for side in logps.chunk(2))
-        losses, chosen_rewards, rejected_rewards = (values[:keep] for values in out)
+        losses, chosen_rewards, rejected_rewards = (
+            values[:keep] for values in (out.losses, out.chosen_rewards, out.rejected_rewards)
+        )
         margins = chosen_rewards - rejected_rewards
         add("rewards/chosen", chosen_rewards)
         add("rewards/rejected", rejected_rewards)
@@ -287,46 +354,6 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*data.COLUMNS, "ref_chosen_logps", "ref_rejected_logps"]
-
-
-def _sequence_logps(logps: Tensor, cu_target: Tensor) -> Tensor:
-    """Per-token log-probs [M] to log-probs of responses [R], in float32, without a synchronisation."""
-    return torch.segment_reduce(logps, "sum", offsets=cu_target, unsafe=True)
-
-
-def _load(model: Any, args: DPOConfig) -> Any:
-    if not isinstance(model, str):
-        if args.model_init_kwargs:
-            raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
-        return model
-    assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
-    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    return AutoModelForCausalLM.from_pretrained(model, **options)
-
-
-def _wrap_adapter(model: Any, peft_config: Any | None, ref_model: PreTrainedModel | None) -> Any:
-    if policies.is_peft_model(model):
-        if peft_config is not None:
-            raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
-        if ref_model is None:
-            policies.keep_ref_adapter(model)
-        return model
-    if peft_config is None:
-        return model
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    return get_peft_model(model, peft_config)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # attention layers keep theirs as a number
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:

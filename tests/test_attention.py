@@ -89,10 +89,10 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("layout", ["shared", "tree", "packed"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_grid_matches_each_path_alone(options, prefix_sharing):
-    batch = shared_prefix_batch(PAIRS, prefix_sharing=prefix_sharing)
+def test_grid_matches_each_path_alone(options, layout):
+    batch = shared_prefix_batch(PAIRS, layout=layout)
     assert_exact(make_qkv(batch), batch, **options)
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fastdpo import data
+from fastdpo import data, formats
 
 VOCAB = 259
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -89,7 +89,7 @@ def test_same_ids_as_trl(name: str, prepare: Callable[..., Any], tokenizer: PreT
     args = trl.DPOConfig(output_dir="unused", max_length=None, bf16=False, report_to="none")
     theirs = trainer._prepare_dataset(Dataset.from_list(FORMATS[name]), tokenizer, args, "train")
     ours = prepare(FORMATS[name])
-    for column in data.TOKEN_COLUMNS:
+    for column in data.TOKEN_COLUMNS["preference"]:
         assert list(ours[column]) == list(theirs[column]), column
 
 
@@ -241,7 +241,7 @@ def test_merged_boundary_is_said_once(caplog: pytest.LogCaptureFixture, monkeypa
     vocab = {t: i for i, t in enumerate(["<eos>", "a", "b", "ab", "c"])}
     tok = Tokenizer(models.BPE(vocab, [("a", "b")]))
     merging = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>")
-    monkeypatch.setattr(data, "_warned_merged_boundary", False)
+    monkeypatch.setattr(formats, "_warned_merged_boundary", False)
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         row = data.tokenize_row({"prompt": "ca", "chosen": "b", "rejected": "c"}, 0, merging, None, 5)
         data.tokenize_row({"prompt": "ca", "chosen": "b", "rejected": "c"}, 1, merging, None, 5)

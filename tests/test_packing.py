@@ -65,7 +65,7 @@ def trunk_of(example):
     return len(prompt) + common if len(responses) > 1 else 1
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED))
 def test_every_sequence_can_be_rebuilt(examples, layout):
     batch = shared_prefix_batch(examples, layout=layout)
@@ -86,7 +86,7 @@ def test_every_sequence_can_be_rebuilt(examples, layout):
     assert set(seen) == set(range(batch["num_packed_tokens"]))  # every row serves a sequence
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind, multiple=st.sampled_from([1, 4, 64]))
 def test_padded_rows_are_the_sequences(examples, multiple):
     batch = shared_prefix_batch(examples, layout="padded", pad_to_multiple_of=multiple)
@@ -109,7 +109,7 @@ def test_padded_rows_are_the_sequences(examples, multiple):
     assert not [name for name in batch if name.startswith("tree_")]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED), multiple=st.sampled_from([1, 8, 64]))
 def test_bounds_fit_together(examples, layout, multiple):
     batch = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=multiple)
@@ -128,7 +128,7 @@ def test_bounds_fit_together(examples, layout, multiple):
     assert batch["logit_index"].max() < batch["num_packed_tokens"]  # nothing is scored from the filling
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind)
 def test_paths_of_a_tree_are_chains_of_whole_segments(examples):
     """What layers with a state need: a segment begins in the state that the segment before it in its path ends in."""
@@ -145,7 +145,7 @@ def test_paths_of_a_tree_are_chains_of_whole_segments(examples):
     assert len(segments) == branches + trunks
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind)
 def test_shares_the_longest_common_prefix(examples):
     expected = 0
@@ -158,7 +158,7 @@ def test_shares_the_longest_common_prefix(examples):
         assert shared_prefix_batch(examples, layout=layout)["num_packed_tokens"] == expected
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED))
 def test_rows_of_an_example_are_those_it_takes(examples, layout):
     arrays = [

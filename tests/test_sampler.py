@@ -128,6 +128,12 @@ def test_batches_are_split_rather_than_repeated():
     assert sorted(i for batch in plan for i in batch) == list(range(9))
 
 
+def test_fewer_examples_than_ranks_come_more_than_once():
+    plan = BudgetSampler(plain([1] * 3), batch_size=3, world_size=5).plan(0)
+    assert [len(batch) for batch in plan] == [1] * 5
+    assert {i for batch in plan for i in batch} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -341,6 +341,26 @@ def test_resuming_equals_never_having_stopped(make: Callable[..., Any], tmp_path
     assert tokens[0] == tokens[1]
 
 
+def test_a_budget_of_tokens_fills_batches_and_resumes_within_an_epoch(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = {"tokens_per_batch": 64, "max_steps": -1, "num_train_epochs": 2, "longest_first": True}
+    settings |= {"save_strategy": "steps", "save_steps": 7}
+    through = make(**settings)
+    loader = through.get_train_dataloader()
+    batches = list(loader)
+    assert all(batch["num_packed_tokens"] <= 64 for batch in batches)
+    assert sorted(i for batch in batches for i in batch["pair_index"].tolist()) == list(range(32))
+    assert len({len(batch["pair_index"]) for batch in batches}) > 1
+    assert batches[0]["num_packed_tokens"] == max(batch["num_packed_tokens"] for batch in batches)
+    through.train()
+    assert through.state.global_step == 2 * len(loader)
+    resumed = make(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
+    assert losses(resumed) == losses(through)
+    assert torch.equal(weights(resumed.model), weights(through.model))
+
+
 def test_the_saved_model_is_an_ordinary_one(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make(max_steps=2)
     trainer.train()

@@ -1,0 +1,112 @@
+"""Tiny random models of every causal-LM class of transformers, from its own config class.
+
+A config's sizes go by their names: `SIZES` has a small value for each name that configs use, and `OVERRIDES` what a
+class needs besides. Sub-configs (the text part of a model that also sees) are made the same way.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCAB = 101
+WINDOW = 6
+MAX_PARAMETERS = 4_000_000
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(["vocab_size"], VOCAB),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim_model", "emb_dim", "embedding_size", "n_embed"], 32),
+    **dict.fromkeys(["word_embed_proj_dim", "attention_hidden_size", "lru_width"], 32),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size", "d_inner"], 48),
+    **dict.fromkeys(["encoder_ffn_dim", "intermediate_size_mlp", "dim_ff", "shared_intermediate_size"], 48),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 16),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"], 2),
+    **dict.fromkeys(["num_decoder_layers", "num_encoder_layers"], 2),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 4),
+    **dict.fromkeys(["encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"], 4),
+    **dict.fromkeys(["num_key_value_heads", "n_head_kv", "num_kv_heads"], 2),
+    **dict.fromkeys(["head_dim", "attention_head_size", "dim_head", "v_head_dim", "mamba_d_head"], 8),
+    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim"], 4),
+    **dict.fromkeys(["kv_lora_rank", "q_lora_rank"], 8),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len"], 128),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_dense_layers"], 1),
+    **dict.fromkeys(["sliding_window", "attention_window_size"], WINDOW),
+    "is_decoder": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+class NotBuildableError(Exception):
+    """No tiny model of the class can be made or run here; says why."""
+
+
+def class_names() -> list[str]:
+    """All classes of transformers that AutoModelForCausalLM can answer with."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+
+
+def tiny_config(config_class: Any, overrides: dict[str, Any]) -> Any:
+    """Make a config whose sizes are small."""
+    default = config_class()
+    options = {name: value for name, value in SIZES.items() if _settable(default, name)}
+    for name, sub_class in getattr(config_class, "sub_configs", {}).items():
+        sub = getattr(default, name, None)
+        if sub is not None and hasattr(sub_class, "model_type") and not isinstance(sub, dict):
+            options[name] = tiny_config(type(sub), overrides.get(name, {})).to_dict()
+    return config_class(**options | {k: v for k, v in overrides.items() if k not in options or not isinstance(v, dict)})
+
+
+def _settable(config: Any, name: str) -> bool:
+    try:
+        getattr(config, name)
+    except AttributeError:
+        return False
+    except Exception:  # a value that differs between layers
+        return True
+    attribute = getattr(type(config), name, None)
+    return not (isinstance(attribute, property) and attribute.fset is None)
+
+
+def make_tiny(name: str) -> Any:
+    """Make a model of a class in float32 with random weights, in training mode, without dropout.
+
+    Raises:
+        NotBuildableError: its config or constructor refuses; with the reason.
+    """
+    cls = getattr(transformers, name)
+    try:
+        config = tiny_config(cls.config_class, OVERRIDES.get(name, {}))
+        with torch.device("meta"):
+            size = sum(x.numel() for x in cls(copy.deepcopy(config)).parameters())
+        if size > MAX_PARAMETERS:
+            raise ValueError(f"{size} parameters of the smallest config made for it")
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
+            model = cls(copy.deepcopy(config))
+            for parameter in model.parameters():
+                # wide enough for attention to be far from uniform
+                parameter.copy_(parameter.nan_to_num() + 0.2 * torch.randn_like(parameter))
+    except Exception as error:
+        raise NotBuildableError(
+            f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+        ) from error
+    without_dropout(model)
+    return model.float().train()
+
+
+def without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(module, name, 0.0)

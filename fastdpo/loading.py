@@ -1,0 +1,108 @@
+"""What a run starts from: model, tokenizer, datasets, adapter, as a config names them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+
+from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.reference import policies
+
+logger = logging.getLogger("fastdpo")
+
+
+def load_policy(model: Any, args: DPOConfig) -> Any:
+    """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
+
+    Raises:
+        ValueError: `model_init_kwargs` are given for a model that is loaded already.
+    """
+    if not isinstance(model, str):
+        if args.model_init_kwargs:
+            raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
+        return model
+    assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
+    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def wrap_adapter(model: Any, peft_config: Any | None, ref_model: PreTrainedModel | None) -> Any:
+    """The policy with its adapter: a new one of `peft_config`, or the one it came with, kept as "ref" too.
+
+    Raises:
+        ValueError: both are given.
+        ImportError: `peft_config` is given and PEFT is not installed.
+    """
+    if policies.is_peft_model(model):
+        if peft_config is not None:
+            raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
+        if ref_model is None:
+            policies.keep_ref_adapter(model)
+        return model
+    if peft_config is None:
+        return model
+    try:
+        from peft import get_peft_model
+    except ImportError:
+        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, in place; the config, which is saved, keeps what it said."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # attention layers keep theirs as a number
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
+    """The policy and its tokenizer, from trained weights or built with random ones."""
+    source = run.model_name_or_path or run.config_name
+    code = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(source, **code)
+    if run.model_name_or_path:
+        return run.model_name_or_path, tokenizer
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code), **code)
+    logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
+    return model, tokenizer
+
+
+def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """The split to train on and the one held out, None where there is none.
+
+    Raises:
+        ValueError: the dataset has no split of the name to train on.
+    """
+    kind = Path(run.dataset_name).suffix.removeprefix(".")
+    if kind in ("json", "jsonl", "csv", "parquet"):
+        splits = load_dataset(kind.removesuffix("l"), data_files=run.dataset_name)
+    else:
+        splits = load_dataset(run.dataset_name)
+    assert isinstance(splits, DatasetDict)
+    if run.dataset_train_split not in splits:
+        raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
+    if run.dataset_test_split not in splits:
+        logger.warning("%s has no split %r: nothing is held out", run.dataset_name, run.dataset_test_split)
+    return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
+
+
+def lora(run: RunConfig) -> Any | None:
+    """The `peft.LoraConfig` of a run; None without `use_peft`."""
+    if not run.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        target_modules=run.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
