@@ -20,7 +20,7 @@ from tests.tiny import make_model, make_pairs, stock, stock_logps
 _rng = random.Random(0)
 PAIRS = make_pairs(
     [(_rng.randint(1, 40), _rng.randint(0, 3), _rng.randint(1, 60), _rng.randint(1, 60)) for _ in range(9)]
-    + [(1, 0, 1, 0)]  # four tokens in all
+    + [(1, 0, 1, 0), (150, 2, 100, 60), (90, 0, 130, 140)]  # four tokens in all; and paths of several blocks of keys
 )
 
 
@@ -88,13 +88,13 @@ def test_all_kinds_give_a_response_the_same_values(layout: str) -> None:
 def test_ranks_share_the_work_and_all_have_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other here: the second rank finds the first one's part, and the first waits for the second's."""
     dataset, computed = Dataset.from_list(PAIRS), []
-    original = precompute.score_batch
+    original = precompute._fill
 
-    def counting(model: Any, items: Any, *args: Any, **kwargs: Any) -> Any:
-        computed[-1] += len(items)
-        return original(model, items, *args, **kwargs)
+    def counting(cache: Any, batches: Any, *rest: Any) -> None:
+        computed[-1] += sum(map(len, batches))
+        original(cache, batches, *rest)
 
-    monkeypatch.setattr(precompute, "score_batch", counting)
+    monkeypatch.setattr(precompute, "_fill", counting)
     model = make_model("llama").eval()
     options: dict[str, Any] = {"folder": tmp_path, "num_processes": 2, "tokens_per_batch": 100, "disable_tqdm": True}
     other: list[Any] = []

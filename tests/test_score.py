@@ -135,3 +135,25 @@ def test_a_bad_row_is_named() -> None:
     rows = [*PAIRS[:2], {**PAIRS[2], "chosen_ids": [9999, 2]}]
     with pytest.raises(ValueError, match=r"scored dataset.*row 2: `chosen` holds token id 9999"):
         score(policy, reference, rows, **OPTIONS)
+
+
+def test_text_and_plain_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and completion as text, and no label: what a reward model is asked about."""
+    policy, reference = models()
+
+    class Letters:
+        """A token per letter."""
+
+        bos_token, bos_token_id, eos_token_id = None, 1, 2
+        all_special_tokens: tuple[str, ...] = ()
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1, *(ord(c) - 28 for c in text)]}
+
+    texts = [{"prompt": "ab", "completion": "cd"}, {"prompt": "x", "completion": "yyz"}]
+    ids = [
+        {"prompt_ids": [1, 69, 70], "completion_ids": [71, 72, 2]},
+        {"prompt_ids": [1, 92], "completion_ids": [93, 93, 94, 2]},
+    ]
+    options = OPTIONS | {"tokenizer": Letters()}
+    assert score(policy, reference, texts, **options) == score(policy, reference, ids, **OPTIONS)
