@@ -16,9 +16,8 @@ from torch import Tensor
 MOST_BUCKETS = 4
 LEVELS = 32
 """Lengths that the search for the buckets tells apart."""
-ROUNDING = 16
-"""On the CPU the grid's lengths are multiples of this: a vector's width, so that SDPA adds up a path in the same order
-whatever the longest path beside it. A batch's log-probs are then, bit for bit, those of any other batch."""
+ROUNDING = 32
+"""On the CPU a bucket holds the paths of one length, rounded up to a multiple of this."""
 TOLERANCE = 1.1
 """Scores of the grid over those of its paths that need no further bucket."""
 
@@ -78,9 +77,7 @@ def key_paths(
         shapes: tuple[tuple[int, int], ...] = ((S, max_seqlen_k),)
         start = torch.arange(S, device=device) * max_seqlen_k
     else:
-        if device.type == "cpu":  # a path's result must not depend on the others': see ROUNDING
-            seqlens_k = [-(-n // ROUNDING) * ROUNDING for n in seqlens_k]
-        shapes, places = _buckets(seqlens_k)
+        shapes, places = (_own_buckets if device.type == "cpu" else _buckets)(seqlens_k)
         start = torch.tensor(places).to(device, non_blocking=True)
     entry = torch.arange(kv_index.shape[0], device=device)
     segment = torch.searchsorted(cu_seqlens_k[1:], entry.int(), right=True)
@@ -95,6 +92,23 @@ def key_paths(
     bounds = torch.searchsorted(by_row, rows)
     plain = (kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return Paths(*plain, order, bounds, shapes, grid, place[order], back)
+
+
+def _own_buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Buckets as `_buckets` returns them, each segment's by its own length alone.
+
+    SDPA on the CPU adds up a path in blocks that its padded length decides. With a length of its own a path's result
+    is the same, bit for bit, whatever else is in the batch; that makes precomputed reference log-probs exact.
+    """
+    rounded = [-(-n // ROUNDING) * ROUNDING for n in lengths]
+    shapes, places, place = [], [0] * len(rounded), 0
+    for length in sorted(set(rounded), reverse=True):
+        members = [i for i, n in enumerate(rounded) if n == length]
+        for i in members:
+            places[i] = place
+            place += length
+        shapes.append((len(members), length))
+    return tuple(shapes), places
 
 
 def _buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:

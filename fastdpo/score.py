@@ -91,13 +91,17 @@ def score(
 
 def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, model: Any) -> Dataset:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
-    if "completion" in dataset.column_names and "label" not in dataset.column_names:
+    columns = dataset.column_names
+    alone = {"completion", "completion_ids"} & set(columns)
+    if alone and "label" not in columns:
         dataset = dataset.add_column("label", [True] * len(dataset))  # it is not asked; the format wants one
+    kind = "unpaired" if alone else "ranked" if {"responses", "ranked_ids"} & set(columns) else "preference"
     prepared = data.prepare_dataset(
         dataset,
         tokenizer,
         max_length=max_length,
         vocab_size=model.get_input_embeddings().weight.shape[0],
+        kind=kind,
         name="scored",
     )
     assert isinstance(prepared, Dataset)
@@ -118,4 +122,4 @@ def _row(index: int, ours: Sequence[Logps], theirs: Sequence[Logps], beta: float
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
     """Responses are best first, so every pair of a row is in the right order if its first has the greater reward."""
     pairs = [(a, b) for row in rows for a, b in combinations(row["rewards"], 2)]
-    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    return float(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))

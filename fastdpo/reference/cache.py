@@ -2,7 +2,7 @@
 
 A shard is two files. The data is safetensors, so nothing read here can run code:
 
-    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32: entry i: logps[o_i : o_i+1]
+    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32; entry i begins at o_i
     shard-<id>.json           its manifest: sizes, and the SHA-256 of the data
 
 Both are written to a temporary name, fsynced and renamed, the manifest last: a shard is finished when it has one, and
@@ -191,9 +191,9 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise _Damaged(f"its data can't be read ({error!r})") from error
     right = (
-        (keys.dtype, keys.shape) == (np.uint8, (n, KEY_BYTES))
-        and (offsets.dtype, offsets.shape) == (np.int64, (n + 1,))
-        and (logps.dtype, logps.shape) == (np.float32, (tokens,))
+        _is(keys, np.uint8, (n, KEY_BYTES))
+        and _is(offsets, np.int64, (n + 1,))
+        and _is(logps, np.float32, (tokens,))
         and offsets[0] == 0
         and offsets[-1] == tokens
         and bool((np.diff(offsets) >= 0).all())
@@ -206,10 +206,12 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
     return {keys[i].tobytes(): logps[ends[i] : ends[i + 1]] for i in range(n)}
 
 
+def _is(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
+    return bool(x.dtype == dtype and x.shape == shape)
+
+
 def _discard(manifest: Path, why: str) -> None:
-    logger.warning(
-        "reference cache: %s is damaged: %s. Its entries, and only those, are computed again.", manifest, why
-    )
+    logger.warning("reference cache: %s is damaged: %s. Its entries alone are computed again.", manifest, why)
     manifest.unlink(missing_ok=True)
     manifest.with_suffix(".safetensors").unlink(missing_ok=True)
 

@@ -46,7 +46,7 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
     device = "cpu"
     for name, tensor in sorted(_tensors(base, skipped, renamed)):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        weights.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         device = tensor.device.type
     description = {
         "format": FORMAT,
@@ -75,8 +75,8 @@ def _numerics(config: Any) -> Any:
 
 def _matmul_precision(device: str) -> str:
     """How float32 matmuls are computed: exactly, or in TF32 or bf16."""
-    backend = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
-    precision = str(backend.fp32_precision)
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    precision = str(backend.matmul.fp32_precision)
     return "ieee" if precision == "none" else precision
 
 

@@ -101,9 +101,9 @@ def keep_ref_adapter(model: Any) -> None:
 
 @contextmanager
 def as_reference(model: Any, adapter: str | None = None) -> Iterator[None]:
-    """Within it a PEFT model answers as the reference: with its `adapter` ("ref" if None) if it has one, else without.
+    """Within it a PEFT model answers as the reference: with its `adapter` if it has one, else with none.
 
-    What training asks with `ref_adapter_name`, this must be asked with too.
+    `adapter` is "ref" if None; where training has a `ref_adapter_name`, give that.
     """
     adapter = REF_ADAPTER if adapter is None else adapter
     if adapter not in model.peft_config:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.model import patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
@@ -27,6 +27,7 @@ from fastdpo.reference.fingerprint import fingerprint
 logger = logging.getLogger("fastdpo")
 
 COLUMN = "ref_token_logps"
+TOKENS_PER_BATCH = 16384
 TOKENS_PER_SHARD = 1 << 19  # 2 MiB: minutes of work of a large model, and a thousand shards are a billion tokens
 MIN_TARGETS = 16
 """A head of fewer rows is another algorithm in the CPU's BLAS, and rounds otherwise."""
@@ -86,7 +87,8 @@ def token_logps(
     *,
     folder: Path | str | None,
     layout: str = "shared",
-    tokens_per_batch: int = 16384,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    examples_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     name: str = "train",
     process_index: int = 0,
@@ -102,6 +104,7 @@ def token_logps(
         folder: the cache; None: keep nothing.
         layout: of the batches, see `fastdpo.shared_prefix_batch`; one that is exact on the model.
         tokens_per_batch: rows that a batch may have; one example with more is a batch of its own.
+        examples_per_batch: in place of the former, how many examples a batch has.
         autocast: the dtype of autocast in training; None where it is off.
         name: what errors and the progress bar call the dataset.
         process_index: this process among those that share the work.
@@ -121,9 +124,12 @@ def token_logps(
             f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a "
             "datasets.Dataset only; set precompute_ref_log_probs=False, or load it without streaming"
         )
-    if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
-    patch_forward(model, **_patched_with(model))
+    for what, number in (("tokens_per_batch", tokens_per_batch), ("precompute_ref_batch_size", examples_per_batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{what} must be at least 1, got {number}")
+    budget = (1, examples_per_batch) if examples_per_batch else (0, tokens_per_batch)
+    if "_fastdpo" not in vars(model.get_base_model() if hasattr(model, "get_base_model") else model):
+        patch_forward(model)
     items = list(_items(dataset))
     options: dict[str, Any] = {"layout": layout, "autocast": autocast}
     with _evaluating(model):
@@ -132,19 +138,15 @@ def token_logps(
             _check(cache, known, model, name, options)
         share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
         with cache.filling(share):
-            batches = _batches(_missing(items, cache), layout, tokens_per_batch)[process_index::num_processes]
+            # by length, which no other process changes while this one looks: the shares do not overlap
+            by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
+            batches = _batches(_missing(by_length[process_index::num_processes], cache), layout, budget)
             _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options)
         wait_for_everyone()
         cache.refresh()
         # nothing, unless another process failed or writes to a disk of its own
-        _fill(cache, _batches(_missing(items, cache), layout, tokens_per_batch), model, name, disable_tqdm, options)
+        _fill(cache, _batches(_missing(items, cache), layout, budget), model, name, disable_tqdm, options)
     return [[cache[key] for key in item.keys] for item in items]
-
-
-def _patched_with(model: Any) -> dict[str, Any]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    patch = vars(base).get("_fastdpo")
-    return {"impl": patch.impl, "backward": patch.backward} if patch else {}
 
 
 def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -> TokenCache:
@@ -182,20 +184,25 @@ def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
     return rest
 
 
-def _batches(items: Sequence[Item], layout: str, tokens_per_batch: int) -> list[list[Item]]:
-    """Items of like length together, the longest first: a batch that does not fit into memory fails at once."""
+def _batches(items: Sequence[Item], layout: str, budget: tuple[int, int]) -> list[list[Item]]:
+    """Items of like length together, the longest first: a batch that does not fit into memory fails at once.
+
+    `budget` is (1, examples) or (0, rows) of a batch.
+    """
+    counts_examples, most = budget
     sized = sorted(((rows_of(item.example(), layout), item) for item in items), key=lambda pair: -pair[0])
     batches: list[list[Item]] = []
     for single in (False, True):  # a batch holds examples of one kind
-        rows = tokens_per_batch
-        for size, item in sized:
+        used = most
+        for rows, item in sized:
             if (len(item.responses) == 1) != single:
                 continue
-            if rows + size > tokens_per_batch:
+            size = 1 if counts_examples else rows
+            if used + size > most:
                 batches.append([])
-                rows = 0
+                used = 0
             batches[-1].append(item)
-            rows += size
+            used += size
     return batches
 
 
@@ -232,31 +239,26 @@ def score_batch(
     """Score the items in one packed batch, or in several where a layout needs it."""
     device = next(model.parameters()).device
     examples = [item.example() for item in items]
-    while sum(len(response) for item in items for response in item.responses) * len(examples) < MIN_TARGETS * len(
-        items
-    ):
-        examples += [item.example() for item in items]  # repeated, so that the head has its usual algorithm
-    batch = shared_prefix_batch(examples, layout=layout)
+    # repeated where they are few tokens, so that the head has its usual algorithm
+    tokens = sum(len(response) for item in items for response in item.responses)
+    batch = shared_prefix_batch(examples * -(-MIN_TARGETS // tokens), layout=layout)
     bounds = batch["cu_target"].tolist()
+    # unpaired examples have one response each, in their order
+    index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
+    batch.pop("label", None)
     batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
-    batch = {key: x for key, x in batch.items() if key not in ("label", "response_index")}
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logps = model(**batch).logps.float().cpu().numpy()
     scored = {}
-    slots = max(len(example.get("ranked_ids", [()])) for example in examples)
-    order = [
-        (i, k) for k in range(slots) for i, e in enumerate(examples) if k < len(e.get("ranked_ids", [()]))
-    ]  # the order of responses in a batch
-    for r, (i, k) in enumerate(order):
-        if i >= len(items):
-            continue
-        values = logps[bounds[r] : bounds[r + 1]]
-        if not np.isfinite(values).all():
-            raise FloatingPointError(
-                f"{name} dataset: row {items[i].row}: the reference gives response {k} a log-prob that is not finite; "
-                "its weights may not be finite, or it overflows in fp16 (use bf16)"
-            )
-        scored[items[i].keys[k]] = values
+    for item, responses in zip(items, index, strict=False):
+        for k, key in enumerate(item.keys):
+            values = logps[bounds[responses[k]] : bounds[responses[k] + 1]]
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"{name} dataset: row {item.row}: the reference gives response {k} a log-prob that is not finite; "
+                    "its weights may not be finite, or it overflows in fp16 (use bf16)"
+                )
+            scored[key] = values
     return scored
 
 
@@ -288,6 +290,31 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def options_of(args: Any, *, layout: str) -> dict[str, Any]:
+    """The options of `token_logps` that a `DPOConfig` sets, the cache's folder among them.
+
+    Args:
+        args: a `DPOConfig`.
+        layout: of the run's batches.
+    """
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    options: dict[str, Any] = {
+        "folder": getattr(args, "reference_cache_dir", None) or default_folder(),
+        "layout": layout,
+        "autocast": autocast,
+        "examples_per_batch": getattr(args, "precompute_ref_batch_size", None),
+        "disable_tqdm": bool(args.disable_tqdm),
+    }
+    if tokens := getattr(args, "tokens_per_batch", None):
+        options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward more fits
+    return options
+
+
+def default_folder() -> Path:
+    """Where reference log-probs are kept unless `reference_cache_dir` says otherwise: one folder for all runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastdpo" / "reference"
 
 
 def fill(datasets: Mapping[str, Dataset], model: Any, *, folder: Path | str, **options: Any) -> dict[str, int]:

@@ -1,0 +1,54 @@
+"""Processes killed at random moments of a fill: nothing finished is lost, nothing unfinished is read."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fastdpo.reference.cache import TokenCache, entry_key
+from tests.cache_fill import fill
+
+KILLS = 20
+N = 4000  # more than any of the processes gets to
+
+
+def _fill_into(folder: Path, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.set_blocking(1, True)
+    import sys
+
+    sys.stdout = os.fdopen(1, "w")
+    fill(folder, N, seconds=0.0)
+
+
+def test_twenty_kills_lose_nothing_finished(tmp_path: Path) -> None:
+    """Each process continues where the one before was killed; the moments fall before, in and after every step."""
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    log.touch()
+    chance = random.Random(0)
+    finished_before = 0
+    context = multiprocessing.get_context("fork")
+    grew = 0
+    for _ in range(KILLS):
+        process = context.Process(target=_fill_into, args=(folder, log))
+        process.start()
+        time.sleep(chance.uniform(0.02, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        # a torn last line is of an entry whose shard was finished, too
+        said = [line for line in log.read_text().splitlines() if line.startswith("done ")]
+        finished = {int(line.split()[1]) for line in said}
+        assert len(said) == len(finished), "an entry was computed twice"
+        found = TokenCache(folder)
+        for i in finished:
+            assert np.array_equal(found[entry_key([1, i], [i])], np.linspace(-9, -i - 1, i % 5, dtype=np.float32))
+        assert len(found) >= len(finished) >= finished_before
+        grew += len(finished) > finished_before
+        finished_before = len(finished)
+    assert grew > KILLS // 2, "the kills came before anything was written"
