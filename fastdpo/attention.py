@@ -1,12 +1,8 @@
 """Attention over packed batches, registered with transformers under the name "fastdpo".
 
 Each segment of a packed row (see `fastdpo.packing`) attends causally to its key path: the shared rows before it, then
-its own. Gathering keys and values by path makes that an ordinary variable-length call, so nothing here is a kernel:
-
-- `varlen`: `torch.nn.attention.varlen`, FlashAttention inside torch, with more keys than queries in a segment and the
-  causal diagonal at the bottom right. CUDA, 16 bits, heads of at most 256.
-- `grid`: whole paths as right-padded rows `[S, L]` of scaled_dot_product_attention. No padding mask is needed, for
-  padding comes after everything a real query may see. Everything else.
+its own. Gathering keys and values by path makes that an ordinary variable-length call, so nothing here is a kernel;
+`fastdpo.attention_backends` has the ways to compute it. Which one a layer gets is logged once.
 
 The window of a layer comes by way of its mask: while `packing()` is on, the mask a model builds is the width of its
 window, or None. Some models (Qwen2-MoE, Phi-MoE) tell the layer nothing else.
@@ -14,23 +10,27 @@ window, or None. Some models (Qwen2-MoE, Phi-MoE) tell the layer nothing else.
 Without the batch's metadata the function is transformers' own SDPA, so that generation works; while `packing()` is on
 it raises instead, because a model that drops the metadata would mix sequences silently.
 
-Shapes: T rows, S segments, K key-path entries, L longest key path, H query heads, G key-value heads, D head size.
+Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads, D head size.
 """
 
-import inspect
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from fastdpo import attention_backends
+from fastdpo.attention_backends import Usable
+from fastdpo.attention_paths import Paths, key_paths
+
+logger = logging.getLogger("fastdpo")
 
 NAME = "fastdpo"
 
@@ -43,45 +43,43 @@ METADATA = (
 )
 """Fields of a packed batch that every attention layer needs."""
 
-_PACKING: ContextVar[bool] = ContextVar("fastdpo_packing", default=False)
-# torch 2.11 takes fewer key-value heads as they come; later ones want to be told
-_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+class _Packing(threading.local):  # torch.compile does not follow a ContextVar
+    on = False
+
+    def get(self) -> bool:
+        return self.on
+
+
+_PACKING = _Packing()
 
 
 @contextmanager
 def packing() -> Iterator[None]:
     """Within it masks are windows, and attention without the batch's metadata raises."""
-    token = _PACKING.set(True)
+    before, _PACKING.on = _PACKING.on, True
     try:
         yield
     finally:
-        _PACKING.reset(token)
+        _PACKING.on = before
 
 
-def layer_kwargs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the layers need of a packed batch: its `METADATA` and the grid's indices, made here once per forward.
+def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]:
+    """What the layers need of a packed batch: its `METADATA`, and what is made of it, once per forward.
 
-    - `tree_grid` `[S, L]`: the row of each entry of a key path. Padding repeats rows of the batch, spread out.
-    - `tree_grid_back` `[T]`: where a row is in the flattened grid.
-    - `tree_bands`: masks of sliding windows by width, filled by the first layer that needs one.
+    Args:
+        batch: of `fastdpo.shared_prefix_batch`, on the device. With `tree_seqlens_k`, the lengths of the key paths as
+            Python ints, a grid on CUDA has less padding.
+        backend: "auto", or one of `fastdpo.attention_backends.BACKENDS`. It travels with the batch, for checkpointing
+            runs layers again where no context would reach them.
 
-    Everything is computed on the batch's device, without waiting for it.
+    Raises:
+        ValueError: there is no such backend, or it cannot run on the batch's device.
     """
-    kv_index, cu_q, cu_k, _, L = (batch[name] for name in METADATA)
-    T = batch["input_ids"].shape[1]
-    place = torch.arange(L, device=kv_index.device)
-    entry = cu_k[:-1, None] + place
-    grid = torch.where(entry < cu_k[1:, None], kv_index[entry.clamp(max=kv_index.shape[0] - 1)], place)
-
-    row = torch.arange(T, device=kv_index.device)
-    segment = torch.searchsorted(cu_q[1:], row.int(), right=True)
-    # a segment's own rows end its path
-    back = segment * L + (cu_k.diff() - cu_q[1:])[segment] + row
-    return {name: batch[name] for name in METADATA} | {
-        "tree_grid": grid,
-        "tree_grid_back": back,
-        "tree_bands": {},
-    }
+    metadata = {name: batch[name] for name in METADATA}
+    usable = attention_backends.usable(backend, batch["input_ids"].device)
+    paths = key_paths(*metadata.values(), T=batch["input_ids"].shape[1], seqlens_k=batch.get("tree_seqlens_k"))
+    return metadata | {"tree_paths": paths, "tree_backends": usable}
 
 
 def attention(
@@ -94,14 +92,11 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     tree_kv_index: Tensor | None = None,
-    tree_cu_seqlens_q: Tensor | None = None,
-    tree_cu_seqlens_k: Tensor | None = None,
-    tree_max_seqlen_q: int | None = None,
-    tree_max_seqlen_k: int | None = None,
-    tree_grid: Tensor | None = None,
-    tree_grid_back: Tensor | None = None,
-    tree_bands: dict[int, Tensor] | None = None,
+    tree_paths: Paths | None = None,
+    tree_backends: Usable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within key paths, or, without metadata and outside `packing()`, as transformers' SDPA.
@@ -116,31 +111,29 @@ def attention(
         scaling: factor of the scores, 1/sqrt(D) if None.
         dropout: 0 for a packed batch: what is shared could have only one mask.
         sliding_window: None or, for a packed batch, equal to `attention_mask`.
-        tree_kv_index: `[K]`; this and all below from `layer_kwargs`, which describes them.
-        tree_cu_seqlens_q: `[S + 1]` int32.
-        tree_cu_seqlens_k: `[S + 1]` int32.
-        tree_max_seqlen_q: longest segment.
-        tree_max_seqlen_k: L.
-        tree_grid: `[S, L]`.
-        tree_grid_back: `[T]`.
-        tree_bands: `[L, L]` bool by width of the window.
+        softcap: bound c of c * tanh(scores / c), after the factor.
+        s_aux: `[H]`, attention sinks: scores of a key without a value that all queries see.
+        tree_kv_index: `[K]`, tells that a batch is packed.
+        tree_paths: from `layer_kwargs`.
+        tree_backends: from `layer_kwargs`.
         **kwargs: whatever else the model passes; only looked at for features that are not computed.
 
     Returns:
         `[1, T, H, D]` in the dtype of `query` (under autocast: autocast's), and None for the attention weights.
 
     Raises:
-        ValueError: metadata is missing, or the layer asks for what is not computed (soft-cap, attention sinks; for
-            packed batches also dropout, masks, biases and non-causal attention).
+        ValueError: metadata is missing, the layer cannot have the backend asked for, or a packed batch's layer asks
+            for what is not computed (dropout, masks, biases, non-causal attention).
     """
-    for feature in ("softcap", "s_aux"):
-        if kwargs.get(feature) is not None:
-            raise ValueError(f"{type(module).__name__} uses {feature}, which fastdpo's attention does not compute yet")
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise ValueError(
+            f"{type(module).__name__} has attention sinks of shape {tuple(s_aux.shape)}, not one for each of the "
+            f"{query.shape[1]} heads"
+        )
     if tree_kv_index is None and not _PACKING.get():
-        kwargs |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output
-    if tree_kv_index is None or tree_grid is None or tree_grid_back is None or tree_bands is None:
+        kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return _unpacked(module, query, key, value, attention_mask, **kwargs), None
+    if tree_kv_index is None or tree_paths is None or tree_backends is None:
         raise ValueError(
             f"{type(module).__name__} got no packing metadata (tree_* of fastdpo.attention.layer_kwargs): "
             "the model does not pass its keyword arguments on to attention"
@@ -162,12 +155,11 @@ def attention(
     # from here on [T, heads, D], under autocast already in its dtype
     dtype = _autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    if _fits_varlen(query, key, value):
-        paths = (tree_cu_seqlens_q, tree_cu_seqlens_k, tree_max_seqlen_q, tree_max_seqlen_k)
-        out = _varlen(query, key, value, tree_kv_index, paths, scaling, attention_mask)
-    else:
-        out = _grid(query, key, value, tree_grid, tree_grid_back, tree_bands, scaling, attention_mask)
-    return out[None], None
+    options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
+    name, against = attention_backends.choose(tree_backends, query, value, **options)
+    if not torch.compiler.is_compiling():
+        _say(type(module).__name__, name, against)
+    return attention_backends.attend(name, tree_paths, query, key, value, **options)[None], None
 
 
 def _autocast_dtype(query: Tensor) -> torch.dtype:
@@ -176,69 +168,40 @@ def _autocast_dtype(query: Tensor) -> torch.dtype:
 
 
 @lru_cache
-def _has_flash(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _say(layer: str, name: str, against: str) -> None:
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() if name == "varlen" else None
+    logger.info("attention of %s: %s%s%s", layer, name, f" by {active}" * bool(active), f" ({against})" * bool(against))
 
 
-def _fits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    D = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and D <= 256
-        and D % 8 == 0
-        and value.shape[-1] == D
-        and _has_flash(query.device)
-    )
-
-
-def _varlen(
+def _unpacked(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kv_index: Tensor,
-    paths: tuple[Any, ...],
-    scaling: float | None,
-    window: int | None,
+    attention_mask: Any,
+    *,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    **kwargs: Any,
 ) -> Tensor:
-    if kv_index.shape[0] != key.shape[0]:  # as many entries as rows: nothing is shared, every path is its segment
-        key, value = key.index_select(0, kv_index), value.index_select(0, kv_index)
-    # the window's left side does not count the query itself
-    window_size = (window - 1 if window else -1, 0)
-    out = varlen_attn(query, key, value, *paths, scale=scaling, window_size=window_size, **_GQA)
-    assert isinstance(out, Tensor)  # a tuple only where return_aux asks for more
-    return out
-
-
-def _grid(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid: Tensor,
-    back: Tensor,
-    bands: dict[int, Tensor],
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    S, L = grid.shape
-    rows = grid.view(-1)
-    query, key, value = (x.index_select(0, rows).unflatten(0, (S, L)).transpose(1, 2) for x in (query, key, value))
-    band = None
-    if window and window < L:
-        if window not in bands:
-            place = torch.arange(L, device=grid.device)
-            age = place[:, None] - place
-            bands[window] = (age >= 0) & (age < window)
-        band = bands[window]
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:
-        # the memory-efficient kernel, the best one for what comes here, knows no grouped heads
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-        grouped = False
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=grouped
+    """transformers' SDPA, `[B, T, H, D]`, and what it lacks: soft-caps and sinks."""
+    if softcap is None and s_aux is None:
+        output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+        return output
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a bias besides a soft-cap or sinks, which is not computed")
+    Q = query.shape[2]
+    if attention_mask is None:
+        causal = kwargs.get("is_causal")
+        if Q == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            attention_mask = torch.ones(1, 1, Q, key.shape[2], dtype=torch.bool, device=query.device)
+        else:  # a cache may be longer than what it holds
+            key, value = key[:, :, :Q], value[:, :, :Q]
+    options = {name: kwargs[name] for name in ("scaling", "dropout")}
+    out: Tensor = attention_backends.plain(
+        query, key, value, mask=attention_mask, softcap=softcap, sinks=s_aux, **options
     )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, back)
+    return out.transpose(1, 2).contiguous()
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | int | None:

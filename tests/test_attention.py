@@ -1,16 +1,15 @@
-"""fastdpo.attention: both backends against attention of every key path alone."""
+"""fastdpo.attention on the grid against attention of every key path alone, and transformers' side of it."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
-from fastdpo import attention
+from fastdpo import attention, attention_backends
 from fastdpo.packing import shared_prefix_batch
 from tests.accuracy import assert_as_accurate
 from tests.tiny import PAIRS
@@ -19,30 +18,39 @@ D = 12
 LAYER = SimpleNamespace(num_key_value_groups=2)
 
 
-def make_qkv(batch, heads=4, groups=2, D_value=D, dtype=torch.float32):
+def make_qkv(batch, heads=4, groups=2, D_value=D, dtype=torch.float32, sinks=False):
+    """Query, key, value and, with sinks, those."""
     T = batch["input_ids"].shape[1]
     sizes = ((heads, D), (groups, D), (groups, D_value))
-    return [(2 * torch.randn(1, h, T, d)).to(dtype).requires_grad_() for h, d in sizes]
+    made = [2 * torch.randn(1, h, T, d) for h, d in sizes] + [torch.randn(heads)] * sinks
+    return [x.to(dtype).requires_grad_() for x in made]
 
 
-def attend(qkv, batch, sliding_window=None, **options):
-    out, weights = attention.attention(LAYER, *qkv, sliding_window, **options, **attention.layer_kwargs(batch))
+def attend(qkv, batch, sliding_window=None, backend="auto", **options):
+    *qkv, sinks = qkv if len(qkv) == 4 else (*qkv, None)
+    made = attention.layer_kwargs(batch, backend)
+    out, weights = attention.attention(LAYER, *qkv, sliding_window, s_aux=sinks, **options, **made)
     assert weights is None
     return out
 
 
-def reference(qkv, batch, scaling=None, sliding_window=None):
+def reference(qkv, batch, scaling=None, sliding_window=None, softcap=None):
     """Segment by segment, by the book."""
     cu_q, cu_k = batch["tree_cu_seqlens_q"].tolist(), batch["tree_cu_seqlens_k"].tolist()
-    query, key, value = (x[0] for x in qkv)
+    query, key, value = (x[0] for x in qkv[:3])
     key, value = (x.repeat_interleave(query.shape[0] // x.shape[0], dim=0) for x in (key, value))
     parts = []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         path = batch["tree_kv_index"][c:d]
         scores = query[:, a:b] @ key[:, path].transpose(1, 2) * (scaling or D**-0.5)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         age = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
         seen = (age >= 0) & (age < (sliding_window or d))
-        parts.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[:, path])
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if len(qkv) == 4:
+            scores = torch.cat((scores, qkv[3][:, None, None].expand(-1, b - a, 1)), dim=2)
+        parts.append(scores.softmax(-1)[..., : d - c] @ value[:, path])
     return torch.cat(parts, dim=1).transpose(0, 1)[None]
 
 
@@ -53,15 +61,15 @@ def with_gradients(fn, qkv, *args, **options):
     return out, *torch.autograd.grad(out, qkv, weights.to(out.dtype))
 
 
-def assert_exact(qkv, batch, **options):
-    actual = with_gradients(attend, qkv, batch, **options)
+def assert_exact(qkv, batch, backend="auto", **options):
+    actual = with_gradients(attend, qkv, batch, backend=backend, **options)
     same_dtype = with_gradients(reference, qkv, batch, **options)
     exact = with_gradients(reference, [x.double() for x in qkv], batch, **options)
     assert_all_accurate(actual, same_dtype, exact)
 
 
 def assert_all_accurate(*results):
-    for name, *tensors in zip(("out", "dquery", "dkey", "dvalue"), *results, strict=True):
+    for name, *tensors in zip(("out", "dquery", "dkey", "dvalue", "dsinks")[: len(results[0])], *results, strict=True):
         assert_as_accurate(*(x.flatten() for x in tensors), name)  # as a whole: dquery of a path's first row is 0
 
 
@@ -71,6 +79,13 @@ OPTIONS = [
     pytest.param({"sliding_window": 5}, id="window"),
     pytest.param({"sliding_window": 2}, id="smallest-window"),
     pytest.param({"sliding_window": 500}, id="window-beyond-all"),
+]
+PLAIN = [
+    pytest.param({"softcap": 3.0}, False, id="softcap"),
+    pytest.param({"softcap": 3.0, "sliding_window": 5, "scaling": 0.4}, False, id="softcap-window"),
+    pytest.param({}, True, id="sinks"),
+    pytest.param({"sliding_window": 5}, True, id="sinks-window"),
+    pytest.param({"softcap": 3.0, "sliding_window": 2}, True, id="all"),
 ]
 
 
@@ -103,78 +118,23 @@ def test_filling_and_other_pairs_change_nothing():
     torch.testing.assert_close(attend(more, batch)[:, :T], attend(qkv, alone), rtol=0, atol=1e-6)
 
 
-def test_grid_indices_are_inverse_and_stay_inside():
+@pytest.mark.parametrize("scores", [2**24, 300], ids=["one-block", "blocks"])
+@pytest.mark.parametrize(("options", "sinks"), PLAIN)
+def test_softcap_and_sinks_match_each_path_alone(options, sinks, scores, monkeypatch):
+    monkeypatch.setattr(attention_backends, "SCORES", scores)
     batch = shared_prefix_batch(PAIRS)
-    made = attention.layer_kwargs(batch)
-    T = batch["input_ids"].shape[1]
-    S, L = len(batch["tree_cu_seqlens_q"]) - 1, batch["tree_max_seqlen_k"]
-    assert made["tree_grid"].shape == (S, L)
-    assert made["tree_grid"].min() >= 0
-    assert made["tree_grid"].max() < T
-    assert made["tree_grid"].flatten()[made["tree_grid_back"]].tolist() == list(range(T))
+    assert_exact(make_qkv(batch, sinks=sinks), batch, **options)
 
 
-# varlen runs on CUDA alone: these look at what it is given
-
-
-def varlen_in_pytorch(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """What varlen_attn computes, from its documentation: causal with the diagonal at the bottom right."""
-    assert window_size[1] == 0
-    assert (cu_q.dtype, cu_k.dtype) == (torch.int32, torch.int32)
-    q_bounds, k_bounds = cu_q.tolist(), cu_k.tolist()
-    assert (q_bounds[-1], k_bounds[-1]) == (len(query), len(key))
-    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
-    parts = []
-    for a, b, c, d in zip(q_bounds[:-1], q_bounds[1:], k_bounds[:-1], k_bounds[1:], strict=True):
-        age = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
-        seen = (age >= 0) & (age <= (window_size[0] if window_size[0] >= 0 else d))
-        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
-    return torch.cat([part.transpose(0, 1) for part in parts])
-
-
-def varlen_2_12(query, key, *args, enable_gqa=False, **kwargs):
-    assert enable_gqa or query.shape[1] == key.shape[1]  # otherwise the real one raises
-    return varlen_in_pytorch(query, key, *args, **kwargs)
-
-
-@pytest.fixture(params=["torch-2.11", "torch-2.12"])
-def varlen(request, monkeypatch):
-    old = request.param == "torch-2.11"
-    monkeypatch.setattr(attention, "varlen_attn", varlen_in_pytorch if old else varlen_2_12)
-    monkeypatch.setattr(attention, "_GQA", {} if old else {"enable_gqa": True})
-    monkeypatch.setattr(attention, "_fits_varlen", lambda *qkv: True)
-    monkeypatch.setattr(attention, "_grid", None)
-
-
-@pytest.mark.usefixtures("varlen")
-@pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "alone"])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_varlen_matches_each_path_alone(options, prefix_sharing):
-    batch = shared_prefix_batch(PAIRS, prefix_sharing=prefix_sharing)
-    assert_exact(make_qkv(batch), batch, **options)
-
-
-def test_varlen_is_called_as_the_installed_torch_declares_it():
-    arguments = inspect.signature(varlen_attn).bind(
-        *"qkv", 0, 0, 0, 0, scale=None, window_size=(-1, 0), **attention._GQA
-    )
-    assert arguments.args == ("q", "k", "v", 0, 0, 0, 0)
-    assert ("enable_gqa" in inspect.signature(varlen_attn).parameters) == bool(attention._GQA)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS)
-def test_varlen_on_cuda_matches_the_grid(options, device):
+@pytest.mark.parametrize(("heads", "groups", "D_value"), [(2, 2, D), (6, 2, 20), (4, 1, D)], ids=["mha", "gqa", "mqa"])
+def test_softcap_and_sinks_take_any_heads(heads, groups, D_value):
     batch = shared_prefix_batch(PAIRS)
-    qkv = [torch.randn(1, h, batch["input_ids"].shape[1], 16) for h in (4, 2, 2)]
-    exact = with_gradients(attend, [x.bfloat16().double() for x in qkv], batch, **options)
-    same_dtype = with_gradients(attend, [x.bfloat16() for x in qkv], batch, **options)
-    batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    qkv = [x.bfloat16().to(device) for x in qkv]
-    assert attention._fits_varlen(*(x[0].transpose(0, 1) for x in qkv))
-    actual = with_gradients(attend, qkv, batch, **options)
-    assert_all_accurate([x.cpu() for x in actual], same_dtype, exact)
+    assert_exact(make_qkv(batch, heads, groups, D_value, sinks=True), batch, softcap=3.0)
+
+
+def test_softcap_and_sinks_in_bfloat16():
+    batch = shared_prefix_batch(PAIRS)
+    assert_exact(make_qkv(batch, dtype=torch.bfloat16, sinks=True), batch, softcap=3.0)
 
 
 # transformers' side
@@ -213,13 +173,41 @@ def test_refuses_to_pack_under_any_other_mask(unusual):
         attention.mask(batch_size=1, q_length=3, kv_length=3, **unusual)
 
 
-@pytest.mark.parametrize("feature", ["softcap", "s_aux"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_refuses_what_it_does_not_compute(feature, packed):
-    batch = shared_prefix_batch(PAIRS)
-    metadata = attention.layer_kwargs(batch) if packed else {}
-    with pytest.raises(ValueError, match=f"uses {feature}, which"):
-        attention.attention(LAYER, *make_qkv(batch), None, **{feature: 50.0}, **metadata)
+@pytest.mark.parametrize("sinks", [False, True], ids=["softcap", "sinks"])
+@pytest.mark.parametrize("attention_mask", ["bool", "float", None])
+def test_without_metadata_softcap_and_sinks_are_eager(attention_mask, sinks):
+    query, key, value = (torch.randn(2, h, 7, D) for h in (4, 2, 2))
+    layer = SimpleNamespace(num_key_value_groups=2, training=False)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7).clone()
+    seen[1, :, :, :2] = False  # left padding: two rows see nothing
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    given = {"bool": seen, "float": added, None: None}[attention_mask]
+    eager_mask = added[:1] if attention_mask is None else added
+    if sinks:
+        layer.sinks = torch.randn(4)
+        options = {"s_aux": layer.sinks}
+        expected, _ = modeling_gpt_oss.eager_attention_forward(layer, query, key, value, eager_mask, 0.3)
+    else:
+        options = {"softcap": 3.0}
+        expected, _ = modeling_gemma2.eager_attention_forward(
+            layer, query, key, value, eager_mask, scaling=0.3, softcap=3.0
+        )
+    actual, _ = attention.attention(layer, query, key, value, given, scaling=0.3, **options)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
+
+
+def test_without_metadata_a_cached_row_sees_all():
+    """One query and a cache: transformers gives no mask."""
+    query, key, value = (torch.randn(1, h, n, D) for h, n in ((4, 1), (2, 7), (2, 7)))
+    sinks = torch.full((4,), -1e4)  # as if there were none
+    actual, _ = attention.attention(LAYER, query, key, value, None, s_aux=sinks, scaling=0.3)
+    expected, _ = sdpa_attention_forward(LAYER, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_sinks_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"sinks of shape \(2,\), not one for each of the 4 heads"):
+        attention.attention(LAYER, *make_qkv(shared_prefix_batch(PAIRS)), None, s_aux=torch.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"kernels", "eager"},
     {"impl"},
-    {"choice", "vocab_parallel"},
-    {"op"},
+    {"choice", "vocab_parallel", "attention_paths"},
+    {"op", "attention_backends"},
     {"logprobs", "objectives"},
     {"attention", "heads", "hybrid"},
     {"model", "packing", "metrics", "report"},

@@ -1,0 +1,159 @@
+"""The key paths of a packed batch, as the attention backends want them, and the gather along them.
+
+`key_paths` runs once per forward, on the batch's device and without waiting for it. The grid is the padded form of
+the paths: segments of like length are rows of one bucket, and the buckets come one after the other.
+
+Shapes: T rows, S segments, K key-path entries, N places of the grid, H heads, D head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_BUCKETS = 4
+LEVELS = 32
+"""Lengths that the search for the buckets tells apart."""
+TOLERANCE = 1.1
+"""Scores of the grid over those of its paths that need no further bucket."""
+
+
+class Paths(NamedTuple):
+    """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward."""
+
+    kv_index: Tensor
+    """`[K]`: the row of each entry. A segment's own rows end its path."""
+    cu_seqlens_q: Tensor
+    """`[S + 1]` int32: bounds of the segments in T."""
+    cu_seqlens_k: Tensor
+    """`[S + 1]` int32: bounds of their paths in K."""
+    max_seqlen_q: int
+    max_seqlen_k: int
+    order: Tensor
+    """`[K]`: the entries sorted by row."""
+    bounds: Tensor
+    """`[T + 1]`: where in `order` a row's entries are."""
+    shapes: tuple[tuple[int, int], ...]
+    """(segments, longest path) of each bucket of the grid."""
+    grid: Tensor
+    """`[N]`: the row at each place of the grid, buckets one after the other; row 0 at the padding."""
+    grid_order: Tensor
+    """`[K]`: `order`, as places of the grid."""
+    grid_back: Tensor
+    """`[T]`: the place where a row is its own segment's."""
+
+
+def key_paths(
+    kv_index: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    T: int,
+    seqlens_k: Sequence[int] | None = None,
+) -> Paths:
+    """Describe a packed batch to the backends, on the batch's device and without waiting for it.
+
+    Args:
+        kv_index: `[K]`; this and all below as in `Paths`.
+        cu_seqlens_q: `[S + 1]` int32.
+        cu_seqlens_k: `[S + 1]` int32.
+        max_seqlen_q: longest segment.
+        max_seqlen_k: longest path.
+        T: rows of the batch.
+        seqlens_k: lengths of the S paths; without them, and not on the CPU, the grid is one bucket.
+    """
+    device, S = kv_index.device, len(cu_seqlens_q) - 1
+    if seqlens_k is None and device.type == "cpu":
+        seqlens_k = cu_seqlens_k.diff().tolist()
+
+    if seqlens_k is None:
+        shapes: tuple[tuple[int, int], ...] = ((S, max_seqlen_k),)
+        start = torch.arange(S, device=device) * max_seqlen_k
+    else:
+        shapes, places = _buckets(seqlens_k)
+        start = torch.tensor(places).to(device, non_blocking=True)
+    entry = torch.arange(kv_index.shape[0], device=device)
+    segment = torch.searchsorted(cu_seqlens_k[1:], entry.int(), right=True)
+    place = (start - cu_seqlens_k[:-1])[segment] + entry
+    grid = kv_index.new_zeros(sum(s * length for s, length in shapes)).index_copy(0, place, kv_index)
+
+    rows = torch.arange(T + 1, device=device)
+    by_row, order = torch.sort(kv_index, stable=True)
+    segment = torch.searchsorted(cu_seqlens_q[1:], rows[:-1].int(), right=True)
+    # a segment's own rows end its path
+    back = (start + cu_seqlens_k.diff() - cu_seqlens_q[1:])[segment] + rows[:-1]
+    bounds = torch.searchsorted(by_row, rows)
+    plain = (kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return Paths(*plain, order, bounds, shapes, grid, place[order], back)
+
+
+def _buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Split segments into a few buckets of like length, so that few of the grid's scores are padding.
+
+    Returns:
+        The buckets' (segments, longest), longest first, and the first place of each segment in the grid.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    sizes = [lengths[i] for i in by_length]
+    S, step = len(sizes), -(-sizes[0] // LEVELS)
+    # a bucket may begin where the length falls below a multiple of the step
+    cuts = [i for i in range(S) if i == 0 or -(-sizes[i] // step) < -(-sizes[i - 1] // step)]
+    # per cut: the fewest scores from there on, and the buckets' ends
+    best: list[tuple[int, tuple[int, ...]]] = [((S - i) * sizes[i] ** 2, (S,)) for i in cuts]
+    enough = TOLERANCE * sum(size**2 for size in sizes)
+    for _ in range(MOST_BUCKETS - 1):
+        if best[0][0] <= enough:
+            break
+        after = list(zip(cuts[1:], best[1:], strict=True))
+        best = [
+            min(
+                [best[a], *((scores + (b - cut) * sizes[cut] ** 2, (b, *ends)) for b, (scores, ends) in after[a:])],
+                key=lambda option: (option[0], len(option[1])),
+            )
+            for a, cut in enumerate(cuts)
+        ]
+    shapes, places, first, place = [], [0] * S, 0, 0
+    for end in best[0][1]:
+        shapes.append((end - first, sizes[first]))
+        for i in by_length[first:end]:
+            places[i] = place
+            place += sizes[first]
+        first = end
+    return tuple(shapes), places
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor, bounds: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order, bounds)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        order, bounds = ctx.saved_tensors
+        (grad,) = grads
+        if bounds is None:
+            return grad.index_select(0, order), None, None, None
+        rows = F.embedding_bag(order, grad.flatten(1), bounds, mode="sum", include_last_offset=True)
+        return rows.unflatten(1, grad.shape[1:]), None, None, None
+
+
+def gather(x: Tensor, index: Tensor, order: Tensor, bounds: Tensor | None) -> Tensor:
+    """`x.index_select(0, index)`, whose backward adds in a fixed order and without atomics.
+
+    Args:
+        x: `[T, H, D]`.
+        index: `[K]` rows.
+        order: what the gradient of row t is the sum of: `order[bounds[t] : bounds[t + 1]]` of the K. Entries left out
+            must have no gradient, as the grid's padding.
+        bounds: `[T + 1]`; None: `order` is `[T]`, one for each row.
+
+    Returns:
+        `[K, H, D]`.
+    """
+    out: Tensor = _Gather.apply(x, index, order, bounds)
+    return out

@@ -1,0 +1,50 @@
+"""Whatever runs the model, its gradients are the same: DDP, FSDP2, LoRA, checkpointing, torch.compile."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdpo.model import patch_forward
+from fastdpo.packing import shared_prefix_batch
+from tests.parallel_ranks import CASES
+from tests.tiny import PAIRS, assert_same_gradients, gradients, make_model, make_pairs, stock, stock_logps
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of all cases, by two processes that run them one after the other."""
+    result = tmp_path_factory.mktemp("parallel") / "errors.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "tests/parallel_ranks.py", result], cwd=ROOT, env=environment, check=True, timeout=300)
+    return json.loads(result.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_ranks_have_the_gradients_of_one(case: str, errors: Any) -> None:
+    assert errors[case]
+    assert max(errors[case].values()) <= 1e-5, errors[case]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "fullgraph"), [("llama", True), ("gemma3-window", True)])
+def test_a_compiled_decoder_has_the_same_gradients(family: str, fullgraph: bool) -> None:
+    """Without a break, and with no more graphs than there are numbers of buckets once lengths have varied."""
+    torch._dynamo.reset()
+    model = make_model(family)
+    reference = stock(model)
+    patch_forward(model)
+    model.model.compile(backend="aot_eager", fullgraph=fullgraph)
+    for pairs in (PAIRS, make_pairs([(30, 0, 9, 5), (3, 0, 4, 5)], seed=1)):
+        logps, expected = model(**shared_prefix_batch(pairs)).logps, stock_logps(reference, pairs)
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+        assert_same_gradients(gradients(model, logps), gradients(reference, expected))
