@@ -30,6 +30,7 @@ Layout = Literal["shared", "packed", "tree", "padded"]
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers whose packed computation is exact."""
+_HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *attention.METADATA)
@@ -287,7 +288,9 @@ def _set_attention(model: Any) -> None:
 
 
 def _has_state(model: Any) -> bool:
-    return bool(getattr(model, "_is_stateful", False))
+    """Whether layers carry a state; LFM2's short convolutions are only to be told by the kinds of its layers."""
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
+    return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
 
 
 def _only_padded(model: PreTrainedModel) -> str | None:
@@ -295,11 +298,10 @@ def _only_padded(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     if config.get_text_config() is not config:
         return "it is not a decoder of text alone"
-    if not _has_state(model):
-        if not model._supports_attention_backend:
-            return "its attention does not go through transformers' AttentionInterface"
-        if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
-            return f"it has layers of type {', '.join(sorted(unknown))}"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - _HYBRID_TYPES:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    if not _has_state(model) and not model._supports_attention_backend:
+        return "its attention does not go through transformers' AttentionInterface"
     limit, rope_type = _rope_limit(config)
     if limit is not None:
         return f"its {rope_type} RoPE depends on the longest sequence in the batch"

@@ -19,7 +19,7 @@ FLOORS = [
     {"logprobs", "objectives"},
     {"attention", "heads", "hybrid"},
     {"model", "packing", "metrics", "report"},
-    {"config", "data", "reference"},
+    {"config", "data", "reference", "selfcheck"},
     {"trainer"},
     {"cli", "__init__", "__main__"},
 ]

@@ -105,6 +105,34 @@ def test_equals_the_models_own_head(family, options):
     assert_same_gradients(gradients(model, logps), gradients(reference, expected))
 
 
+FAMILIES = ["qwen2-window", "qwen3-moe", "gemma", "phi3", "olmo2", "cohere2-window", "gpt2", "gpt-neox", "opt"]
+FAMILIES += ["starcoder2", "smollm3", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, "shared") for family in FAMILIES), ("llama4", "padded")]
+    + [(family, "tree") for family in ("qwen3-next", "mamba2", "bamba", "lfm2")],
+)
+def test_equals_separate_sequences_in_the_layout_of_its_family(family, layout):
+    if layout == "tree":
+        pytest.importorskip("tree_recurrence")
+    model = make_model(family)
+    assert layout_of(model)[0] == layout
+    reference = copy.deepcopy(model)
+    patch_forward(model)
+    batch = pack(layout=layout)
+    hidden = scored_hidden(model, **batch)
+    expected = [
+        scored_hidden(reference, input_ids=torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        for prompt, response in sequences(PAIRS)
+    ]
+    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
+    logps, expected = model(**batch).logps, stock_logps(reference, PAIRS)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+
+
 def test_equals_separate_sequences_beyond_one_tile_of_attention():
     pairs = make_pairs([(150, 0, 90, 170), (3, 20, 64, 1)])
     model, reference = make_patched("mistral-window", sliding_window=40, max_position_embeddings=512)
