@@ -183,7 +183,7 @@ def render(rows: list[Row]) -> str:
         "the CPU: log-probs and all parameter gradients of a batch, against each sequence alone through the class's "
         "own forward.",
         "",
-        f"Of {len(rows)} classes {count['shared']} are exact with shared prefixes, {count['tree']} with shared prefixes "
+        f"Of {len(rows)} classes {count['shared']} are exact with shared prefixes, {count['tree']} more with them "
         f"through tree-recurrence (padded without it), {count['packed']} packed, {count['padded']} as padded rows; "
         f"{count['refused']} are refused with an error, {count['not buildable']} could not be built or run here. "
         f"Wrong: {count['wrong']}. Crashes: {count['crash']}.",

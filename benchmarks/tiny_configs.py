@@ -79,12 +79,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": _FOUR_LAYERS,
     "Qwen3_5ForCausalLM": _FOUR_LAYERS,
     "Qwen3_5MoeForCausalLM": _FOUR_LAYERS,
-    "Qwen4ExpForCausalLM": _FOUR_LAYERS,
+    "BltForCausalLM": {"encoder_hash_byte_group_vocab": 64},
+    "Qwen4ExpForCausalLM": _FOUR_LAYERS | {"indexer_budget": 16, "indexer_compress_ratio": 4},
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
     "ReformerModelWithLMHead": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "XLMWithLMHeadModel": {"causal": True},
-    "ZambaForCausalLM": _FOUR_LAYERS | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "ZambaForCausalLM": _FOUR_LAYERS
+    | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 64, "head_dim": 16},
     "Zamba2ForCausalLM": _FOUR_LAYERS
     | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 64, "head_dim": 16}
     | {"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 2},

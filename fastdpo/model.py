@@ -192,6 +192,8 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
         raise ValueError(f"input_ids of a packed batch must be [1, T], got {tuple(input_ids.shape)}")
     if reason := vars(model)["_fastdpo"].padded:
         raise _refusal(model, f"{reason}; they must be padded (layout='padded')")
+    if _has_state(model) and _begins_inside_a_segment(batch):
+        raise _refusal(model, "its layers carry a state, so shared prompts need layout='tree'")
     name = model.config._attn_implementation
     if name != attention.NAME:
         raise _refusal(model, f"its attention is {name!r} and not {attention.NAME!r}; call patch_forward (again)")
@@ -206,6 +208,15 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
         )
     hidden: Tensor = outputs[0][0]
     return hidden
+
+
+def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
+    """Whether a branch's trunk is not a segment of its own, told without a look at the device."""
+    T, kv = batch["input_ids"].shape[1], batch["tree_kv_index"].shape[0]
+    filled = batch.get("num_packed_tokens", T) < T
+    segments = batch["tree_cu_seqlens_q"].shape[0] - 1 - filled
+    # something is shared, and yet there are no more segments than responses
+    return bool(kv > T and segments < batch["cu_target"].shape[0])
 
 
 def _padded_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:

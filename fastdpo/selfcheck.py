@@ -131,6 +131,8 @@ def self_check(
             elif not (layout_error <= bound and error <= bound):
                 worst = max(layout_error, error)
                 wrong = f"its log-probs differ from those of padded rows by {worst:.2g} nats (bound {bound:.2g})"
+            elif layout != "tree" and not called:
+                wrong = "no layer calls fastdpo's attention"
             elif silent:
                 wrong = f"{len(silent)} of its {len(ran)} attention layers ({silent[0]}) never call fastdpo's attention"
         if not wrong:
@@ -253,9 +255,9 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[tuple[list[nn.Module], set[nn.Module]]]:
-    """Within it the list collects the attention layers that run, the set those that call the registered function."""
-    ran: list[nn.Module] = []
+def _watching(model: nn.Module) -> Iterator[tuple[dict[nn.Module, None], set[nn.Module]]]:
+    """Within it the dict collects the attention layers that run, the set those that call the registered function."""
+    ran: dict[nn.Module, None] = {}
     called: set[nn.Module] = set()
     registered = ALL_ATTENTION_FUNCTIONS[attention.NAME]
 
@@ -264,7 +266,7 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[nn.Module], set[nn.Module
         return registered(module, *args, **kwargs)
 
     hooks = [
-        layer.register_forward_pre_hook(lambda module, _: ran.append(module)) for layer in _attention_layers(model)
+        layer.register_forward_pre_hook(lambda module, _: ran.setdefault(module)) for layer in _attention_layers(model)
     ]
     AttentionInterface.register(attention.NAME, call)
     try:
