@@ -19,7 +19,7 @@ from fastdpo.logprobs import BACKWARDS, IMPLS
 from fastdpo.settings import ObjectiveSettings, from_config
 
 ON_BAD_ROW = ("error", "drop")
-SELF_CHECK = ("error", "fallback")
+SELF_CHECK = ("fallback", "error")
 
 
 @dataclass
@@ -145,10 +145,10 @@ class DPOConfig(TrainingArguments):
         default=True, metadata={"help": "Compute the common start of a pair once instead of twice."}
     )
     self_check: str = field(
-        default="error",
+        default="fallback",
         metadata={
-            "help": "At the start, fused log-probs are compared with the model's own. On a mismatch: `error` refuses, "
-            "`fallback` warns and trains on padded batches where those are right."
+            "help": "At the start, log-probs are compared with the model's own. Where packed batches are not exact but "
+            "padded ones are: `fallback` warns and pads, `error` refuses."
         },
     )
     head_impl: str = field(

@@ -75,12 +75,18 @@ def self_check(
 
     Raises:
         ValueError: the scores are not the model's own; names the class, the numbers and what to do.
+        FloatingPointError: the model's own are not finite.
     """
     device = batch["input_ids"].device
     name = _class_name(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _evaluating(model):
         sequences = _sequences(batch, positions)
         alone, noise = _own_logps(model, sequences, device)
+        if not alone.isfinite().all():
+            raise FloatingPointError(
+                f"{name}: the model's own log-probs are not finite on the first examples. Check its weights, and in "
+                "fp16 its activations (use bf16)."
+            )
         dtype = next(model.parameters()).dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)

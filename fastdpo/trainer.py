@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,13 +28,14 @@ from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
 from fastdpo.loss import compute, step_values
-from fastdpo.model import TokenScores, patch_forward
+from fastdpo.model import Layout, TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
 from fastdpo.reference.precompute import reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
+from fastdpo.selfcheck import self_check
 from fastdpo.settings import from_config
 from fastdpo.step import StepTotals, step_context, step_totals
 
@@ -122,10 +125,10 @@ class DPOTrainer(Trainer):
             copies=not args.precompute_ref_log_probs and not all(scored),
         )
         if args.sync_ref_model:
-            options: dict[str, Any] = {"alpha": args.ref_model_mixup_alpha, "every": args.ref_model_sync_steps}
-            check_sync(model, precompute=args.precompute_ref_log_probs or any(scored), **options)
-            assert ref_model is not None
-            self._sync = SyncReference(ref_model, **options)
+            check_sync(model)
+            if ref_model is None:
+                raise ValueError("sync_ref_model=True needs a reference to change, but the datasets hold its log-probs")
+            self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
         if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
             logger.warning(
@@ -140,7 +143,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or functools.partial(shared_prefix_batch, layout=self._layout),
+            data_collator=data_collator or shared_prefix_batch,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -149,6 +152,9 @@ class DPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
         _check_parallelism(self, ref_model)
+        if data_collator is None:
+            self._layout = self._checked_layout()
+            self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
         self.ref_model = None
         if args.precompute_ref_log_probs:
             self._precompute(ref_model)
@@ -165,6 +171,19 @@ class DPOTrainer(Trainer):
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
+
+    def _checked_layout(self) -> Layout:
+        """The layout, or padded rows where it is not exact on the first examples."""
+        args = self.args
+        batch = shared_prefix_batch(list(itertools.islice(self.train_dataset, 2)), layout=self._layout)
+        with self.accelerator.autocast():
+            checked = self_check(
+                self.model, self._prepare_inputs(batch), layout=self._layout, fallback=args.self_check == "fallback"
+            )
+        logger.info("self-check of %s", checked)
+        layout: list[Layout] = [checked.layout]
+        broadcast_object_list(layout)  # or rounding might let processes differ
+        return layout[0]
 
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""

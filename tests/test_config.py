@@ -58,7 +58,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ),
         ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, got 0"),
-        ({"self_check": "off"}, "self_check must be one of error, fallback"),
+        ({"self_check": "off"}, "self_check must be one of fallback, error"),
         ({"loss_type": "ipso"}, "loss_type 'ipso' is unknown"),
         ({"head_impl": "cuda"}, "head_impl must be one of auto, eager, torch, triton, blas, got 'cuda'"),
         ({"head_backward": "dense"}, "head_backward must be one of auto, exact, sparse, got 'dense'"),

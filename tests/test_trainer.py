@@ -372,11 +372,18 @@ def test_the_saved_model_is_an_ordinary_one(make: Callable[..., Any], tmp_path: 
 class TestNotFinite:
     """NaN stops training before it reaches the weights, and names the rows."""
 
-    def test_a_nan_weight_stops_the_first_step(self, make: Callable[..., Any], tmp_path: Path) -> None:
+    def test_a_model_that_was_never_finite_is_refused(self, make: Callable[..., Any]) -> None:
         model = tiny_llama()
         with torch.no_grad():
             model.model.norm.weight[0] = math.nan
-        trainer = make(model, save_strategy="steps", save_steps=1)
+        with pytest.raises(FloatingPointError, match="the model's own log-probs are not finite on the first examples"):
+            make(model)
+
+    def test_a_nan_weight_stops_the_first_step(self, make: Callable[..., Any], tmp_path: Path) -> None:
+        trainer = make(save_strategy="steps", save_steps=1)
+        trainer._first_loss_is_known = False
+        with torch.no_grad():
+            trainer.model.model.norm.weight[0] = math.nan
         with pytest.raises(FloatingPointError, match=r"the loss of dataset rows \[\d+, \d+, \d+, \d+\] is not finite"):
             trainer.train()
         assert not list(tmp_path.glob("out/checkpoint-*"))

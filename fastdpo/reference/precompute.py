@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from fastdpo.model import patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
