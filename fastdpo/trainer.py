@@ -30,6 +30,7 @@ from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_ad
 from fastdpo.loss import compute, step_values
 from fastdpo.model import Layout, TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
+from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
 from fastdpo.reference.precompute import reference_folder, with_reference
@@ -151,15 +152,18 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
-        _check_parallelism(self, ref_model)
+        check_parallelism(self)
         if data_collator is None:
-            self._layout = self._checked_layout()
+            if self.is_fsdp_enabled:
+                logger.warning("no self-check of the model: its weights are to be sharded")
+            else:
+                self._layout = self._checked_layout()
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
         self.ref_model = None
         if args.precompute_ref_log_probs:
             self._precompute(ref_model)
         elif ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model = prepare_reference(self.accelerator, ref_model)
         self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
             self._settings.loss_type,
             ref_is_policy=is_own_reference,
@@ -188,29 +192,24 @@ class DPOTrainer(Trainer):
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
         args, accelerator = self.args, self.accelerator
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        options: dict[str, Any] = {
-            "model": self.model if ref_model is None else ref_model.to(accelerator.device),
-            "folder": reference_folder(args.reference_cache_dir),
-            "layout": self._layout,
-            "autocast": autocast,
-            "process_index": args.process_index,
-            "num_processes": args.world_size,
-            "wait_for_everyone": accelerator.wait_for_everyone,
-            "disable_tqdm": args.disable_tqdm,
-        }
-
-        def score(rows: Any, name: str) -> Any:
-            given = not data.REFERENCES.keys().isdisjoint(rows.column_names or ())
-            return rows if given else with_reference(rows, name=name, **options)
-
+        score = functools.partial(
+            with_reference,
+            model=self.model if ref_model is None else ref_model.to(accelerator.device),
+            folder=reference_folder(args.reference_cache_dir),
+            layout=self._layout,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            wait_for_everyone=accelerator.wait_for_everyone,
+            disable_tqdm=args.disable_tqdm,
+        )
         switched = ref_model is None and policies.is_peft_model(self.model)
         with policies.as_reference(self.model) if switched else contextlib.nullcontext():
-            self.train_dataset = score(self.train_dataset, "train")
+            self.train_dataset = score(self.train_dataset, name="train")
             if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: score(rows, name) for name, rows in self.eval_dataset.items()}
+                self.eval_dataset = {name: score(rows, name=name) for name, rows in self.eval_dataset.items()}
             elif self.eval_dataset is not None:
-                self.eval_dataset = score(self.eval_dataset, "eval")
+                self.eval_dataset = score(self.eval_dataset, name="eval")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -417,13 +416,3 @@ class DPOTrainer(Trainer):
 def _datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
     held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     return [train_dataset, *(rows for rows in held_out if rows is not None)]
-
-
-def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "several GPUs are visible to one process, which DataParallel would drive; start the script with "
-            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("DeepSpeed and FSDP are not supported yet; use one process per GPU (DDP)")

@@ -22,7 +22,7 @@ FLOORS = [
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"model", "packing", "metrics", "report"},
     {"config", "data", "reference", "sampler"},
-    {"loading", "selfcheck"},
+    {"loading", "selfcheck", "parallel"},
     {"memory_model", "token_stats"},
     {"plan", "score"},
     {"trainer"},
