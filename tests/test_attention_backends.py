@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import attention, attention_backends
-from fastdpo.attention_paths import MOST_BUCKETS, _buckets, gather
+from fastdpo.attention_paths import _buckets, gather
 from fastdpo.packing import shared_prefix_batch
 from tests.test_attention import (
     OPTIONS,
@@ -370,7 +370,7 @@ def test_buckets_hold_every_path_once(seed):
     lengths = torch.randint(1, 40, (4, 3), generator=torch.Generator().manual_seed(seed)).tolist()
     batch = shared_prefix_batch(make_pairs([(a, 0, b, c) for a, b, c in lengths]))
     paths = paths_of(batch)
-    assert len(paths.shapes) <= MOST_BUCKETS
+    assert len({length for _, length in paths.shapes}) == len(paths.shapes)
     assert sum(s for s, _ in paths.shapes) == len(batch["tree_cu_seqlens_q"]) - 1
     assert len(set(paths.grid_order.tolist())) == len(paths.kv_index)
     assert torch.equal(paths.grid[paths.grid_order], paths.kv_index[paths.order])
@@ -406,7 +406,7 @@ def test_lengths_in_the_batch_make_buckets_on_any_device(monkeypatch):
     lengths = batch["tree_cu_seqlens_k"].diff().tolist()
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
     assert paths_of(on_meta).shapes == ((len(lengths), max(lengths)),)
-    assert paths_of(on_meta | {"tree_seqlens_k": lengths}).shapes == paths_of(batch).shapes != paths_of(on_meta).shapes
+    assert paths_of(on_meta | {"tree_seqlens_k": lengths}).shapes == _buckets(lengths)[0] != paths_of(on_meta).shapes
 
 
 def test_one_bucket_computes_the_same(monkeypatch):
@@ -414,7 +414,8 @@ def test_one_bucket_computes_the_same(monkeypatch):
     qkv = make_qkv(batch)
     bucketed = with_gradients(attend, qkv, batch)
     assert len(paths_of(batch).shapes) > 1
-    monkeypatch.setattr("fastdpo.attention_paths.MOST_BUCKETS", 1)
+    one = lambda lengths: (((len(lengths), max(lengths)),), [i * max(lengths) for i in range(len(lengths))])  # noqa: E731
+    monkeypatch.setattr("fastdpo.attention_paths._own_buckets", one)
     assert len(paths_of(batch).shapes) == 1
     for a, b in zip(bucketed, with_gradients(attend, qkv, batch), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
