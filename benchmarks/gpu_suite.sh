@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in one go: the tests that need CUDA, those that use it if it is there, the table of the head.
+# What only a GPU can tell, in one go: the tests that need CUDA, those that use it if it is there, the table of the head,
+# whole training steps beside TRL.
 #
 #     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh OUT_DIR
 #
@@ -10,9 +11,9 @@
 #
 # Every part has its time limit, and all of them together BUDGET seconds (540); a failing part stops no other. Run again
 # with the same OUT_DIR (put back there, if it was moved), it does what is still missing: a part that came to its end is
-# not repeated, the table goes on at the first case that it lacks. Start a fresh OUT_DIR when the code has changed.
-# OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and head.jsonl, which belongs
-# in benchmarks/results/<machine>/. The exit code is 0 when all parts have ended well.
+# not repeated, the tables go on at the first case that they lack. Start a fresh OUT_DIR when the code has changed.
+# OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and training.log, and
+# head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts have ended well.
 #
 # SUITE_SIZE=smoke runs toy sizes, on any machine; PYTHON names the interpreter (python3).
 set -u
@@ -68,20 +69,27 @@ head_table() { # CASES
     done
 }
 
+training_table() { # CASES; its last seconds would only begin a case that the limit cuts off
+    part training 540 training.log "1 3 5 124 137" "$python" -m benchmarks.training --cases "$1" \
+        --seconds "$((deadline - SECONDS - 10))" --out "$out/training.jsonl"
+}
+
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then
     tests accuracy 60 tests/test_accuracy.py
     head_table smoke
+    training_table smoke
 else
     mapfile -t marked < <(grep -l "mark\.gpu" tests/test_*.py)
     tests gpu 90 -m gpu "${marked[@]}"
     mapfile -t on_devices < <(grep -l "device: torch\.device" tests/test_*.py)
     tests kernels 270 -m "not gpu" "${on_devices[@]}"
     head_table h200
+    training_table gpu
 fi
 
 echo "== summary"
 grep -hE "^(FAILED|ERROR)" "$out/tests.log"
-grep -h "^left out" "$out/head.log" | sort -u
+grep -hs "^left out" "$out/head.log" "$out/training.log" | sort -u
 awk '{ rc[$1] = $2; s[$1] += $3; if (!seen[$1]++) order[++n] = $1 }
     END { for (i = 1; i <= n; i++) { printf "%-16s exit %3d %5d s\n", order[i], rc[order[i]], s[order[i]]; bad += rc[order[i]] != 0 }
           exit bad > 0 }' "$out/status"

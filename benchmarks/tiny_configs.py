@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 101
 WINDOW = 6
-MAX_PARAMETERS = 4_000_000
+MAX_PARAMETERS = 20_000_000
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["vocab_size"], VOCAB),
@@ -29,11 +30,15 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"], 4),
     **dict.fromkeys(["num_key_value_heads", "n_head_kv", "num_kv_heads"], 2),
     **dict.fromkeys(["head_dim", "attention_head_size", "dim_head", "v_head_dim", "mamba_d_head"], 8),
-    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim"], 4),
+    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"], 8),
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank"], 8),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len"], 128),
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts"], 2),
+    **dict.fromkeys(["vocab_size_per_layer_input"], VOCAB),
+    **dict.fromkeys(["hidden_size_per_layer_input", "mamba_chunk_size", "chunk_size"], 8),
+    **dict.fromkeys(["image_size"], 32),
+    **dict.fromkeys(["patch_size"], 8),
     **dict.fromkeys(["n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_dense_layers"], 1),
     **dict.fromkeys(["sliding_window", "attention_window_size"], WINDOW),
     "is_decoder": True,
@@ -42,7 +47,51 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_d_ssm": 64}
+_FOUR_LAYERS = {"num_hidden_layers": 4}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "BailingHybridForCausalLM": {"num_hidden_layers": 8},
+    "BambaForCausalLM": _MAMBA | {"attn_layer_indices": [1]},
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "BigBirdForCausalLM": {"attention_type": "original_full"},
+    "DbrxForCausalLM": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "Dots3NoteForCausalLM": _FOUR_LAYERS,
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "Gemma3nForCausalLM": {"num_hidden_layers": 4, "num_kv_shared_layers": 0},
+    "GraniteMoeHybridForCausalLM": _MAMBA | {"layer_types": ["mamba", "attention"]},
+    "JambaForCausalLM": {"num_hidden_layers": 8},
+    "KimiLinearForCausalLM": {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Lfm3ForCausalLM": _FOUR_LAYERS,
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "expand": 2, "state_size": 8, "n_groups": 2},
+    "Qwen3NextForCausalLM": _FOUR_LAYERS,
+    "Qwen3_5ForCausalLM": _FOUR_LAYERS,
+    "Qwen3_5MoeForCausalLM": _FOUR_LAYERS,
+    "BltForCausalLM": {"encoder_hash_byte_group_vocab": 64},
+    "Qwen4ExpForCausalLM": _FOUR_LAYERS | {"indexer_budget": 16, "indexer_compress_ratio": 4},
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
+    "ReformerModelWithLMHead": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "XLMWithLMHeadModel": {"causal": True},
+    "ZambaForCausalLM": _FOUR_LAYERS
+    | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 64, "head_dim": 16},
+    "Zamba2ForCausalLM": _FOUR_LAYERS
+    | {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 64, "head_dim": 16}
+    | {"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 2},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}
 
 
 class NotBuildableError(Exception):
@@ -58,9 +107,11 @@ def tiny_config(config_class: Any, overrides: dict[str, Any]) -> Any:
     """Make a config whose sizes are small."""
     default = config_class()
     options = {name: value for name, value in SIZES.items() if _settable(default, name)}
-    for name, sub_class in getattr(config_class, "sub_configs", {}).items():
+    if hasattr(default, "kv_lora_rank"):
+        options["num_key_value_heads"] = 4
+    for name in getattr(config_class, "sub_configs", {}):
         sub = getattr(default, name, None)
-        if sub is not None and hasattr(sub_class, "model_type") and not isinstance(sub, dict):
+        if isinstance(sub, PreTrainedConfig):
             options[name] = tiny_config(type(sub), overrides.get(name, {})).to_dict()
     return config_class(**options | {k: v for k, v in overrides.items() if k not in options or not isinstance(v, dict)})
 
@@ -71,9 +122,12 @@ def _settable(config: Any, name: str) -> bool:
     except AttributeError:
         return False
     except Exception:  # a value that differs between layers
-        return True
-    attribute = getattr(type(config), name, None)
-    return not (isinstance(attribute, property) and attribute.fset is None)
+        return False
+    try:
+        setattr(copy.deepcopy(config), name, getattr(config, name))
+    except (AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def make_tiny(name: str) -> Any:

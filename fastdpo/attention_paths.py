@@ -47,6 +47,7 @@ class Paths(NamedTuple):
     """`[T]`: the place where a row is its own segment's."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def key_paths(
     kv_index: Tensor,
     cu_seqlens_q: Tensor,

@@ -30,21 +30,30 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `fastdpo` command."""
     parser = argparse.ArgumentParser(prog="fastdpo", description="Direct Preference Optimization without the logits.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "train",
-        help="train a model on preference pairs",
-        usage="fastdpo train CONFIG.yaml [--any-field value ...]",
-        epilog="Fields are those of fastdpo.DPOConfig (with all of transformers.TrainingArguments) and RunConfig.",
-    )
-    command.add_argument("config", type=Path, help="YAML file of settings")
+    for function in (train, precompute, score, plan):
+        summary = (function.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(
+            function.__name__,
+            help=summary,
+            description=summary,
+            allow_abbrev=False,
+            usage=f"fastdpo {function.__name__} CONFIG.yaml [--any-field value ...]",
+            epilog="Fields are those of fastdpo.DPOConfig (with all of transformers.TrainingArguments) and RunConfig.",
+        )
+        command.add_argument("config", type=Path, help="YAML file of settings")
+        if function is plan:
+            command.add_argument("--gpu_memory", type=float, help="GiB of the GPU to plan for; default: this machine's")
+            command.add_argument("--processes", type=int, default=1, help="GPUs to plan for")
+        command.set_defaults(function=function)
     args, rest = parser.parse_known_args(argv)
+    options = {name: value for name, value in vars(args).items() if name in ("gpu_memory", "processes")}
     # OpenMP threads that wait for work spin, unless told not to before torch loads: beside other processes a run on
     # the CPU took five times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(name)s: %(message)s")
     logger.setLevel(logging.INFO)
     try:
-        train(args.config, _overrides(rest))
+        args.function(args.config, _overrides(rest), **options)
     except (ValueError, OSError) as error:  # the message says what to mend; -X dev shows where it was raised
         if sys.flags.dev_mode:
             raise
@@ -52,13 +61,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Path, overrides: dict[str, Any]) -> None:
-    """Train, evaluate before and after, save the model, draw `training.png`, print the table."""
+    """Train a model on preferences; evaluate before and after, save it, write `report.html`."""
     from fastdpo.config import read_config
 
     run, args = read_config(config, overrides)  # before the slow imports: mistakes show at once
 
-    from fastdpo import report
-    from fastdpo.loading import load_datasets, load_model, lora
+    from fastdpo.loading import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
 
     model, tokenizer = load_model(run, args)
@@ -68,22 +76,120 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     args.eval_on_start = eval_dataset is not None
     trainer = DPOTrainer(
         model=model,
+        ref_model=load_reference(run, args),
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora(run),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if eval_dataset is not None and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step:
-        trainer.evaluate()
+    failure = None
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if eval_dataset is not None and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step:
+            trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        page = _report(trainer, run, failure) if trainer.is_world_process_zero() else None
+    if trainer.is_world_process_zero():
+        _print_tables(trainer.state.log_history)
+        print(f"model: {args.output_dir}\nreport: {page}")  # noqa: T201
 
-    trainer.save_model()
-    trainer.save_state()
-    picture = Path(args.output_dir) / "training.png"
-    report.draw_training(trainer.state.log_history, picture)
-    _print_tables(trainer.state.log_history)
-    print(f"model: {args.output_dir}\npicture: {picture}")  # noqa: T201
+
+def precompute(config: Path, overrides: dict[str, Any]) -> None:
+    """Score the datasets with the reference and keep that for `train` with precompute_ref_log_probs."""
+    from fastdpo.config import read_config
+
+    run, args = read_config(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
+
+    from fastdpo.loading import load_datasets, load_model, load_reference, lora
+    from fastdpo.reference.precompute import reference_folder
+    from fastdpo.trainer import DPOTrainer
+
+    model, tokenizer = load_model(run, args)
+    train_dataset, eval_dataset = load_datasets(run)
+    DPOTrainer(  # which does all that training would before its first step
+        model=model,
+        ref_model=load_reference(run, args),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora(run),
+    )
+    print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
+
+
+def score(config: Path, overrides: dict[str, Any]) -> None:
+    """Reward the responses of the held-out split, beta * log(pi / pi_ref), to `scores.jsonl`."""
+    from fastdpo.config import read_config
+
+    run, args = read_config(config, overrides)
+
+    from fastdpo.loading import load_datasets, load_model, load_policy, load_reference
+    from fastdpo.report import summary_table
+    from fastdpo.score import score as score_rows
+
+    model, tokenizer = load_model(run, args)
+    train_dataset, eval_dataset = load_datasets(run)
+    output = Path(args.output_dir) / "scores.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    result = score_rows(
+        load_policy(model, args).to(args.device),
+        reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
+        train_dataset if eval_dataset is None else eval_dataset,
+        tokenizer=tokenizer,
+        beta=args.beta,
+        max_length=args.max_length,
+        output=output,
+        cache_dir=args.reference_cache_dir,
+    )
+    rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]
+    if result.accuracy is not None:
+        rows.append(("pairs in the right order", f"{result.accuracy:.3f}"))
+    print(summary_table(rows, ("scored", "")))  # noqa: T201
+    print(f"scores: {output}")  # noqa: T201
+
+
+def plan(config: Path, overrides: dict[str, Any], gpu_memory: float | None, processes: int) -> None:
+    """Count the tokens of a run and compute its memory, without loading weights; draw `plan.png`."""
+    from fastdpo.config import read_config
+
+    run, args = read_config(config, overrides)
+
+    from fastdpo.loading import load_datasets, load_tokenizer
+    from fastdpo.plan import draw_lengths, make_plan, tables
+
+    dataset, _ = load_datasets(run)
+    found = make_plan(run, args, dataset, load_tokenizer(run, args), gpu_memory=gpu_memory, processes=processes)
+    picture = Path(args.output_dir) / "plan.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_lengths(found.stats, picture)
+    print(f"{tables(found)}\npicture: {picture}")  # noqa: T201
+
+
+def _report(trainer: Any, run: Any, failure: str | None) -> Path | None:
+    from dataclasses import asdict, fields
+
+    from fastdpo import report
+    from fastdpo.config import DPOConfig, RunConfig
+
+    args = trainer.args
+    defaults = {field.name: field.default for field in fields(RunConfig)}
+    return report.write_report(
+        args.output_dir,
+        trainer.state.log_history,
+        title=f"DPO of {run.model_name_or_path or run.config_name} on {run.dataset_name}",
+        config=asdict(run) | args.to_dict(),
+        defaults=defaults | DPOConfig(output_dir=args.output_dir).to_dict(),
+        facts={"Versions": report.versions()},
+        histograms=trainer.histograms,
+        failure=failure,
+    )
 
 
 def _overrides(rest: list[str]) -> dict[str, Any]:
@@ -114,6 +220,7 @@ def _print_tables(log_history: list[dict[str, float]]) -> None:
         rows = [
             (label, form.format(before[f"eval_{name}"]), form.format(after[f"eval_{name}"]))
             for name, label, form in HELD_OUT
+            if f"eval_{name}" in after
         ]
         print(summary_table(rows, ("held out", "before", "after")))  # noqa: T201
     logged = [entry for entry in log_history if "tokens_per_second" in entry]

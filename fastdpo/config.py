@@ -168,6 +168,13 @@ class DPOConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_completion_length", "tokens_per_batch", "ref_model_sync_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.tokens_per_batch or self.longest_first:
+            for name, only in (("dataloader_drop_last", False), ("train_sampling_strategy", "random")):
+                if (value := getattr(self, name, only)) != only:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect on batches that tokens_per_batch or longest_first plans; "
+                        "leave it out"
+                    )
         for name, allowed in (
             ("head_impl", IMPLS),
             ("head_backward", BACKWARDS),
@@ -218,7 +225,10 @@ class RunConfig:
     """A folder of JSONL, Parquet or CSV files named after their splits, one such file, or a dataset on the Hub."""
 
     model_name_or_path: str | None = None
-    """The policy to start from; also its own reference."""
+    """The policy to start from; also its own reference, unless there is another."""
+
+    ref_model_name_or_path: str | None = None
+    """The reference, where it is not the policy as it starts."""
 
     config_name: str | None = None
     """Instead of `model_name_or_path`: a model config to build with random weights."""

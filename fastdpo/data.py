@@ -37,6 +37,9 @@ COLUMNS = (
 )
 """All that `prepare_dataset` may return, of any kind."""
 
+RULES = 1
+"""Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
+
 MAX_NAMED_ROWS = 5
 _NOTES = {
     "prompt": "have a prompt that is too long and cut at its start",
@@ -100,7 +103,13 @@ def prepare_dataset(
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
     }
-    arguments: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "kind": found, "as_ranked": ranked}
+    arguments: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "kind": found,
+        "as_ranked": ranked,
+        "rules": RULES,
+    }
     options: dict[str, Any] = {
         "with_indices": True,
         "remove_columns": list(first),
@@ -137,6 +146,7 @@ def tokenize_row(
     max_completion_length: int | None = None,
     kind: str = "preference",
     as_ranked: bool = False,
+    rules: int = RULES,
 ) -> dict[str, Any]:
     """Token ids of one row of a kind, with `problem` saying why it can't be used, or empty.
 

@@ -232,7 +232,7 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
         None where there is no reason.
     """
     text = model.config.get_text_config()
-    weight = next((x.weight for x in _leaves(head.linears)), None)
+    weight = next((x.weight for x in _leaves(head.linears) if head.own is None), None)
     first = next(model.parameters())
     device, dtype = (first.device, first.dtype) if weight is None else (weight.device, weight.dtype)
     D = weight.shape[1] if weight is not None else getattr(text, "hidden_size", None)

@@ -1,6 +1,7 @@
 """What a run starts from: model, tokenizer, datasets, adapter, as a config names them."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.model import Layout, layout_of
+from fastdpo.packing import LAYOUTS
 from fastdpo.reference import policies
 
 logger = logging.getLogger("fastdpo")
@@ -26,6 +29,10 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
         return model
     assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
     options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    if (Path(model) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
@@ -61,17 +68,37 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
+    """The best layout of batches that is exact on all `models`; `prefix_sharing` False: without shared prefixes."""
+    found = [layout_of(model) for model in models]
+    layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
+    if not prefix_sharing and layout in ("shared", "tree"):
+        layout, reason = "packed", "prefix_sharing is off"
+    logger.info("batches of %s are %s: %s", type(models[0]).__name__, layout, reason)
+    return layout
+
+
 def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
-    """The policy and its tokenizer, from trained weights or built with random ones."""
-    source = run.model_name_or_path or run.config_name
-    code = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(source, **code)
+    """The policy, as a name to load or built with random weights, and its tokenizer."""
+    tokenizer = load_tokenizer(run, args)
     if run.model_name_or_path:
         return run.model_name_or_path, tokenizer
+    code = {"trust_remote_code": args.trust_remote_code}
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **code), **code)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.config_name, **code), **code)
     logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
     return model, tokenizer
+
+
+def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
+    """The tokenizer beside the model or its config."""
+    source = run.model_name_or_path or run.config_name
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+
+
+def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:
+    """The reference, where the run names one of its own."""
+    return load_policy(run.ref_model_name_or_path, args) if run.ref_model_name_or_path else None
 
 
 def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:

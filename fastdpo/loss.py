@@ -93,7 +93,7 @@ def dpo_loss(
             objective reads, or shapes differ.
     """
     settings = ObjectiveSettings(
-        loss_type=loss_type if isinstance(loss_type, str) else tuple(loss_type),  # type: ignore[arg-type]
+        loss_type=(loss_type,) if isinstance(loss_type, str) else tuple(loss_type),
         beta=0.1 if isinstance(beta, Tensor) else beta,
         label_smoothing=label_smoothing,
         **options,

@@ -30,6 +30,7 @@ Layout = Literal["shared", "packed", "tree", "padded"]
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers whose packed computation is exact."""
+_HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *attention.METADATA)
@@ -191,6 +192,8 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
         raise ValueError(f"input_ids of a packed batch must be [1, T], got {tuple(input_ids.shape)}")
     if reason := vars(model)["_fastdpo"].padded:
         raise _refusal(model, f"{reason}; they must be padded (layout='padded')")
+    if _has_state(model) and _begins_inside_a_segment(batch):
+        raise _refusal(model, "its layers carry a state, so shared prompts need layout='tree'")
     name = model.config._attn_implementation
     if name != attention.NAME:
         raise _refusal(model, f"its attention is {name!r} and not {attention.NAME!r}; call patch_forward (again)")
@@ -205,6 +208,15 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
         )
     hidden: Tensor = outputs[0][0]
     return hidden
+
+
+def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
+    """Whether a branch's trunk is not a segment of its own, told without a look at the device."""
+    T, kv = batch["input_ids"].shape[1], batch["tree_kv_index"].shape[0]
+    filled = batch.get("num_packed_tokens", T) < T
+    segments = batch["tree_cu_seqlens_q"].shape[0] - 1 - filled
+    # something is shared, and yet there are no more segments than responses
+    return bool(kv > T and segments < batch["cu_target"].shape[0])
 
 
 def _padded_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -287,7 +299,9 @@ def _set_attention(model: Any) -> None:
 
 
 def _has_state(model: Any) -> bool:
-    return bool(getattr(model, "_is_stateful", False))
+    """Whether layers carry a state; LFM2's short convolutions are only to be told by the kinds of its layers."""
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
+    return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
 
 
 def _only_padded(model: PreTrainedModel) -> str | None:
@@ -295,11 +309,10 @@ def _only_padded(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     if config.get_text_config() is not config:
         return "it is not a decoder of text alone"
-    if not _has_state(model):
-        if not model._supports_attention_backend:
-            return "its attention does not go through transformers' AttentionInterface"
-        if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
-            return f"it has layers of type {', '.join(sorted(unknown))}"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - _HYBRID_TYPES:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    if not _has_state(model) and not model._supports_attention_backend:
+        return "its attention does not go through transformers' AttentionInterface"
     limit, rope_type = _rope_limit(config)
     if limit is not None:
         return f"its {rope_type} RoPE depends on the longest sequence in the batch"

@@ -7,7 +7,6 @@ beginning with `eval_` (and the split's name, where there are several). Values t
 
 import math
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -124,11 +123,6 @@ def running(log_history: LogHistory) -> Figure:
     if _draw(norm, log_history, {"grad_norm": ""}, "Gradient norm, before clipping", "norm"):
         _from_zero(norm)
     return figure
-
-
-def draw_training(log_history: LogHistory, path: str | PathLike[str]) -> None:
-    """Write the picture `training` alone, as a PNG."""
-    training(log_history).savefig(path, format="png")
 
 
 # Curves over steps

@@ -20,7 +20,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fastdpo import plots
-from fastdpo.plots import draw_training as draw_training
 
 logger = logging.getLogger("fastdpo")
 

@@ -76,7 +76,8 @@ class ObjectiveSettings:
         names = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
         object.__setattr__(self, "loss_type", names)
         if self.loss_weights is not None:
-            object.__setattr__(self, "loss_weights", tuple(self.loss_weights))
+            weights = self.loss_weights if isinstance(self.loss_weights, (list, tuple)) else (self.loss_weights,)
+            object.__setattr__(self, "loss_weights", tuple(weights))
         self._check_loss_types()
         self._check_numbers()
         self._check_effects()

@@ -13,14 +13,30 @@ Sorting is stable, so that ties match one to one. Then the micro-batches' losses
 gradients: a sorted sum's gradient keeps the order fixed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Values = dict[str, Tensor]
 """Detached values of one micro-batch by name, `[B]` each."""
+
+
+class StepTotals(NamedTuple):
+    """What the loss of an optimizer step is divided by: float32 scalars on the device."""
+
+    examples: Tensor
+    chosen_tokens: Tensor
+
+
+def step_totals(batches: Sequence[Mapping[str, Any]]) -> StepTotals:
+    """Totals of micro-batches of `fastdpo.shared_prefix_batch`, to be summed over processes."""
+    examples = [len(batch["pair_index"]) for batch in batches]
+    ends = [batch["cu_target"][B] for B, batch in zip(examples, batches, strict=True)]
+    tokens = torch.stack(ends).sum().float()
+    return StepTotals(torch.full_like(tokens, sum(examples)), tokens)
 
 
 def step_context(

@@ -1,11 +1,12 @@
 """`DPOTrainer`: transformers' Trainer with packed pairs, the fused head and the DPO objective wired in."""
 
+import contextlib
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -23,25 +24,21 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
-from fastdpo.loading import disable_dropout, load_policy, wrap_adapter
-from fastdpo.loss import LossOutput, compute, step_values
+from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
+from fastdpo.loss import compute, step_values
 from fastdpo.model import TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.reference import policies
+from fastdpo.reference.checks import check_first_loss, first_loss_is_known
+from fastdpo.reference.precompute import reference_folder, with_reference
+from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.settings import from_config
-from fastdpo.step import step_context
+from fastdpo.step import StepTotals, step_context, step_totals
 
 logger = logging.getLogger("fastdpo")
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
-
-
-class StepTotals(NamedTuple):
-    """What the loss of an optimizer step is divided by, float32 scalars on the device, over all processes."""
-
-    examples: Tensor
-    chosen_tokens: Tensor
 
 
 class DPOTrainer(Trainer):
@@ -67,6 +64,8 @@ class DPOTrainer(Trainer):
         FloatingPointError: a loss or gradient was not finite; training stops there.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole optimizer step
 
     def __init__(
@@ -93,24 +92,14 @@ class DPOTrainer(Trainer):
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         model = wrap_adapter(model, peft_config, ref_model)
-        if self._settings.needs_reference:
-            ref_model = policies.resolve_reference(model, ref_model)  # before the patch: a copy must not share it
-        elif ref_model is not None:
-            raise ValueError(f"ref_model has no effect: loss_type {args.loss_type} reads no reference; leave it out")
-        if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
-            logger.warning(
-                "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
-            )
-        for policy in filter(None, (model, ref_model)):
-            if args.disable_dropout:
-                disable_dropout(policy)
-            patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
-
-        self._layout = "shared" if args.prefix_sharing else "packed"
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
             max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            kind=self._settings.kind,
+            with_kl=self._settings.needs_kl,
             vocab_size=model.get_input_embeddings().weight.shape[0],
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
@@ -120,6 +109,33 @@ class DPOTrainer(Trainer):
             eval_dataset = {name: self._prepare_dataset(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, name="eval")
+        columns = [set(rows.column_names or ()) for rows in _datasets(train_dataset, eval_dataset)]
+        for names in columns:
+            self._settings.check_columns(names)
+        scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
+        is_own_reference = self._settings.needs_reference and ref_model is None and not any(scored)
+        # before the patch, which a copy must not share
+        ref_model = policies.resolve_reference(
+            model,
+            ref_model,
+            needs_reference=self._settings.needs_reference,
+            copies=not args.precompute_ref_log_probs and not all(scored),
+        )
+        if args.sync_ref_model:
+            options: dict[str, Any] = {"alpha": args.ref_model_mixup_alpha, "every": args.ref_model_sync_steps}
+            check_sync(model, precompute=args.precompute_ref_log_probs or any(scored), **options)
+            assert ref_model is not None
+            self._sync = SyncReference(ref_model, **options)
+            callbacks = [*(callbacks or ()), self._sync]
+        if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
+            logger.warning(
+                "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
+            )
+        for policy in filter(None, (model, ref_model)):
+            if args.disable_dropout:
+                disable_dropout(policy)
+            patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
+        self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
 
         super().__init__(
             model=model,
@@ -133,10 +149,49 @@ class DPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
         _check_parallelism(self, ref_model)
-        self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.ref_model = None
+        if args.precompute_ref_log_probs:
+            self._precompute(ref_model)
+        elif ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
+            self._settings.loss_type,
+            ref_is_policy=is_own_reference,
+            global_step=0,
+            columns=sorted(columns[0]),
+            use_weighting=args.use_weighting,
+        )
         self._sums = metrics.RunningSums()
         self._guard = metrics.NonFiniteGuard()
         self._clock: float | None = None
+        self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
+
+    def _precompute(self, ref_model: PreTrainedModel | None) -> None:
+        """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
+        args, accelerator = self.args, self.accelerator
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        options: dict[str, Any] = {
+            "model": self.model if ref_model is None else ref_model.to(accelerator.device),
+            "folder": reference_folder(args.reference_cache_dir),
+            "layout": self._layout,
+            "autocast": autocast,
+            "process_index": args.process_index,
+            "num_processes": args.world_size,
+            "wait_for_everyone": accelerator.wait_for_everyone,
+            "disable_tqdm": args.disable_tqdm,
+        }
+
+        def score(rows: Any, name: str) -> Any:
+            given = not data.REFERENCES.keys().isdisjoint(rows.column_names or ())
+            return rows if given else with_reference(rows, name=name, **options)
+
+        switched = ref_model is None and policies.is_peft_model(self.model)
+        with policies.as_reference(self.model) if switched else contextlib.nullcontext():
+            self.train_dataset = score(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: score(rows, name) for name, rows in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = score(self.eval_dataset, "eval")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -176,16 +231,27 @@ class DPOTrainer(Trainer):
             scores: TokenScores = model(**inputs, with_stats=with_stats)
         ref_logps = self._reference_logps(inputs)
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
-        totals = num_items_in_batch or self._totals([inputs])
+        totals = num_items_in_batch or step_totals([inputs])
         # gradients are averaged over processes, so each contributes its share times their number
         processes = self.args.world_size if num_items_in_batch else 1
         loss = out.losses.sum() * processes / totals.examples
         if out.token_loss is not None:
             loss = loss + out.token_loss * processes / totals.chosen_tokens
         if training:
+            if self._first_loss_is_known and self.state.global_step == 0:
+                dtype = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
+                check_first_loss(
+                    float(out.losses.detach().mean()),  # waits for the device, once
+                    dtype or next(self.model.parameters()).dtype,
+                    precomputed=ref_logps is None,
+                )
+            self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
-        self._add_metrics(inputs, scores, out)
+        keep = None if training else metrics.distinct_examples(self.accelerator, len(out.losses))
+        metrics.add_examples(self._sums, inputs, out, keep=keep, stats=scores.stats)
+        if training:
+            metrics.add_tokens(self._sums, inputs)
         return (loss, out) if return_outputs else loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
@@ -195,10 +261,15 @@ class DPOTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 scores: TokenScores = self.ref_model(**inputs)
-            else:
-                with policies.as_reference(self.accelerator.unwrap_model(self.model)):
-                    scores = self.model(**inputs)
-        return scores.logps
+                return scores.logps
+            policy = self.accelerator.unwrap_model(self.model)
+            if not policies.is_peft_model(policy):
+                raise ValueError(
+                    "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
+                    "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
+                )
+            with policies.as_reference(policy):
+                return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
         """What the optimizer step's loss is divided by, over accumulation and processes.
@@ -207,19 +278,13 @@ class DPOTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        totals = self._totals(batch_samples)
+        totals = step_totals(batch_samples)
         if self.args.world_size > 1:
             sums: Any = self.accelerator.reduce(torch.stack(totals), reduction="sum")
             totals = StepTotals(*sums)
         if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
             self._exchange(batch_samples)
         return totals
-
-    def _totals(self, batches: list[dict[str, Any]]) -> StepTotals:
-        examples = sum(len(batch["pair_index"]) for batch in batches)
-        bounds = [batch["cu_target"] for batch in batches]
-        tokens = torch.stack([x[len(batch["pair_index"])] for x, batch in zip(bounds, batches, strict=True)]).sum()
-        return StepTotals(torch.full_like(tokens, examples, dtype=torch.float32), tokens.float())
 
     def _exchange(self, batches: list[dict[str, Any]]) -> None:
         """Give each micro-batch what its loss needs of the others: one more pass, without gradients."""
@@ -239,6 +304,11 @@ class DPOTrainer(Trainer):
         )
         for batch, context in zip(batches, contexts, strict=True):
             batch["step_context"] = context
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            self._sync.load(resume_from_checkpoint)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -260,59 +330,27 @@ class DPOTrainer(Trainer):
             return True
         return bool(step % self.state.logging_steps == 0)
 
-    def _add_metrics(self, inputs: dict[str, Any], scores: TokenScores, out: LossOutput) -> None:
-        B, add, logps = len(out.losses), self._sums.add, out.sequence_logps
-        keep = B if self.model.training else self._distinct_pairs(B)
-        chosen_logps, rejected_logps = (side[:keep] for side in logps.chunk(2))
-        losses, chosen_rewards, rejected_rewards = (
-            values[:keep] for values in (out.losses, out.chosen_rewards, out.rejected_rewards)
-        )
-        margins = chosen_rewards - rejected_rewards
-        add("rewards/chosen", chosen_rewards)
-        add("rewards/rejected", rejected_rewards)
-        add("rewards/margins", margins)
-        add("rewards/accuracies", (margins.sign() + 1) / 2)  # a tie counts one half: policy = reference scores 0.5
-        add("logps/chosen", chosen_logps)
-        add("logps/rejected", rejected_logps)
-        if scores.stats is not None:
-            stats, bounds = scores.stats, inputs["cu_target"]
-            token = torch.arange(len(scores.logps), device=bounds.device)
-            chosen = token < bounds[keep]
-            rejected = (token >= bounds[B]) & (token < bounds[B + keep])
-            add("entropy", stats.entropy.where(chosen | rejected, 0.0), (chosen | rejected).sum())
-            add("mean_token_accuracy", stats.is_top1 & chosen, chosen.sum())
-            add("logits/chosen", stats.mean_logits.where(chosen, 0.0), chosen.sum())
-            add("logits/rejected", stats.mean_logits.where(rejected, 0.0), rejected.sum())
-            if stats.density is not None:
-                add("head/density", stats.density)
-        if not self.model.training:
-            add("loss", losses)
-            return
-        tokens, padded, packed = (inputs[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
-        self._sums.add_number("num_tokens", tokens)
-        self._sums.add_number("padding_saved", padded - tokens, padded)
-        self._sums.add_number("prompt_shared", tokens - packed, tokens)
-
-    def _distinct_pairs(self, B: int) -> int:
-        """How many of this evaluation batch's pairs are no repetitions that make the processes' last batches even."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return B
-        before = self.accelerator.process_index * B
-        return int(min(max(state.remainder - before, 0), B))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to the training step's."""
         if "loss" in logs:
-            self._guard.check_now()
-            sums = self._sums.read(self.accelerator)
-            now, tokens = time.perf_counter(), sums.pop("num_tokens").total
-            logs.update({name: entry.total / entry.weight for name, entry in sums.items()})
-            logged = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-            logs["num_tokens"] = next(logged, 0.0) + tokens
-            logs["tokens_per_second"] = tokens / (now - self._clock) if self._clock else 0.0
+            now = time.perf_counter()
+            numbers, histograms = metrics.training_logs(
+                self._sums,
+                self.accelerator,
+                seconds=self._clock and now - self._clock,
+                log_history=self.state.log_history,
+            )
+            self._guard.check_now()  # by now its verdicts have arrived
+            logs.update(numbers)
+            self._keep_histograms(histograms)
             self._clock = now
         super().log(logs, start_time)
+
+    def _keep_histograms(self, histograms: dict[str, metrics.Histogram], prefix: str = "") -> None:
+        """The first and the last of each, for the report."""
+        for name, histogram in histograms.items():
+            kept = self.histograms.setdefault(prefix + name, [])
+            kept[1:] = [(self.state.global_step, histogram)]
 
     # Evaluation
 
@@ -339,8 +377,9 @@ class DPOTrainer(Trainer):
         """Evaluate with sums over pairs, so that a smaller last batch weighs what it holds."""
         training_sums, self._sums = self._sums, metrics.RunningSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        for name, entry in self._sums.read(self.accelerator).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = entry.total / entry.weight
+        numbers, histograms = metrics.results(self._sums.read(self.accelerator))
+        output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
+        self._keep_histograms(histograms, f"{metric_key_prefix}_")
         self._sums, self._clock = training_sums, None
         return output
 
@@ -353,7 +392,12 @@ class DPOTrainer(Trainer):
         return loss, None, None
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*data.COLUMNS, "ref_chosen_logps", "ref_rejected_logps"]
+        self._signature_columns = [*data.COLUMNS]
+
+
+def _datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [train_dataset, *(rows for rows in held_out if rows is not None)]
 
 
 def _check_parallelism(trainer: Trainer, ref_model: PreTrainedModel | None) -> None:

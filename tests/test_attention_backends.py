@@ -142,25 +142,32 @@ def force(monkeypatch, name):
     monkeypatch.setattr(attention_backends, "_grid", None)
 
 
-@pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("function", [varlen_2_11, varlen_2_12], ids=lambda f: f.__name__)
-def test_varlen_matches_each_path_alone(function, options, prefix_sharing, monkeypatch):
-    install(monkeypatch, varlen=function)
+def test_varlen_matches_each_path_alone(options, layout, monkeypatch):
+    install(monkeypatch, varlen=varlen_2_12)
     force(monkeypatch, "varlen")
-    batch = shared_prefix_batch(PAIRS, prefix_sharing=prefix_sharing)
+    batch = shared_prefix_batch(PAIRS, layout=layout)
     assert_exact(make_qkv(batch), batch, **options)
 
 
-@pytest.mark.parametrize("function", [first_varlen, varlen_2_10], ids=lambda f: f.__name__)
-def test_varlen_of_torch_2_10_matches_each_path_alone(function, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (first_varlen, {}),
+        (varlen_2_10, {"scaling": 0.4}),
+        (varlen_2_11, {"scaling": 0.4, "sliding_window": 5}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_older_varlen_matches_each_path_alone(function, options, monkeypatch):
     install(monkeypatch, varlen=function)
     force(monkeypatch, "varlen")
     batch = shared_prefix_batch(PAIRS)
-    assert_exact(make_qkv(batch), batch, **({} if function is first_varlen else {"scaling": 0.4}))
+    assert_exact(make_qkv(batch), batch, **options)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS[:3], {"softcap": 3.0, "sliding_window": 5, "scaling": 0.4}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "sliding_window": 5, "scaling": 0.4}], ids=["full", "all"])
 def test_flash_matches_each_path_alone(options, monkeypatch):
     install(monkeypatch, flash=flash)
     force(monkeypatch, "flash")
@@ -316,9 +323,9 @@ def paths_of(batch):
     return attention.layer_kwargs(batch)["tree_paths"]
 
 
-@pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "alone"])
-def test_gathers_are_index_select_and_their_backwards_index_add(prefix_sharing):
-    paths = paths_of(shared_prefix_batch(PAIRS, prefix_sharing=prefix_sharing))
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_gathers_are_index_select_and_their_backwards_index_add(layout):
+    paths = paths_of(shared_prefix_batch(PAIRS, layout=layout))
     T = len(paths.grid_back)
     x = torch.randn(T, 2, 3, dtype=torch.float64, requires_grad=True)
     used = torch.zeros(len(paths.grid), dtype=torch.bool)
@@ -400,13 +407,29 @@ def test_buckets_are_few_and_of_like_length(lengths, shapes):
     assert _buckets(lengths)[0] == shapes
 
 
-def test_lengths_in_the_batch_make_buckets_on_any_device(monkeypatch):
+def test_lengths_in_the_batch_make_buckets_on_any_device():
     """Without them a device other than the CPU gets one bucket; meta stands for it."""
     batch = shared_prefix_batch(make_pairs([(5, 0, 90, 3), (4, 0, 3, 9)]))
     lengths = batch["tree_cu_seqlens_k"].diff().tolist()
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
     assert paths_of(on_meta).shapes == ((len(lengths), max(lengths)),)
-    assert paths_of(on_meta | {"tree_seqlens_k": lengths}).shapes == _buckets(lengths)[0] != paths_of(on_meta).shapes
+    assert paths_of(on_meta | {"tree_seqlens_k": lengths}).shapes == ((1, 95), (4, 13))
+
+
+@pytest.mark.parametrize(("softcap", "backend"), [(None, "grid"), (3.0, "grid"), (None, "varlen")])
+def test_nothing_waits_for_the_device(softcap, backend, monkeypatch):
+    """On the meta device a number that the host asks for raises."""
+    if backend == "varlen":
+        install(
+            monkeypatch, varlen=lambda q, k, v, *bounds, **options: q + k.sum(0).repeat(2, 1) + v.sum(0).repeat(2, 1)
+        )
+        force(monkeypatch, backend)
+    monkeypatch.setattr(attention, "_autocast_dtype", lambda query: query.dtype)  # meta has none
+    batch = shared_prefix_batch(PAIRS)
+    qkv = [x.detach().to("meta").requires_grad_() for x in make_qkv(batch, sinks=softcap is not None)]
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    out = attend(qkv, on_meta, softcap=softcap)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), qkv)] == [x.shape for x in qkv]
 
 
 def test_one_bucket_computes_the_same(monkeypatch):

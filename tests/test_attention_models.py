@@ -128,7 +128,7 @@ def expected_hidden(model, batch):
 
 
 def test_trap_a_cache_turns_off_the_detection_of_sequences():
-    batch = shared_prefix_batch(PAIRS, prefix_sharing=False)
+    batch = shared_prefix_batch(PAIRS, layout="packed")
     model = make_model("llama")
     right = expected_hidden(model, batch)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -172,7 +172,7 @@ def test_trap_stock_flash_attention_shows_chosen_to_rejected(name):
 
 
 def test_trap_a_mask_of_four_dimensions_hides_the_window():
-    batch = shared_prefix_batch(PAIRS, prefix_sharing=False)
+    batch = shared_prefix_batch(PAIRS, layout="packed")
     model = make_model("mistral-window")
     right = expected_hidden(model, batch)
     T = batch["input_ids"].shape[1]
@@ -182,7 +182,7 @@ def test_trap_a_mask_of_four_dimensions_hides_the_window():
     wrong = stock_hidden(model, attention_mask=mask, use_cache=False, **inputs)
     assert (wrong - right).abs().max() > 0.1  # the trap
     patch_forward(model)
-    with pytest.raises(ValueError, match="takes no attention_mask"):
+    with pytest.raises(ValueError, match="a padded batch takes no tree_cu_seqlens_k"):  # what a mask makes of it
         model(**batch, attention_mask=mask)
     with attention.packing(), pytest.raises(ValueError, match="adds a mask or bias of its own"):
         model.model(attention_mask=mask, use_cache=False, **inputs, **attention.layer_kwargs(batch))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head, peers
+from benchmarks import head, lengths, peers, training
 from fastdpo.impl import sparsity
 
 ROOT = Path(__file__).parents[1]
@@ -106,11 +106,70 @@ def test_a_case_is_measured_once(
     assert len(lines_of(out)) == 2 * len(before.splitlines())
 
 
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "training.jsonl"
+    call = ["--cases", "smoke", "--repetitions", "2", "--out", str(out)]
+    training.main(call)
+    rows = lines_of(out)
+    case = training.CASES["smoke"][0]
+    assert [row["impl"] for row in rows] == list(training.VARIANTS)
+    assert rows[-1]["ratio_to_trl"] == 1
+    printed = capsys.readouterr().out
+    assert all(f"│ {name} " in printed for name in training.VARIANTS)
+    for row in rows:
+        assert case.key.items() <= row.items()
+        assert set(row["provenance"]) == PROVENANCE
+        assert len(row["times_ms"]) == 2
+        assert row["pairs_per_second"] == pytest.approx(1e3 * case.pairs * case.steps / row["ms"])
+        assert set(row["split_ms"]) == set(training.PHASES)
+        assert all(row["split_ms"][phase] > 0 for phase in ("body", "head", "reference", "rest"))
+        assert sum(row["split_ms"].values()) * case.steps < 1.5 * max(row["times_ms"])
+        # all of them compute the same: on the first step's rows, with two models that differ
+        assert row["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(rows[-1]["grad_norm"], rel=1e-4)
+    assert abs(rows[0]["loss"] - 0.6931) > 1e-3
+
+    before = out.read_text()
+    training.main(call)
+    assert f"{case}: measured before" in capsys.readouterr().out
+    assert out.read_text() == before
+
+
+def test_training_without_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    call = ["--model", "toy", "--lengths", "toy", "--pairs", "1", "--steps", "1", "--max-length", "32"]
+    training.main([*call, "--repetitions", "1", "--variants", "fastdpo", "TRL"])
+    printed = capsys.readouterr().out
+    assert "left out: TRL: ModuleNotFoundError" in printed
+    assert "│ fastdpo " in printed
+
+
+def test_our_own_failure_in_training_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setitem(training.VARIANTS, "fastdpo, no sharing", fails)
+    with pytest.raises(SystemExit, match="4"):
+        training.main(["--model", "toy", "--lengths", "toy", "--repetitions", "1", "--variants", "fastdpo, no sharing"])
+
+
+def test_lengths_are_those_of_the_tokenizer() -> None:
+    rows, tokenizer = lengths.pairs("toy", 50, 100, 16), lengths.tokenizer(100)
+    for row, (prompt, chosen, rejected) in zip(rows, lengths.token_counts(rows, 16), strict=True):
+        ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"]
+        assert prompt == len(tokenizer(row["prompt"])["input_ids"])
+        assert prompt + chosen == min(16, len(ids) + 1)
+        assert tokenizer.unk_token_id not in ids
+        assert 1 <= rejected <= 16 - prompt
+    sizes = [len(row["prompt"].split()) for row in lengths.pairs("hh", 4001, 100, 10**6)]
+    assert sorted(sizes)[2000] == pytest.approx(lengths.LENGTHS["hh"].prompt, rel=0.1)
+
+
 HANG = """
 import sys
 from threading import Timer
 from time import sleep
-from benchmarks import head, peers
+from benchmarks import head, lengths, peers, training
 head.Timer = lambda seconds, fatal, args: Timer(0.5 if args[0] == "CCE" else seconds, fatal, args)
 peers.PEERS = {"CCE": lambda: lambda *_: sleep(60)}
 head.main(["--smoke", "--out", sys.argv[1]])
@@ -148,20 +207,23 @@ def test_gpu_suite(tmp_path: Path) -> None:
     call = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "out"]
     first = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"status", "tests.log", "head.log", "head.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("status", "tests.log", "head.log", "head.jsonl", "training.log", "training.jsonl")
+    }
     assert " passed" in (tmp_path / "out" / "tests.log").read_text()
     assert [line.split()[:2] for line in (tmp_path / "out" / "status").read_text().splitlines()] == [
         ["accuracy", "0"],
         ["head", "0"],
+        ["training", "0"],
     ]
 
-    (tmp_path / "out" / "status").write_text("accuracy 1 5\nhead 0 5\n")
+    (tmp_path / "out" / "status").write_text("accuracy 1 5\nhead 0 5\ntraining 0 5\n")
     again = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "accuracy" in again.stdout
     assert "== head" not in again.stdout, "a part that came to its end is not repeated"
 
-    (tmp_path / "out" / "status").write_text("accuracy 124 5\nhead 0 5\n")
+    (tmp_path / "out" / "status").write_text("accuracy 124 5\nhead 0 5\ntraining 0 5\n")
     spent = subprocess.run(call, cwd=tmp_path, env=environment | {"BUDGET": "0"}, capture_output=True, text=True)
     assert spent.returncode == 1
-    assert (tmp_path / "out" / "status").read_text().splitlines()[2:] == ["accuracy 124 0"]
+    assert (tmp_path / "out" / "status").read_text().splitlines()[3:] == ["accuracy 124 0"]

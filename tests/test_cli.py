@@ -63,6 +63,40 @@ def test_a_single_file_trains_without_a_held_out_split(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_plan_tells_what_will_happen_without_doing_it(tmp_path: Path) -> None:
+    done = fastdpo("plan", QUICKSTART, "--output_dir", tmp_path, "--gpu_memory", 80)
+    for words in ("padding avoided", "rows of the dataset", "576", "computed, not measured", "tokens_per_batch in 80"):
+        assert words in done.stdout
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+@pytest.mark.slow
+def test_precompute_then_train_then_score(tmp_path: Path) -> None:
+    """What precompute kept, training finds; what was trained is scored against its start."""
+    common = ("--reference_cache_dir", tmp_path / "cache")
+    fastdpo("precompute", QUICKSTART, *common, "--output_dir", tmp_path / "none")
+    shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert shards
+    trained = (*SHORT, *common, "--precompute_ref_log_probs", "true", "--output_dir", tmp_path / "out")
+    done = fastdpo("train", QUICKSTART, *trained)
+    assert sorted((tmp_path / "cache").rglob("*.safetensors")) == shards, "training computed what was there"
+    assert "Reference log-probs" not in done.stderr
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert "precompute_ref_log_probs" in page
+
+    models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out")
+    reference = ("--ref_model_name_or_path", tmp_path / "out")
+    done = fastdpo("score", QUICKSTART, *models, *reference, "--output_dir", tmp_path / "scores")
+    rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(160))
+    assert all(row["rewards"] == [0.0, 0.0] for row in rows)  # the same model on both sides
+    assert "0.500" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdpo.loss import compute, step_values
 from fastdpo.objectives import OBJECTIVES
@@ -127,7 +129,8 @@ def aot_unpaired_truth(step: Step, settings: ObjectiveSettings) -> Tensor:
 
 def kto_truth(step: Step, settings: ObjectiveSettings) -> Tensor:
     ratios, kl = step.sums(step.logps - step.ref_token_logps).chunk(2)
-    z0 = kl.detach().mean().clamp(min=0)
+    z0 = kl.detach().mean()
+    assert z0 > 0
     yes = step.columns["label"]
     up, down = (1 - torch.sigmoid(settings.beta * sign * (ratios - z0)) for sign in (1, -1))
     return torch.cat((settings.desirable_weight * up[yes], settings.undesirable_weight * down[~yes])).mean()
@@ -190,6 +193,16 @@ def test_ld_with_alpha_1_is_no_discount(name: str) -> None:
     torch.testing.assert_close(discounted, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_wpo_multiplies_the_examples_own_weights() -> None:
+    step = make_step(B, columns=["weight"])
+    settings = ObjectiveSettings(use_weighting=True, rpo_alpha=1.0)
+    out = compute(step.batch, step.logps, step.ref_token_logps, settings, stats=step.stats)
+    weights = step.wpo_weights() * step.columns["weight"]
+    c, r = step.sums(step.logps - step.ref_token_logps).chunk(2)
+    torch.testing.assert_close(out.losses, weights * -torch.log(torch.sigmoid(0.1 * (c - r))), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.token_loss, -(weights * step.sums(step.logps)[:B]).sum(), rtol=1e-12, atol=1e-12)
+
+
 def test_wpo_has_no_gradient_through_the_weights() -> None:
     step = make_step(B)
     weighted, plain = (
@@ -212,6 +225,7 @@ def test_wpo_has_no_gradient_through_the_weights() -> None:
         (ObjectiveSettings(("orpo",)), 1.0),
         (ObjectiveSettings(("cpo",), cpo_alpha=0.4), 0.4),
         (ObjectiveSettings(("sigmoid",), rpo_alpha=0.3), 0.3),
+        (ObjectiveSettings(("ipo",), rpo_alpha=0.2, ld_alpha=0.5), 0.2),  # of whole responses
         (ObjectiveSettings(("cpo", "sft", "hinge"), cpo_alpha=0.5, loss_weights=(2, 3, 4)), 4.0),
     ],
     ids=lambda value: "-".join(value.loss_type) if isinstance(value, ObjectiveSettings) else "",
@@ -327,6 +341,36 @@ def test_a_column_that_the_objective_cannot_use_is_refused() -> None:
 
 
 # The device is never waited for
+
+
+class NothingThatWaits(TorchDispatchMode):
+    """Refuses operators whose result, or its shape, would have to be fetched from an accelerator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount")
+        assert func.overloadpacket.__name__.split(".")[-1] not in names, func
+        if "index" in func.overloadpacket.__name__:
+            masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype == torch.bool]
+            assert not masks, f"{func} by a mask"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("settings", "columns"), CASES.values(), ids=CASES)
+def test_nothing_waits_for_the_device(settings: ObjectiveSettings, columns: tuple[str, ...]) -> None:
+    step = step_of(settings, columns)
+    batch, stats = step.batch, step.stats
+    with NothingThatWaits():
+        context = None
+        if settings.needs_step_context:
+            values = step_values(batch, step.logps, step.ref_token_logps, settings)
+            (context,) = step_context([values], gather=lambda x: x[None], capacity=B + 2)
+        out = compute(batch, step.logps, step.ref_token_logps, settings, stats=stats, context=context)
+        loss = out.losses.sum() if out.token_loss is None else out.losses.sum() + out.token_loss
+        torch.autograd.grad(loss, step.logps)
+    with NothingThatWaits(), pytest.raises(AssertionError):
+        step.logps[step.logps > -1]
+    with NothingThatWaits(), pytest.raises(AssertionError):
+        step.logps.sum().item()
 
 
 @pytest.mark.gpu

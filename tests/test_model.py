@@ -105,6 +105,34 @@ def test_equals_the_models_own_head(family, options):
     assert_same_gradients(gradients(model, logps), gradients(reference, expected))
 
 
+FAMILIES = ["qwen2-window", "qwen3-moe", "gemma", "phi3", "olmo2", "cohere2-window", "gpt2", "gpt-neox", "opt"]
+FAMILIES += ["starcoder2", "smollm3", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((family, "shared") for family in FAMILIES), ("llama4", "padded")]
+    + [(family, "tree") for family in ("qwen3-next", "mamba2", "bamba", "lfm2")],
+)
+def test_equals_separate_sequences_in_the_layout_of_its_family(family, layout):
+    if layout == "tree":
+        pytest.importorskip("tree_recurrence")
+    model = make_model(family)
+    assert layout_of(model)[0] == layout
+    reference = copy.deepcopy(model)
+    patch_forward(model)
+    batch = pack(layout=layout)
+    hidden = scored_hidden(model, **batch)
+    expected = [
+        scored_hidden(reference, input_ids=torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
+        for prompt, response in sequences(PAIRS)
+    ]
+    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
+    logps, expected = model(**batch).logps, stock_logps(reference, PAIRS)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+
+
 def test_equals_separate_sequences_beyond_one_tile_of_attention():
     pairs = make_pairs([(150, 0, 90, 170), (3, 20, 64, 1)])
     model, reference = make_patched("mistral-window", sliding_window=40, max_position_embeddings=512)
@@ -503,6 +531,122 @@ def test_a_head_that_cannot_be_fused_is_the_models_own(make, reason, monkeypatch
     logps, expected = score(model), stock_logps(reference, PAIRS)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
     assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+
+
+def test_the_models_own_head_runs_the_body_once_and_keeps_no_logits(monkeypatch):
+    monkeypatch.setattr("fastdpo.heads.CHUNK_BYTES", 4 * VOCAB * 7)
+    model = with_head(ScaledLinear(32, VOCAB))
+    patch_forward(model)
+    layers, rows, kept = [], [], []
+    model.model.layers[0].register_forward_hook(lambda *_: layers.append(1))
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[-2]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        logps = score(model)
+    assert len(layers) == 1
+    assert max(rows) == 7
+    assert sum(rows) == len(logps)
+    assert not [shape for shape in kept if VOCAB in shape and 7 in shape]
+    logps.sum().backward()
+    assert len(layers) == 1  # again in the backward: chunks of the head alone
+
+
+def test_statistics_of_the_models_own_head():
+    model = make_model("llama")
+    twin = copy.deepcopy(model)
+    twin.lm_head = ScaledLinear(32, VOCAB, bias=False)
+    twin.lm_head.weight = nn.Parameter(model.lm_head.weight / 2)
+    patch_forward(model)
+    patch_forward(twin)
+    expected, actual = (m(**pack(), with_stats=True) for m in (model, twin))
+    torch.testing.assert_close(actual.logps, expected.logps)
+    for name in ("entropy", "log_sum_sq_probs", "mean_logits"):
+        torch.testing.assert_close(getattr(actual.stats, name), getattr(expected.stats, name), rtol=1e-4, atol=1e-5)
+        assert not getattr(actual.stats, name).requires_grad
+    assert torch.equal(actual.stats.is_top1, expected.stats.is_top1)
+
+
+def test_hidden_states_take_the_dtype_of_the_head():
+    """Mamba's residual may be float32 before a head in 16 bits."""
+    model = make_model("llama")
+    model.lm_head.double()
+    logps = score_after(model)
+    expected = stock_logps(make_model("llama"), PAIRS).double()
+    assert logps.dtype == torch.float64
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def score_after(model):
+    patch_forward(model)
+    return score(model)
+
+
+def test_longrope_beyond_its_limit_is_exact_row_by_row():
+    """The longest row of a call chooses the frequencies of all."""
+    options = rope("longrope")
+    options["rope_parameters"] |= {"long_factor": [3.0] * 4}
+    model = make_model("llama", **options)
+    pairs = make_pairs([(40, 0, 40, 3), (5, 0, 4, 6)])
+    expected = stock_logps(copy.deepcopy(model), pairs)
+    wrong = model(**{k: pack(pairs, layout="padded")[k] for k in ("input_ids", "attention_mask")}).logits
+    logps = score_after_pairs(model, pairs)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    batch = pack(pairs, layout="padded")
+    joint = wrong.flatten(0, 1)[batch["logit_index"]].log_softmax(-1).gather(1, batch["target_ids"][:, None])[:, 0]
+    assert (joint - expected).abs().max() > 0.1
+
+
+def score_after_pairs(model, pairs):
+    patch_forward(model)
+    return score(model, pairs, layout="padded")
+
+
+def test_dynamic_rope_beyond_its_limit_is_refused():
+    model = make_model("llama", **rope("dynamic"), max_position_embeddings=32)
+    patch_forward(model)
+    pairs = make_pairs([(30, 0, 10, 3)])
+    with pytest.raises(ValueError, match="beyond 32 tokens its dynamic RoPE depends on the batches before; set max_l"):
+        score(model, pairs, layout="padded")
+
+
+def test_dropout_of_hidden_states_packs_without_sharing():
+    model = make_model("gpt2", resid_pdrop=0.1)
+    assert layout_of(model) == ("packed", "what is shared could have only one dropout mask")
+
+
+def test_an_encoder_and_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot run these batches: it is an encoder and"):
+        layout_of(transformers.T5ForConditionalGeneration(config))
+
+
+def test_hybrids_say_how_they_could_share_prompts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    layout, reason = layout_of(make_model("mamba2"))
+    assert layout == "padded"
+    assert "pip install tree-recurrence" in reason
+
+
+@pytest.mark.parametrize("family", ["mamba2", "bamba"])
+def test_a_batch_whose_trunks_are_no_segments_is_refused_by_a_hybrid(family):
+    """Its recurrent layers would go on from the end of the first response, silently."""
+    pytest.importorskip("tree_recurrence")
+    model = make_model(family)
+    patch_forward(model)
+    for pairs in (PAIRS, PAIRS[:1], PAIRS[2:3]):
+        for multiple in (1, 64):
+            with pytest.raises(ValueError, match="its layers carry a state, so shared prompts need layout='tree'"):
+                score(model, pairs, layout="shared", pad_to_multiple_of=multiple)
+            for layout in ("tree", "packed"):
+                logps = score(model, pairs, layout=layout, pad_to_multiple_of=multiple)
+                torch.testing.assert_close(logps, score(model, pairs, layout="padded"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3-next", "mamba2", "bamba", "lfm2"])
+def test_hybrids_are_exact_padded(family, monkeypatch):
+    monkeypatch.setattr("fastdpo.hybrid.follows_trees", lambda model: "no")
+    model = make_model(family)
+    expected = stock_logps(model, PAIRS)
+    torch.testing.assert_close(score_after_pairs(model, PAIRS), expected, rtol=0, atol=1e-5)
 
 
 def test_a_router_without_its_loss_is_no_reason():

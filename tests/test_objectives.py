@@ -233,6 +233,13 @@ def test_plackett_luce_equals_its_formula() -> None:
         assert not slope[K:].any()
 
 
+def test_a_missing_rank_is_left_out() -> None:
+    logratios, _ = ranked([4], 4)
+    mask = torch.tensor([[True, False, True, True]])
+    without = plackett_luce(logratios[mask][None], torch.ones(1, 3, dtype=torch.bool), 0.3)
+    torch.testing.assert_close(plackett_luce(logratios, mask, 0.3), without, rtol=1e-12, atol=0)
+
+
 def test_plackett_luce_of_two_is_dpo() -> None:
     logratios = torch.cat((8 * torch.randn(40, 2), torch.tensor([[1e3, -1e3], [-1e3, 1e3], [0.0, 0.0]]))).double()
     z = 0.3 * (logratios[:, 0] - logratios[:, 1])

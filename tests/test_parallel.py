@@ -36,14 +36,25 @@ def test_two_ranks_have_the_gradients_of_one(case: str, errors: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fullgraph"), [("llama", True), ("gemma3-window", True)])
-def test_a_compiled_decoder_has_the_same_gradients(family: str, fullgraph: bool) -> None:
-    """Without a break, and with no more graphs than there are numbers of buckets once lengths have varied."""
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, to trace one
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # after a break
+@pytest.mark.parametrize(
+    ("family", "options", "fullgraph", "backend"),
+    [
+        ("gemma3-window", {}, True, "aot_eager"),
+        ("gemma2", {"attn_logit_softcapping": 2.0}, False, "eager"),
+    ],
+    ids=["gemma3-window", "gemma2-softcap"],
+)
+def test_a_compiled_decoder_has_the_same_gradients(
+    family: str, options: dict[str, Any], fullgraph: bool, backend: str
+) -> None:
+    """Without a break, but for soft-caps, whose blocks are as many as the lengths want."""
     torch._dynamo.reset()
-    model = make_model(family)
+    model = make_model(family, **options)
     reference = stock(model)
     patch_forward(model)
-    model.model.compile(backend="aot_eager", fullgraph=fullgraph)
+    model.model.compile(backend=backend, fullgraph=fullgraph)
     for pairs in (PAIRS, make_pairs([(30, 0, 9, 5), (3, 0, 4, 5)], seed=1)):
         logps, expected = model(**shared_prefix_batch(pairs)).logps, stock_logps(reference, pairs)
         torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)

@@ -90,7 +90,7 @@ def test_each_metric_alone_is_drawn_in_its_panel(metric: str, index: int, prefix
         (plots.running, "grad_norm", 3),
         (lambda log_history: plots.lengths(log_history, {}), "rewards/length_correlation", 1),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_else_is_logged_is_drawn_in_its_panel(
     draw: Callable[[list[dict[str, Any]]], Figure], key: str, index: int

@@ -51,6 +51,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss_weights": [0.5, 0.5]}, "loss_weights must hold one number per loss_type, got 2 for 1"),
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "got 1 for 2: [1.0] for ['sigmoid', 'sft']"),
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, math.nan]}, "loss_weights must be a positive number, got"),
+    ({"loss_weights": "0.5"}, "loss_weights must be a positive number, got '0.5'"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": 0.5}, "got 1 for 2: [0.5] for ['sigmoid', 'sft']"),
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]}, "loss_weights must be a positive number, got 0.0"),
     # no effect
     (
@@ -114,8 +116,8 @@ def test_every_objective_is_accepted(name: str) -> None:
 
 
 def test_one_name_and_lists_are_taken() -> None:
-    assert ObjectiveSettings("hinge").loss_type == ("hinge",)  # type: ignore[arg-type]
-    several = ObjectiveSettings(["sigmoid", "sft"], loss_weights=[1, 0.5])  # type: ignore[arg-type]
+    assert ObjectiveSettings("hinge").loss_type == ("hinge",)
+    several = ObjectiveSettings(["sigmoid", "sft"], loss_weights=[1, 0.5])
     assert several == ObjectiveSettings(("sigmoid", "sft"), loss_weights=(1.0, 0.5))
     assert hash(several)
 

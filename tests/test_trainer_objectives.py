@@ -46,7 +46,7 @@ def data_for(kind: str, n: int = 12) -> Dataset:
 def test_micro_batches_equal_one_batch(make: Callable[..., Any], settings: dict[str, Any]) -> None:  # noqa: F811
     """Also where their sizes differ: the last one holds half as many examples. The reference is another model."""
     data = data_for(kind_of(settings["loss_type"] if isinstance(settings.get("loss_type"), str) else "sigmoid"))
-    common = settings | {"max_steps": 1, "optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0, "data": data}
+    common = settings | {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "data": data}
     whole = make(per_device_train_batch_size=12, **common)
     split = make(per_device_train_batch_size=8, gradient_accumulation_steps=2, **common)
     start = weights(tiny_llama())
@@ -57,5 +57,5 @@ def test_micro_batches_equal_one_batch(make: Callable[..., Any], settings: dict[
         trainer.train()
     assert losses(whole)[0] == pytest.approx(losses(split)[0], rel=1e-6, abs=1e-6)
     moved, moved_split = (weights(trainer.model) - start for trainer in (whole, split))
-    assert moved.norm() > 1e-6
+    assert moved.norm() > 1e-4
     assert (moved - moved_split).norm() < 2e-5 * moved.norm()

@@ -29,6 +29,7 @@ def resolve_reference(
     *,
     ref_adapter_name: str | None = None,
     needs_reference: bool = True,
+    copies: bool = True,
 ) -> PreTrainedModel | None:
     """The frozen model to compare with; None where there is none, or where the policy serves, through `as_reference`.
 
@@ -37,6 +38,7 @@ def resolve_reference(
       "ref" by `keep_ref_adapter`, so that training starts at the reference;
     - PEFT with an adapter called `ref_adapter_name`: the policy with that one instead of its own;
     - full fine-tuning, none given: a copy of the policy as passed, never read from disk again;
+      (`copies` False: nothing, for all that is asked of the reference is known before training);
     - an objective that `needs_reference` not: nothing is copied or kept.
 
     Call it before anything patches `model`.
@@ -66,6 +68,8 @@ def resolve_reference(
             )
         return None
     if ref_model is None:
+        if not copies:
+            return None
         ref_model = copy.deepcopy(model)
         logger.info("reference: a frozen copy of the policy as passed")
     ref_model.requires_grad_(False)

@@ -52,6 +52,12 @@ class Item(NamedTuple):
         return example | {"ranked_ids": self.responses}
 
 
+def reference_folder(folder: str | None) -> Path:
+    """Where the cache is: `folder`, else "reference" in $FASTDPO_CACHE or ~/.cache/fastdpo."""
+    home = os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo")
+    return Path(folder) if folder else Path(home) / "reference"
+
+
 def with_reference(dataset: Dataset, model: Any, *, folder: Path | str | None, **options: Any) -> Dataset:
     """`dataset` with a column `ref_token_logps`: for each response of a row, a float32 list as long as the response.
 

@@ -1,0 +1,439 @@
+"""Whole DPO steps, fastdpo beside trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
+
+    python -m benchmarks.training --model llama-20m --lengths hh
+    python -m benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
+
+Every variant trains the same randomly initialised model, against the same reference, on the same rows in the same
+order, with the same settings of transformers' Trainer. A turn builds everything, trains a first step that does not
+count and then those that do, one of them a logging step, and drops everything; variants take turns. The first turn of
+each is a rehearsal where the device compiles kernels. Memory is the most that a turn needs beside the two models'
+weights: gradients, optimizer state, activations.
+
+fastdpo comes as it is, and with one thing switched off at a time: sharing of prompts; packing, and so sharing too; the
+fused head. Times are split where modules begin and end: body and head (of the policy, forward and backward), reference,
+data, and the rest (optimizer, clipping, the Trainer's loop); on CUDA by events in the stream.
+
+With --cases, those that --out holds from this machine are skipped: called again, it goes on where it was cut off. What
+cannot run is left out and named; the exit code is 4 if that was fastdpo, and 5 if --seconds were over before all cases
+were measured. Needs torch; `fastdpo[bench]` for TRL.
+"""
+
+import argparse
+import functools
+import gc
+import inspect
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+
+from benchmarks import lengths
+from benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
+from benchmarks.peers import first_line
+from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
+from fastdpo.report import summary_table
+
+PHASES = ("body", "head", "reference", "data", "rest")
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "toy": (
+        "Llama",
+        {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    # 20.1 M parameters, 31 % of them in the tied embedding: nearly the share that it has in Qwen3-0.6B (26 %)
+    "llama-20m": (
+        "Llama",
+        {"vocab_size": 16384, "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
+        | {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "llama-3.2-1b": (
+        "Llama",
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "qwen3-0.6b": (
+        "Qwen3",
+        {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+}
+DTYPES = {"toy": "float32", "llama-20m": "float32"}  # the others: bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the variants are compared on."""
+
+    model: str
+    lengths: str
+    pairs: int = 4
+    steps: int = 5
+    max_length: int = 1024
+    checkpointing: bool = True
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES.get(self.model, "bfloat16")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "lengths": self.lengths,
+            "pairs_per_device": self.pairs,
+            "steps": self.steps,
+            "max_length": self.max_length,
+            "gradient_checkpointing": self.checkpointing,
+            "dtype": self.dtype,
+        }
+
+    def __str__(self) -> str:
+        checkpointing = "with" if self.checkpointing else "without"
+        return (
+            f"{self.model} {self.dtype}, {self.lengths} lengths, {self.pairs} pairs a step, {self.steps} steps, "
+            f"{checkpointing} gradient checkpointing"
+        )
+
+
+_DATASETS = ("ultrafeedback", "hh", "tldr")
+CASES = {
+    "smoke": [Case("toy", "toy", 2, 2, 32)],
+    "cpu": [Case("llama-20m", name) for name in _DATASETS],
+    "gpu": [Case(model, name, 8, 10) for model in ("llama-3.2-1b", "qwen3-0.6b") for name in _DATASETS],
+}
+
+Trainer = Callable[[Case, Any, Any, Any, dict[str, Any]], Any]
+"""Makes a trainer of a case, policy, reference, tokenizer and the settings that all variants have in common."""
+
+
+def _fastdpo(layout: str = "shared", **options: Any) -> Trainer:
+    def make(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+        return DPOTrainer(
+            model=model,
+            ref_model=ref_model,
+            args=DPOConfig(**settings, **options),
+            data_collator=collator(layout),
+            train_dataset=dataset(case),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def collator(layout: str) -> Callable[..., Any]:
+    """Batches of fastdpo, laid out in the way that is named."""
+    if "layout" in inspect.signature(shared_prefix_batch).parameters:
+        options: dict[str, Any] = {"layout": layout}
+    elif layout == "padded":
+        raise NotImplementedError("this version of fastdpo has no padded batches")
+    else:
+        options = {"prefix_sharing": layout == "shared"}
+    return functools.partial(shared_prefix_batch, **options)
+
+
+def _trl(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    import trl
+
+    return trl.DPOTrainer(
+        model=model,
+        ref_model=ref_model,
+        args=trl.DPOConfig(**settings),
+        train_dataset=dataset(case),
+        processing_class=tokenizer,
+    )
+
+
+VARIANTS: dict[str, Trainer] = {
+    "fastdpo": _fastdpo(),
+    "fastdpo, no sharing": _fastdpo("packed"),
+    "fastdpo, no packing": _fastdpo("padded"),
+    "fastdpo, no fused head": _fastdpo(head_impl="eager"),
+    "TRL": _trl,
+}
+
+
+def rows(case: Case) -> list[dict[str, str]]:
+    """Every row is trained on once: those of the step that does not count, and the others."""
+    vocab = MODELS[case.model][1]["vocab_size"]
+    return lengths.pairs(case.lengths, case.pairs * (case.steps + 1), vocab, case.max_length)
+
+
+def dataset(case: Case) -> Dataset:
+    return Dataset.from_list(rows(case))
+
+
+def make_model(name: str, dtype: str, seed: int) -> Any:
+    family, sizes = MODELS[name]
+    special = {"pad_token_id": lengths.PAD, "eos_token_id": lengths.EOS, "bos_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**sizes, **special)
+    torch.manual_seed(seed)
+    with torch.device(DEVICE):
+        return getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype))
+
+
+class Clock:
+    """Adds up the time between marks by phase; on CUDA the device's time, read when everything is over."""
+
+    def __init__(self) -> None:
+        self.phase = "rest"
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self.phase, self._marks = "rest", []
+        self.switch("rest")
+
+    def switch(self, phase: str) -> str:
+        """Let the time from now on be that of `phase`; return the one before."""
+        before, self.phase = self.phase, phase
+        if DEVICE == "cuda":
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = 1e3 * time.perf_counter()
+        self._marks.append((phase, now))
+        return before
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        before = self.switch(phase)
+        yield
+        self.switch(before)
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by phase, from the start to the last mark."""
+        totals: dict[str, float] = defaultdict(float)
+        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            totals[phase] += start.elapsed_time(end) if DEVICE == "cuda" else end - start
+        return {phase: totals[phase] for phase in PHASES}
+
+
+def watch(trainer: Any, clock: Clock) -> None:
+    """Mark where the parts of a step begin and end, in any trainer of the kind."""
+
+    def into(phase: str) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            clock.switch(phase)
+
+        return mark
+
+    def body_done(_module: Any, _args: Any, output: Any) -> None:
+        clock.switch("head")
+        if output[0].requires_grad:  # when this gradient is there, the head's backward is done
+            output[0].register_hook(into("body"))
+
+    decoder: Any = trainer.model.get_decoder()
+    decoder.register_forward_pre_hook(into("body"))
+    decoder.register_forward_hook(body_done)
+    trainer.model.register_forward_hook(into("rest"))
+    trainer.ref_model.register_forward_pre_hook(into("reference"))
+    trainer.ref_model.register_forward_hook(into("rest"))
+
+    def timed(phase: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with clock.during(phase):
+                return fn(*args, **kwargs)
+
+        return call
+
+    trainer.get_batch_samples = timed("data", trainer.get_batch_samples)
+    trainer.accelerator.backward = timed("head", trainer.accelerator.backward)
+
+
+class Laps(transformers.TrainerCallback):
+    """Times the steps after the first."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.began, self.ms = clock, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step not in (1, args.max_steps):
+            return
+        if state.global_step == args.max_steps:
+            self.clock.switch("rest")
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if state.global_step == 1:
+            self.clock.start()
+            self.began = time.perf_counter()
+        else:
+            self.ms = 1e3 * (time.perf_counter() - self.began)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of a variant cost, and what it computed."""
+
+    ms: float
+    peak_mib: float
+    split: dict[str, float]
+    loss: float
+    grad_norm: float
+
+
+def turn(case: Case, make: Trainer) -> Turn:
+    """Build, train, drop."""
+    dtype = case.dtype
+    # transformers 5.18 gave it another name
+    checkpointing = "activation" if hasattr(DPOConfig, "activation_checkpointing") else "gradient"
+    tokenizer = lengths.tokenizer(MODELS[case.model][1]["vocab_size"])
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL calls what newer versions of transformers rename
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "max_steps": case.steps + 1,
+            "per_device_train_batch_size": case.pairs,
+            "max_length": case.max_length,
+            f"{checkpointing}_checkpointing": case.checkpointing,
+            f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
+            "bf16": dtype == "bfloat16",
+            "use_cpu": DEVICE == "cpu",
+            "dataloader_pin_memory": DEVICE == "cuda",
+            "logging_steps": case.steps,
+            "logging_first_step": True,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        # two models that differ, so that the losses say whether all variants compute the same
+        model, ref_model = make_model(case.model, dtype, 0), make_model(case.model, dtype, 1)
+        trainer = make(case, model, ref_model, tokenizer, settings)
+        clock = Clock()
+        laps = Laps(clock)
+        trainer.add_callback(laps)
+        trainer.remove_callback(transformers.PrinterCallback)
+        watch(trainer, clock)
+        peak = peak_memory(trainer.train)
+        first = trainer.state.log_history[0]
+        return Turn(laps.ms, peak, clock.read(), first["loss"], first["grad_norm"])
+
+
+def clean() -> None:
+    """A trainer is full of cycles."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict[str, Any]]:
+    """Measure the variants that can run; one row of results for each."""
+    turns: dict[str, list[Turn]] = {name: [] for name in variants}
+    left_out = set()
+    rehearsals = 1 if DEVICE == "cuda" else 0
+    for _ in range(rehearsals + repetitions):
+        for name, make in variants.items():
+            if name in left_out:
+                continue
+            try:
+                turns[name].append(turn(case, make))
+            except Exception as error:  # a peer may fail in any way, and our own must not stop the others
+                print(f"left out: {name}: {first_line(error)}", flush=True)
+                left_out.add(name)
+            clean()
+    timed = {name: laps[rehearsals:] for name, laps in turns.items() if name not in left_out}
+    measured = {
+        name: Measured([lap.ms for lap in laps], max(lap.peak_mib for lap in laps)) for name, laps in timed.items()
+    }
+    tokens = sum(2 * p + c + r for p, c, r in lengths.token_counts(rows(case), case.max_length))
+    counted = tokens * case.steps / (case.steps + 1)  # which rows the first step takes is up to the sampler
+
+    def row(name: str) -> dict[str, Any]:
+        m, laps = measured[name], timed[name]
+        trl = measured.get("TRL")
+        return {
+            "op": "dpo_step",
+            "impl": name,
+            **case.key,
+            "ms": m.ms,
+            "min_ms": m.min_ms,
+            "times_ms": m.times,
+            "ratio_to_trl": None if trl is None else m.ratio_to(trl),
+            "pairs_per_second": 1e3 * case.pairs * case.steps / m.ms,
+            "tokens_per_second": 1e3 * counted / m.ms,
+            "peak_mib": m.peak_mib,
+            "split_ms": {phase: median(lap.split[phase] for lap in laps) / case.steps for phase in PHASES},
+            "loss": laps[0].loss,
+            "grad_norm": laps[0].grad_norm,
+        }
+
+    return [row(name) for name in timed]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    headers = ("", "pairs/s", "tokens/s", "times TRL", "peak MiB", *(f"{phase} ms" for phase in PHASES), "loss", "norm")
+    lines = [
+        (
+            row["impl"],
+            f"{row['pairs_per_second']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            "-" if row["ratio_to_trl"] is None else f"{1 / row['ratio_to_trl']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            *(f"{row['split_ms'][phase]:.0f}" for phase in PHASES),
+            f"{row['loss']:.5f}",
+            f"{row['grad_norm']:.5f}",
+        )
+        for row in results
+    ]
+    return summary_table(lines, headers)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", choices=CASES, help="run a list of cases instead of one")
+    parser.add_argument("--model", choices=MODELS, default="llama-20m")
+    parser.add_argument("--lengths", choices=lengths.LENGTHS, default="hh")
+    parser.add_argument("--pairs", type=int, default=4, help="per step")
+    parser.add_argument("--steps", type=int, default=5, help="that count, in a turn")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no case that would take longer, by the last"
+    )
+    parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
+    args = parser.parse_args(argv)
+
+    where = provenance()
+    before = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+    here = [row for row in map(json.loads, before) if row["provenance"]["machine"] == where["machine"]]
+    one = Case(args.model, args.lengths, args.pairs, args.steps, args.max_length, not args.no_checkpointing)
+    variants = {name: VARIANTS[name] for name in args.variants}
+    disable_progress_bars()
+    logging.getLogger("fastdpo").setLevel(logging.WARNING)
+    failed, start, longest = False, time.monotonic(), 0.0
+    for case in CASES[args.cases] if args.cases else [one]:
+        if args.cases and any(case.key.items() <= row.items() for row in here):
+            print(f"{case}: measured before")
+            continue
+        began = time.monotonic()
+        if began - start + longest > args.seconds:
+            print(f"{case}: no time left")
+            sys.exit(5)
+        found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
+        failed |= not {name for name in variants if name != "TRL"} <= {row["impl"] for row in found}
+        print(f"{case}; {where}\n{table(found)}", flush=True)
+        if args.out:
+            record(args.out, found)
+        longest = max(longest, time.monotonic() - began)
+    if failed:
+        sys.exit(4)
+
+
+if __name__ == "__main__":
+    main()

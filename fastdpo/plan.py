@@ -1,0 +1,253 @@
+"""`fastdpo plan`: what a run will do and need, told before it starts; no weights are loaded.
+
+The tokens are counted, exactly. The memory is computed, see `fastdpo.memory_model`; nothing of it is measured here.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.loading import lora
+from fastdpo.memory_model import Memory, Precision, Ratios, memory_model
+from fastdpo.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
+from fastdpo.report import summary_table
+from fastdpo.settings import from_config
+from fastdpo.token_stats import Batches, TokenStats, epoch, token_stats
+
+logger = logging.getLogger("fastdpo")
+
+GIB = 2**30
+RESERVED = GIB
+"""Bytes of a GPU's memory left to its context and its matmul library."""
+FRAGMENTED = 0.05
+"""Share of the rest that is lost between allocations, or to a batch unlike the others."""
+BUDGETS = (4096, 8192, 16384, 32768, 65536)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_plan` found out."""
+
+    stats: TokenStats
+    batches: Batches
+    """As the config has them."""
+    steps: int
+    """Optimizer steps of an epoch."""
+    memory: dict[bool, Memory]
+    """By whether gradient checkpointing is on."""
+    checkpointing: bool
+    """Whether the config has it on."""
+    assumed: tuple[str, ...]
+    """What the memory model took for granted."""
+    gpu_memory: float | None
+    """GiB."""
+
+    @property
+    def fits(self) -> dict[bool, int]:
+        """The largest `tokens_per_batch` that fits into the GPU, by gradient checkpointing; 0 if none does."""
+        if self.gpu_memory is None:
+            return {}
+        usable = int((self.gpu_memory * GIB - RESERVED) * (1 - FRAGMENTED))
+        return {on: memory.largest(usable) // 64 * 64 for on, memory in self.memory.items()}
+
+
+def make_plan(
+    run: RunConfig,
+    args: DPOConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    gpu_memory: float | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Count the tokens of a run's dataset and compute its memory.
+
+    Args:
+        run: names the model, whose config alone is read, and the adapter.
+        args: all other settings.
+        dataset: rows to train on, not tokenised.
+        tokenizer: of the model.
+        gpu_memory: GiB of the GPU to train on; None: the one of this machine, if it has one.
+        processes: GPUs.
+
+    Raises:
+        ValueError: as `fastdpo.token_stats.token_stats` and `fastdpo.memory_model.memory_model`.
+    """
+    if gpu_memory is not None and gpu_memory <= 0:
+        raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory}")
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if gpu_memory is None and torch.cuda.is_available():
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    code = args.trust_remote_code
+    config = AutoConfig.from_pretrained(run.model_name_or_path or run.config_name, trust_remote_code=code)
+    stats = token_stats(dataset, tokenizer, args, config.get_text_config().vocab_size)
+    batches = epoch(stats, args, processes)
+
+    precision = _precision(args, on_gpu=gpu_memory is not None)
+    varlen = gpu_memory is not None and precision.compute != torch.float32
+    adapter = lora(run)
+    needs_reference = from_config(args).needs_reference
+    runs_reference = needs_reference and not args.precompute_ref_log_probs
+    has_reference = runs_reference and adapter is None
+    memory = {
+        on: memory_model(
+            config,
+            ratios(batches),
+            precision=precision,
+            checkpointing=on,
+            accumulates=args.gradient_accumulation_steps > 1,
+            has_reference=has_reference,
+            runs_reference=runs_reference,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            peft_config=adapter,
+            varlen=varlen,
+            trust_remote_code=code,
+        )
+        for on in (True, False)
+    }
+    cast = f", autocast to {_name(precision.autocast)}" if precision.autocast else ""
+    assumed = (
+        f"weights in {_name(precision.weights)}{cast}",
+        "attention of variable length" if varlen else "attention padded to a grid",
+        "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
+        f"optimizer {getattr(args.optim, 'value', args.optim)}",
+    )
+    return Plan(
+        stats=stats,
+        batches=batches,
+        steps=-(-len(batches.rows) // (processes * args.gradient_accumulation_steps)),
+        memory=memory,
+        checkpointing=bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing)),
+        assumed=assumed,
+        gpu_memory=gpu_memory,
+    )
+
+
+def ratios(batches: Batches) -> Ratios:
+    """What batches hold for each of their rows: not the mean, but what one in twenty exceeds."""
+    parts = (batches.paths, batches.targets, batches.grid)
+    return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
+
+
+def _precision(args: DPOConfig, *, on_gpu: bool) -> Precision:
+    """Dtypes as the trainer will choose them; here there may be no GPU, for which bf16 would be the default."""
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    weights = options.get("dtype", "float32")
+    weights = getattr(torch, weights) if isinstance(weights, str) else weights
+    autocast = torch.float16 if args.fp16 else torch.bfloat16
+    planned_elsewhere = on_gpu and not torch.cuda.is_available()
+    return Precision(weights, autocast if args.fp16 or args.bf16 or planned_elsewhere else None)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Showing it
+
+
+def tables(plan: Plan) -> str:
+    """All of a plan in plain-text tables."""
+    stats, batches = plan.stats, plan.batches
+    lengths = [(name, *_spread(values)) for name, values in stats.lengths.items()]
+    lengths.append(("rows of an example", *_spread(stats.sizes.prod(1))))
+    counted = [
+        ("rows of the dataset", f"{stats.given:,}"),
+        *((f"left out: {reason}", _rows(rows)) for reason, rows in stats.dropped.items()),
+        *((f"{name} cut to its limit", _rows(rows)) for name, rows in stats.cut.items()),
+        ("examples trained on", f"{len(stats.prompts):,}"),
+        ("batches of an epoch, all processes", f"{len(batches.rows):,}"),
+        ("optimizer steps of an epoch", f"{plan.steps:,}"),
+        ("rows of a batch: median", f"{np.median(batches.rows):,.0f}"),
+        ("rows of a batch: largest", f"{batches.rows.max():,}"),
+        ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
+        ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
+    ]
+    on, off = plan.memory[True], plan.memory[False]
+    constant = [
+        ("weights", on.weights),
+        ("gradients", on.gradients),
+        ("optimizer state", on.optimizer),
+        ("reference", on.reference),
+        ("head workspace, one of two", on.workspace(int(batches.rows.max()))),
+    ]
+    needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
+    needed.append(("kept of the body for each row", _size(on.kept_per_row), _size(off.kept_per_row)))
+    largest = int(batches.rows.max())
+    for rows, label in [(largest, "largest batch of the config"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
+        needed.append((f"peak, {label}", _size(on.peak(rows)), _size(off.peak(rows))))
+    if plan.gpu_memory is not None:
+        label = f"largest tokens_per_batch in {plan.gpu_memory:.0f} GiB"
+        needed.append((label, *(f"{plan.fits[kind]:,}" if plan.fits[kind] else "none" for kind in (True, False))))
+    title = "memory (computed, not measured)"
+    kind = {True: "with gradient checkpointing", False: "without"}
+    return "\n".join(
+        [
+            summary_table(lengths, ("tokens", "min", "median", "p95", "max", "mean")),
+            summary_table(counted, ("data (counted)", "")),
+            summary_table(needed, (title, kind[True], kind[False])),
+            f"memory assumes: {'; '.join(plan.assumed)}; the config has gradient checkpointing "
+            f"{'on' if plan.checkpointing else 'off'}",
+            *([f"fits: {RESERVED / GIB:.0f} GiB and {FRAGMENTED:.0%} of the rest are kept free"] if plan.fits else []),
+        ]
+    )
+
+
+def _spread(values: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    low, median, high, top = np.quantile(values, (0, 0.5, 0.95, 1))
+    return (f"{low:,.0f}", f"{median:,.0f}", f"{high:,.0f}", f"{top:,.0f}", f"{values.mean():,.1f}")
+
+
+def _rows(rows: Sequence[int]) -> str:
+    return f"{len(rows):,} (first: row {rows[0]})"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:,.0f} B"
+
+
+def draw_lengths(stats: TokenStats, path: str | PathLike[str]) -> None:
+    """Draw histograms of the lengths of prompts and responses, as a PNG of 1650 pixels' width.
+
+    Args:
+        stats: of a dataset.
+        path: the file to write.
+    """
+    colours = {"prompt": BLUE, "chosen": GREEN, "rejected": PURPLE}
+    figure = Figure(figsize=(11, 2.4 * len(stats.lengths)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(stats.lengths), 1, sharex=True, squeeze=False)[:, 0]
+    top = max(values.max() for values in stats.lengths.values())
+    bins = np.linspace(0, top, 1 + min(60, top)).tolist()
+    for panel, (name, values) in zip(panels, stats.lengths.items(), strict=True):
+        panel.hist(values, bins=bins, color=colours.get(name, GREEN), alpha=0.85)
+        median = float(np.median(values))
+        panel.axvline(median, color=GREY, linewidth=1, linestyle=(0, (6, 4)))
+        panel.annotate(
+            f"median {median:,.0f}",
+            (median, 0.92),
+            xycoords=panel.get_xaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=GREY,
+        )
+        panel.set_title(name, loc="left", fontsize=11.5, fontweight="bold", color=INK)
+        panel.set_ylabel("examples" if name != "response" else "responses", color=INK)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=GREY, labelcolor=INK)
+        panel.grid(color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+    panels[-1].set_xlabel("tokens", color=INK)
+    figure.savefig(path, format="png", facecolor="white")

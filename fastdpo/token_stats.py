@@ -1,0 +1,175 @@
+"""What a dataset holds, in tokens: lengths, what is left out or cut and why, and the batches that an epoch is made of.
+
+Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastdpo.packing`).
+"""
+
+import inspect
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.config import DPOConfig
+from fastdpo.data import prepare_dataset, tokenize_row
+from fastdpo.sampler import BudgetSampler, example_sizes
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+_RESPONSES = {
+    "chosen_ids": "chosen",
+    "rejected_ids": "rejected",
+    "ranked_ids": "response",
+    "completion_ids": "completion",
+}
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """The examples of a dataset that are trained on, and what became of the others."""
+
+    given: int
+    """Rows of the dataset."""
+    lengths: dict[str, Numbers]
+    """Tokens of each prompt and response, as trained on; by name."""
+    sequences: list[list[int]]
+    """Of each example, tokens of its full sequences, prompt included."""
+    prompts: Numbers
+    """`[N]`"""
+    sizes: Numbers
+    """`[N, 2]`: of `fastdpo.sampler.example_sizes`."""
+    layout: str
+    dropped: dict[str, list[int]]
+    """Dataset rows that are left out, by reason; numbers in a reason are replaced by a #."""
+    cut: dict[str, list[int]]
+    """Dataset rows whose prompt or response is cut, by name."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one epoch on all processes, one number each."""
+
+    rows: Numbers
+    """T"""
+    tokens: Numbers
+    """Of all full sequences, prompts counted for each response."""
+    padded: Numbers
+    """Responses times the longest sequence."""
+    paths: Numbers
+    """K"""
+    targets: Numbers
+    """M"""
+    grid: Numbers
+    """Segments times the longest key path: what the grid has at most, where it is one bucket."""
+    processes: int
+
+    @property
+    def padding_avoided(self) -> float:
+        """Share of the padded batches that is padding."""
+        return 1 - float(self.tokens.sum() / self.padded.sum())
+
+    @property
+    def shared(self) -> float:
+        """Share of the tokens that are not computed, since another response has them."""
+        return 1 - float(self.rows.sum() / self.tokens.sum())
+
+
+def token_stats(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, vocab_size: int) -> TokenStats:
+    """Tokenise a dataset as the trainer does, and count.
+
+    Args:
+        dataset: rows as `fastdpo.data` describes them.
+        tokenizer: of the model.
+        args: of the run.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ValueError: as `fastdpo.data.prepare_dataset`; or the dataset is a stream, of which nobody knows the end.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}: a stream has no known end")
+    accepted = inspect.signature(prepare_dataset).parameters
+    limits = {name: getattr(args, name) for name in LIMITS if name in accepted}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "on_bad_row": args.on_bad_row,
+        "num_proc": args.dataset_num_proc,
+    }
+    if "pair_index" in dataset.column_names:
+        dataset = dataset.remove_columns("pair_index")  # below, rows go by their place
+    unlimited: dict[str, Any] = dict.fromkeys(limits)
+    whole: Any = prepare_dataset(dataset, **options, **unlimited)
+    kept: Any = prepare_dataset(whole, **options, **limits)
+
+    place = {row: at for at, row in enumerate(whole["pair_index"])}
+    used = kept["pair_index"]
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for row in sorted(set(range(len(dataset))) - set(used)):
+        here = whole[place[row]] if row in place else dataset[row]
+        problem = tokenize_row(here, row, tokenizer, args.max_length, vocab_size)["problem"]
+        dropped[re.sub(r"\d+", "#", problem.removeprefix("dropped: "))].append(row)
+
+    before, lengths = _lengths(whole.select([place[row] for row in used])), _lengths(kept)
+    cut = {}
+    for name, values in lengths.items():
+        if rows := [row for row, a, b in zip(used, before[name], values, strict=True) if a != b]:
+            cut[name] = rows
+    prompts = np.array([sum(n) for n in lengths["prompt"]])
+    responses = [lengths[name] for name in lengths if name != "prompt"]
+    sequences = [
+        [int(prompt) + n for each in several for n in each]
+        for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
+    ]
+    layout = "shared" if args.prefix_sharing else "packed"
+    return TokenStats(
+        given=len(dataset),
+        lengths={name: np.array([n for each in values for n in each]) for name, values in lengths.items()},
+        sequences=sequences,
+        prompts=prompts,
+        sizes=example_sizes(kept, layout),
+        layout=layout,
+        dropped=dict(dropped),
+        cut=cut,
+    )
+
+
+def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
+    """Tokens of each example's prompt and responses, by name; of a ranking, all responses under one name."""
+    names = {"prompt_ids": "prompt"} | {c: name for c, name in _RESPONSES.items() if c in dataset.column_names}
+    return {
+        name: [[len(ids)] if column != "ranked_ids" else [len(each) for each in ids] for ids in dataset[column]]
+        for column, name in names.items()
+    }
+
+
+def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_batch: int | None = None) -> Batches:
+    """Batches of the first epoch: of `tokens_per_batch` (of `args` where None), else of so many examples each.
+
+    Those of a budget are what the trainer will use. Those of so many examples are of an order as random as the
+    trainer's.
+    """
+    budget = tokens_per_batch or args.tokens_per_batch
+    sampler = BudgetSampler(
+        stats.sizes,
+        tokens_per_batch=budget,
+        batch_size=None if budget else args.train_batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=processes,
+    )
+    fields: dict[str, list[int]] = defaultdict(list)
+    for batch in sampler.plan(0):
+        lengths = [n for i in batch for n in stats.sequences[i]]
+        fields["rows"].append(int(stats.sizes[batch, 0].sum()))
+        fields["tokens"].append(sum(lengths))
+        fields["padded"].append(len(lengths) * max(lengths))
+        fields["paths"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing
+        fields["targets"].append(
+            sum(sum(stats.sequences[i]) - len(stats.sequences[i]) * int(stats.prompts[i]) for i in batch)
+        )
+        fields["grid"].append(len(lengths) * (max(lengths) - 1))
+    return Batches(**{name: np.array(values) for name, values in fields.items()}, processes=processes)

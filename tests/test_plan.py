@@ -1,0 +1,261 @@
+"""A plan says beforehand what a run then does: its tokens, its batches, its memory."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks import lengths
+from fastdpo import DPOConfig, memory_model, plan, shared_prefix_batch
+from fastdpo.attention import METADATA
+from fastdpo.attention_paths import key_paths
+from fastdpo.config import RunConfig
+from fastdpo.data import prepare_dataset
+from fastdpo.memory_model import Memory, Moment, Precision, Ratios
+from fastdpo.model import patch_forward
+from fastdpo.sampler import BudgetSampler, example_sizes
+from fastdpo.token_stats import epoch, token_stats
+from tests import tiny
+
+VOCAB = 512
+TOKENIZER: Any = lengths.tokenizer(VOCAB)
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+def settings(folder: Path, **options: Any) -> DPOConfig:
+    return DPOConfig(output_dir=str(folder), use_cpu=True, report_to=[], **options)
+
+
+def words(*ids: int) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+ROWS = [
+    {"prompt": words(3, 4, 5), "chosen": " " + words(6, 7), "rejected": " " + words(8)},
+    {"prompt": words(9), "chosen": " " + words(10, 11, 12), "rejected": " " + words(10, 11, 13, 14)},
+    {"prompt": words(3, 4), "chosen": " " + words(*range(20, 32)), "rejected": " " + words(7)},
+    {"prompt": words(*range(40, 52)), "chosen": " " + words(6), "rejected": " " + words(7)},
+    {"prompt": words(3, 4), "chosen": " " + words(6), "rejected": " " + words(6)},
+    {"prompt": words(3, 4), "chosen": "", "rejected": " " + words(6)},
+]
+"""Two plain ones (the second's responses begin alike), one to cut, one whose prompt is too long, one tie, one bad."""
+
+
+def test_tokens_are_counted(tmp_path: Path) -> None:
+    args = settings(tmp_path, max_length=10, on_bad_row="drop")
+    stats = token_stats(Dataset.from_list(ROWS), TOKENIZER, args, VOCAB)
+    assert stats.given == 6
+    assert {name: values.tolist() for name, values in stats.lengths.items()} == {
+        "prompt": [3, 1, 2],
+        "chosen": [3, 4, 8],  # EOS included, but for the one that is cut
+        "rejected": [2, 5, 2],
+    }
+    assert stats.cut == {"chosen": [2]}
+    assert stats.dropped == {
+        "its prompt of # tokens fills max_length=#": [3],
+        "chosen and rejected are the same tokens": [4],
+        "`chosen` is empty": [5],
+    }
+    # P + C + R - 1, less the two tokens with which both responses of the second begin
+    assert stats.sizes.prod(1).tolist() == [7, 1 + 4 + 5 - 1 - 2, 11]
+    packed = token_stats(
+        Dataset.from_list(ROWS),
+        TOKENIZER,
+        settings(tmp_path, max_length=10, on_bad_row="drop", prefix_sharing=False),
+        VOCAB,
+    )
+    assert packed.sizes.prod(1).tolist() == [5 + 4, 4 + 5, 9 + 3]
+
+
+def test_a_bad_row_stops_the_plan_as_it_stops_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 5: `chosen` is empty"):
+        token_stats(Dataset.from_list(ROWS), TOKENIZER, settings(tmp_path), VOCAB)
+    with pytest.raises(ValueError, match="a stream has no known end"):
+        token_stats(Dataset.from_list(ROWS).to_iterable_dataset(), TOKENIZER, settings(tmp_path), VOCAB)
+
+
+@pytest.mark.parametrize("options", [{"tokens_per_batch": 60}, {"per_device_train_batch_size": 3}], ids=str)
+def test_batches_hold_what_the_collator_makes_of_them(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = Dataset.from_list(lengths.pairs("toy", 20, VOCAB, 32))
+    args = settings(tmp_path, max_length=32, **options)
+    stats = token_stats(rows, TOKENIZER, args, VOCAB)
+    batches = epoch(stats, args)
+    examples: Any = prepare_dataset(rows, TOKENIZER, max_length=32, vocab_size=VOCAB)
+    sampler = BudgetSampler(
+        example_sizes(examples, "shared"),
+        tokens_per_batch=options.get("tokens_per_batch"),
+        batch_size=options.get("per_device_train_batch_size"),
+        seed=args.seed,
+    )
+    made = [shared_prefix_batch([examples[i] for i in batch], pad_to_multiple_of=1) for batch in sampler.plan(0)]
+    assert batches.rows.tolist() == [batch["num_packed_tokens"] for batch in made]
+    assert batches.tokens.tolist() == [batch["num_tokens"] for batch in made]
+    assert batches.padded.tolist() == [batch["num_padded_tokens"] for batch in made]
+    assert batches.paths.tolist() == [len(batch["tree_kv_index"]) for batch in made]
+    assert batches.targets.tolist() == [len(batch["target_ids"]) for batch in made]
+    grid = [(len(batch["tree_cu_seqlens_q"]) - 1) * batch["tree_max_seqlen_k"] for batch in made]
+    assert batches.grid.tolist() == grid
+    # the shares that training logs
+    tokens, padded, packed = batches.tokens.sum(), batches.padded.sum(), batches.rows.sum()
+    assert batches.padding_avoided == pytest.approx((padded - tokens) / padded)
+    assert batches.shared == pytest.approx((tokens - packed) / tokens)
+
+
+def real_step(config: Any, batch: dict[str, Any], checkpointing: bool) -> Any:
+    """A function that runs one step on real tensors, with the models it needs."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    for each in (model, reference):
+        patch_forward(each)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        scores = model(**batch).logps
+        with torch.no_grad():
+            expected = reference(**batch).logps
+        (scores - expected).sum().backward()
+
+    return step, [*model.parameters(), *model.buffers(), *reference.parameters(), *reference.buffers()]
+
+
+def batch_of(pairs: int) -> tuple[dict[str, Any], int, Ratios]:
+    """A batch, its rows, and what it holds for each."""
+    rows = [(40 + 7 * i, i % 3, 30 + 5 * i, 60 - 2 * i) for i in range(pairs)]
+    batch = shared_prefix_batch(tiny.make_pairs(rows))
+    T = batch["input_ids"].shape[1]
+    grid = len(key_paths(*(batch[name] for name in METADATA), T=T).grid)
+    return batch, T, Ratios(len(batch["tree_kv_index"]) / T, len(batch["target_ids"]) / T, grid / T)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "keeping"])
+def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
+    """Every storage that a real step allocates outside of kernels is counted, and the prediction is within 10 %."""
+    batch, T, ratios = batch_of(8)
+    predicted = memory_model.memory_model(CONFIG, ratios, checkpointing=checkpointing, varlen=False)
+    step, known = real_step(CONFIG, batch, checkpointing)
+    with memory_model._Live(iter(known), 0) as live:
+        step()
+    counted = max(alive for alive, _ in live.moments)
+    outside = replace(predicted, workspace_per_row=0)  # the head's workspace is inside its kernel
+    assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.1)
+
+
+def test_memory_of_other_setups() -> None:
+    ratios = Ratios(1.4, 0.5, 1.6)
+    plain = memory_model.memory_model(CONFIG, ratios)
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(CONFIG).parameters())
+    buffers = plain.weights - 4 * parameters
+    assert 0 <= buffers < 1024
+    assert plain.gradients == 4 * parameters
+    assert plain.optimizer == 8 * parameters
+    assert plain.reference == plain.weights
+    assert CONFIG._attn_implementation != memory_model.NAME, "the caller's config is left alone"
+
+    keeping = memory_model.memory_model(CONFIG, ratios, checkpointing=False)
+    deeper = memory_model.memory_model(LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 4}), ratios)
+    assert deeper.kept_per_row - plain.kept_per_row == 2 * 4 * CONFIG.hidden_size  # of a layer only its input
+    assert keeping.kept_per_row > 3 * plain.kept_per_row
+    grid = memory_model.memory_model(CONFIG, ratios._replace(grid=3.0), checkpointing=False, varlen=False)
+    assert grid.kept_per_row > keeping.kept_per_row
+
+    half = memory_model.memory_model(CONFIG, ratios, precision=Precision(torch.bfloat16), optimizer="sgd")
+    assert half.optimizer == 0
+    assert half.weights < 0.51 * plain.weights
+    mixed = memory_model.memory_model(CONFIG, ratios, precision=Precision(autocast=torch.bfloat16), checkpointing=False)
+    assert half.kept_per_row < mixed.kept_per_row < 0.9 * keeping.kept_per_row
+    adds_up = memory_model.memory_model(CONFIG, ratios, accumulates=True)
+    assert adds_up.peak(4096) >= plain.peak(4096)
+    cached = memory_model.memory_model(CONFIG, ratios, has_reference=False, runs_reference=False)
+    assert cached.persistent == plain.persistent - plain.reference
+
+
+def test_memory_with_an_adapter() -> None:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    memory = memory_model.memory_model(CONFIG, Ratios(1.4, 0.5, 1.6), peft_config=adapter, has_reference=False)
+    assert memory.gradients < memory.weights / 5
+    assert memory.optimizer == 2 * memory.gradients
+    assert memory.reference == 0
+
+
+def test_a_model_that_cannot_be_packed_has_no_plan() -> None:
+    from transformers import MambaConfig
+
+    small = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        memory_model.memory_model(small, Ratios(1.5, 0.5, 2.0))
+
+
+def test_peak_and_the_largest_batch_agree() -> None:
+    moments = (Moment(0.0, 500.0, 0), Moment(10.0, 0.0, 0), Moment(7.0, 100.0, 2))
+    memory = Memory(
+        weights=100, reference=100, gradients=100, optimizer=200, kept_per_row=1, workspace_per_row=2, timeline=moments
+    )
+    assert memory.peak(1) == 400 + 500
+    assert memory.peak(100) == 400 + 100 + 7 * 100 + 2 * 200
+    for budget in (900, 1000, 4321, 10**9):
+        rows = memory.largest(budget)
+        assert memory.peak(rows) <= budget < memory.peak(rows + 1)
+    assert memory.largest(899) == 0
+
+
+def test_envelope_loses_no_maximum() -> None:
+    rng = np.random.default_rng(0)
+    moments = {Moment(*rng.integers(0, 50, 2).astype(float).tolist(), int(rng.integers(3))) for _ in range(300)}
+    kept = memory_model._upper_envelope(moments)
+    assert len(kept) < 40
+    for rows in (0, 1, 2, 5, 17, 1000):
+        for workspaces in range(3):
+            every, few = (
+                max(m.fixed + m.per_row * rows for m in some if m.workspaces == workspaces) for some in (moments, kept)
+            )
+            assert every == few
+
+
+def test_plan_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    args = settings(tmp_path, max_length=10, on_bad_row="drop", tokens_per_batch=32, gradient_accumulation_steps=2)
+    run = RunConfig(dataset_name="unused", config_name=str(tmp_path))
+    caplog.set_level(logging.ERROR, "fastdpo")
+    made = plan.make_plan(run, args, Dataset.from_list(ROWS), TOKENIZER, gpu_memory=4)
+    text = plan.tables(made)
+    assert made.steps == 1
+    assert made.checkpointing
+    for fact in (
+        "left out: `chosen` is empty",
+        "1 (first: row 5)",
+        "memory (computed, not measured)",
+        "largest tokens_per_batch in 4 GiB",
+        "bfloat16",
+    ):
+        assert fact in text
+    for on, rows in made.fits.items():
+        assert rows % 64 == 0
+        assert made.memory[on].peak(rows) < 3 * plan.GIB < made.memory[on].peak(2 * rows)
+    tight = plan.Plan(**vars(made) | {"gpu_memory": 1.001})
+    assert tight.fits == {True: 0, False: 0}
+    assert "none" in plan.tables(tight)
+
+    picture = tmp_path / "plan.png"
+    plan.draw_lengths(made.stats, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="gpu_memory must be above 0 GiB, got -1"):
+        plan.make_plan(run, args, Dataset.from_list(ROWS), TOKENIZER, gpu_memory=-1)

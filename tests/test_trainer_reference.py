@@ -1,0 +1,117 @@
+"""Where the reference comes from, as the trainer has it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastdpo
+from tests.test_trainer import lora, losses, make, rows, tiny_llama, weights  # noqa: F401 - make is a fixture
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_precomputed_equals_online_bit_for_bit(make: Callable[..., Any], tmp_path: Path, peft: bool) -> None:  # noqa: F811
+    """And no reference model is kept; the second time everything is in the cache."""
+    held_out, config = rows(6, seed=5), lora() if peft else None
+    online = make(eval_dataset=held_out, peft_config=config)
+    cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
+    first, second = (make(eval_dataset=held_out, peft_config=config, **cached) for _ in range(2))
+    assert first.ref_model is second.ref_model is None
+    for trainer in (online, first, second):
+        trainer.train()
+    assert losses(online) == losses(first) == losses(second)
+    assert torch.equal(weights(online.model), weights(first.model))
+    assert online.evaluate()["eval_loss"] == first.evaluate()["eval_loss"]
+    assert len(list((tmp_path / "cache").rglob("shard-*.safetensors"))) == 2  # train and eval, once
+
+
+def test_without_a_reference_new_data_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    trainer = make(precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"no reference model was kept .* set precompute_ref_log_probs=False"):
+        trainer.evaluate(rows(4, seed=8))
+
+
+def test_given_log_probs_need_no_reference(make: Callable[..., Any]) -> None:  # noqa: F811
+    online = make(max_steps=2, per_device_train_batch_size=32, train_sampling_strategy="sequential")
+    batch = next(iter(online.get_train_dataloader()))
+    with torch.no_grad():
+        logps = torch.segment_reduce(online.ref_model(**batch).logps, "sum", offsets=batch["cu_target"])
+    data = rows(32)
+    for name, side in zip(("chosen", "rejected"), logps.chunk(2), strict=True):
+        values = side[batch["pair_index"].argsort()].tolist()
+        data = data.add_column(f"ref_{name}_logps", values)
+    given = make(max_steps=2, per_device_train_batch_size=32, train_sampling_strategy="sequential", data=data)
+    assert given.ref_model is None
+    for trainer in (online, given):
+        trainer.train()
+    assert losses(online) == pytest.approx(losses(given), abs=1e-6)
+
+
+def test_reference_free_objectives_load_none(make: Callable[..., Any]) -> None:  # noqa: F811
+    for settings in ({"loss_type": "simpo", "beta": 2.0}, {"reference_free": True}):
+        trainer = make(max_steps=2, **settings)
+        assert trainer.ref_model is None
+        trainer.train()
+        assert "logps/chosen_below_ref" not in trainer.state.log_history[0]
+    with pytest.raises(ValueError, match=r"ref_model is given, but the objective .* uses no reference"):
+        make(loss_type="orpo", ref_model=tiny_llama())
+
+
+class TestSync:
+    """TR-DPO."""
+
+    SETTINGS = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25, "max_steps": 4}  # noqa: RUF012
+
+    def test_the_reference_is_mixed_every_so_many_steps(self, make: Callable[..., Any]) -> None:  # noqa: F811
+        states: list[tuple[Tensor, Tensor]] = []
+        trainer = make(**self.SETTINGS)
+        from transformers import TrainerCallback
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                states.append((weights(trainer.model), weights(trainer.ref_model)))
+
+        trainer.add_callback(Watch())
+        start = weights(trainer.ref_model)
+        trainer.train()
+        (_, first), (policy, second), (_, third), (last, fourth) = states
+        assert torch.equal(first, start)
+        torch.testing.assert_close(second, 0.25 * policy + 0.75 * start, rtol=0, atol=1e-7)
+        assert torch.equal(third, second)
+        torch.testing.assert_close(fourth, 0.25 * last + 0.75 * second, rtol=0, atol=1e-7)
+        assert not torch.equal(second, start)
+
+    def test_a_resumed_run_goes_on_with_its_reference(self, make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+        settings = self.SETTINGS | {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+        through, resumed = make(**settings), make(**settings)
+        through.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+        assert losses(resumed) == losses(through)
+        assert torch.equal(weights(resumed.ref_model), weights(through.ref_model))
+
+    def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
+        with pytest.raises(ValueError, match="sync_ref_model=True cannot be combined with a PEFT model"):
+            make(peft_config=lora(), **self.SETTINGS)
+
+
+def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callable[..., Any]) -> None:  # noqa: F811
+    """The copy was changed after it was made."""
+    trainer = make()
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight.mul_(1.01)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=r"the first loss is 0\.\d+, but policy and reference are the same model"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) -> None:  # noqa: F811
+    trainer = make(tiny_llama(attention_dropout=0.0), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
+    assert any(m.p > 0 for m in trainer.model.modules() if isinstance(m, nn.Dropout))
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    assert isinstance(trainer, fastdpo.DPOTrainer)
