@@ -163,10 +163,24 @@ def test_the_reference_is_in_the_checkpoint(tmp_path: Path) -> None:
         SyncReference(nn.Linear(2, 2), alpha=0.5, every=3).load(tmp_path / "checkpoint-6")
 
 
-def test_a_sync_with_peft_is_refused() -> None:
-    check_sync(tiny_llama())
-    with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
-        check_sync(peft("policy"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.0}, "ref_model_mixup_alpha must be above 0 and at most 1, got 0.0"),
+        ({"alpha": math.nan}, "ref_model_mixup_alpha must be above 0 and at most 1, got nan"),
+        ({"alpha": 1.5}, "got 1.5"),
+        ({"every": 0}, "ref_model_sync_steps must be at least 1, got 0"),
+        ({"precompute": True}, "precompute_ref_log_probs=True, whose values would be stale"),
+        ({"needs_reference": False}, "an objective that uses no reference"),
+        ({"model": peft}, "a PEFT model"),
+    ],
+)
+def test_a_sync_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    options = {"alpha": 0.6, "every": 512, "precompute": False} | changes
+    model = options.pop("model", nn.Linear)
+    with pytest.raises(ValueError, match=message):
+        check_sync(model("policy") if model is peft else nn.Linear(2, 2), **options)
+    check_sync(nn.Linear(2, 2), alpha=0.6, every=512, precompute=False)
 
 
 # The first loss

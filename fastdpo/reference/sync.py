@@ -14,13 +14,26 @@ from fastdpo.reference.policies import is_peft_model
 FILE = "reference.safetensors"
 
 
-def check_sync(model: Any) -> None:
-    """Raise a ValueError where the reference cannot follow the policy; what needs no model, the config has checked."""
-    if is_peft_model(model):
-        raise ValueError(
-            "sync_ref_model=True needs a reference with weights of its own, but with PEFT there is none; set "
-            "sync_ref_model=False, or train all weights"
-        )
+def check_sync(model: Any, *, alpha: float, every: int, precompute: bool, needs_reference: bool = True) -> None:
+    """Raise where the reference cannot follow the policy.
+
+    Raises:
+        ValueError: `ref_model_mixup_alpha` or `ref_model_sync_steps` out of range, a PEFT model, precomputed
+            references, or an objective without a reference.
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"ref_model_mixup_alpha must be above 0 and at most 1, got {alpha}")
+    if every < 1:
+        raise ValueError(f"ref_model_sync_steps must be at least 1, got {every}")
+    reason = None
+    if precompute:
+        reason = "precompute_ref_log_probs=True, whose values would be stale after the first sync"
+    elif is_peft_model(model):
+        reason = "a PEFT model, which has no reference of its own weights"
+    elif not needs_reference:
+        reason = "an objective that uses no reference"
+    if reason:
+        raise ValueError(f"sync_ref_model=True cannot be combined with {reason}; set sync_ref_model=False")
 
 
 @torch.no_grad()
