@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from fastdpo.model import patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
@@ -301,7 +301,7 @@ def options_of(args: Any, *, layout: str) -> dict[str, Any]:
     """
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     options: dict[str, Any] = {
-        "folder": getattr(args, "reference_cache_dir", None) or default_folder(),
+        "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
         "autocast": autocast,
         "examples_per_batch": getattr(args, "precompute_ref_batch_size", None),
@@ -310,11 +310,6 @@ def options_of(args: Any, *, layout: str) -> dict[str, Any]:
     if tokens := getattr(args, "tokens_per_batch", None):
         options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward more fits
     return options
-
-
-def default_folder() -> Path:
-    """Where reference log-probs are kept unless `reference_cache_dir` says otherwise: one folder for all runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastdpo" / "reference"
 
 
 def fill(datasets: Mapping[str, Dataset], model: Any, *, folder: Path | str, **options: Any) -> dict[str, int]:
