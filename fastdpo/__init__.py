@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
     from fastdpo.loss import DPOOutput, dpo_loss
     from fastdpo.packing import shared_prefix_batch
+    from fastdpo.scoring import score
     from fastdpo.trainer import DPOTrainer
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "dpo_loss",
     "linear_logprobs",
     "linear_logprobs_with_stats",
+    "score",
     "shared_prefix_batch",
 ]
 
@@ -28,6 +30,7 @@ _HOME = {
     "dpo_loss": "loss",
     "linear_logprobs": "logprobs",
     "linear_logprobs_with_stats": "logprobs",
+    "score": "scoring",
     "shared_prefix_batch": "packing",
 }
 

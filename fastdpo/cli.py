@@ -132,7 +132,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
 
     from fastdpo.loading import load_datasets, load_model, load_policy, load_reference
     from fastdpo.report import summary_table
-    from fastdpo.score import score as score_rows
+    from fastdpo.scoring import score as score_rows
 
     model, tokenizer = load_model(run, args)
     train_dataset, eval_dataset = load_datasets(run)

@@ -18,6 +18,10 @@ from transformers import TrainingArguments
 from fastdpo.logprobs import BACKWARDS, IMPLS
 from fastdpo.settings import ObjectiveSettings, from_config
 
+AT_LEAST_ONE = (
+    *("max_prompt_length", "max_completion_length", "tokens_per_batch"),
+    *("ref_model_sync_steps", "precompute_ref_batch_size"),
+)
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")
 
@@ -90,6 +94,14 @@ class DPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Score the datasets with the reference before training, then train without it in memory."},
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per batch of that. Unset: batches of 16384 tokens, or tokens_per_batch if more."},
+    )
+    ref_adapter_name: str | None = field(
+        default=None,
+        metadata={"help": "With PEFT: the adapter that is the reference. Unset: `ref` if there is one, else none."},
     )
     reference_cache_dir: str | None = field(
         default=None,
@@ -165,7 +177,13 @@ class DPOConfig(TrainingArguments):
         self._check_reference(settings)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
-        for name in ("max_prompt_length", "max_completion_length", "tokens_per_batch", "ref_model_sync_steps"):
+        for name in (
+            "max_prompt_length",
+            "max_completion_length",
+            "tokens_per_batch",
+            "ref_model_sync_steps",
+            "precompute_ref_batch_size",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.tokens_per_batch or self.longest_first:

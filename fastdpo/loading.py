@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from fastdpo.config import DPOConfig, RunConfig
 from fastdpo.model import Layout, layout_of
@@ -36,8 +36,10 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
-def wrap_adapter(model: Any, peft_config: Any | None, ref_model: PreTrainedModel | None) -> Any:
-    """The policy with its adapter: a new one of `peft_config`, or the one it came with, kept as "ref" too.
+def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
+    """The policy with its adapter: a new one of `peft_config`, or the one it came with.
+
+    `keeps_reference` keeps a copy of the latter as "ref", see `fastdpo.reference.policies`.
 
     Raises:
         ValueError: both are given.
@@ -46,7 +48,7 @@ def wrap_adapter(model: Any, peft_config: Any | None, ref_model: PreTrainedModel
     if policies.is_peft_model(model):
         if peft_config is not None:
             raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
-        if ref_model is None:
+        if keeps_reference:
             policies.keep_ref_adapter(model)
         return model
     if peft_config is None:

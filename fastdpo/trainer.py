@@ -33,7 +33,7 @@ from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
-from fastdpo.reference.precompute import reference_folder, with_reference
+from fastdpo.reference.precompute import options_of, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.selfcheck import self_check
@@ -95,7 +95,8 @@ class DPOTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        model = wrap_adapter(model, peft_config, ref_model)
+        own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
+        model = wrap_adapter(model, peft_config, keeps_reference=ref_model is None and not own_adapter)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -109,19 +110,18 @@ class DPOTrainer(Trainer):
             num_proc=args.dataset_num_proc,
         )
         train_dataset = self._prepare_dataset(train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare_dataset(rows, name=name) for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, name="eval")
-        columns = [set(rows.column_names or ()) for rows in _datasets(train_dataset, eval_dataset)]
+        eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+        columns = [set(train_dataset.column_names or ())]
+        _each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:
             self._settings.check_columns(names)
         scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
-        is_own_reference = self._settings.needs_reference and ref_model is None and not any(scored)
+        is_own_reference = self._settings.needs_reference and ref_model is None and not own_adapter and not any(scored)
         # before the patch, which a copy must not share
         ref_model = policies.resolve_reference(
             model,
             ref_model,
+            ref_adapter_name=args.ref_adapter_name,
             needs_reference=self._settings.needs_reference,
             copies=not args.precompute_ref_log_probs and not all(scored),
         )
@@ -192,24 +192,21 @@ class DPOTrainer(Trainer):
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
         args, accelerator = self.args, self.accelerator
-        score = functools.partial(
-            with_reference,
-            model=self.model if ref_model is None else ref_model.to(accelerator.device),
-            folder=reference_folder(args.reference_cache_dir),
-            layout=self._layout,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision),
-            process_index=args.process_index,
-            num_processes=args.world_size,
-            wait_for_everyone=accelerator.wait_for_everyone,
-            disable_tqdm=args.disable_tqdm,
-        )
+        options = options_of(args, layout=self._layout) | {
+            "model": self.model if ref_model is None else ref_model.to(accelerator.device),
+            "process_index": args.process_index,
+            "num_processes": args.world_size,
+            "wait_for_everyone": accelerator.wait_for_everyone,
+        }
+
+        def score(rows: Any, name: str) -> Any:
+            given = not data.REFERENCES.keys().isdisjoint(rows.column_names or ())
+            return rows if given else with_reference(rows, name=name, **options)
+
         switched = ref_model is None and policies.is_peft_model(self.model)
-        with policies.as_reference(self.model) if switched else contextlib.nullcontext():
-            self.train_dataset = score(self.train_dataset, name="train")
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: score(rows, name=name) for name, rows in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = score(self.eval_dataset, name="eval")
+        with policies.as_reference(self.model, args.ref_adapter_name) if switched else contextlib.nullcontext():
+            self.train_dataset = score(self.train_dataset, "train")
+            self.eval_dataset = _each(self.eval_dataset, score)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -286,7 +283,7 @@ class DPOTrainer(Trainer):
                     "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
                     "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
                 )
-            with policies.as_reference(policy):
+            with policies.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
@@ -413,6 +410,8 @@ class DPOTrainer(Trainer):
         self._signature_columns = [*data.COLUMNS]
 
 
-def _datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
-    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    return [train_dataset, *(rows for rows in held_out if rows is not None)]
+def _each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
+    """`function(rows, name)` of one dataset, called "eval", or of each in a dict of them; None of None."""
+    if isinstance(datasets, dict):
+        return {name: function(rows, name) for name, rows in datasets.items()}
+    return None if datasets is None else function(datasets, "eval")

@@ -24,7 +24,7 @@ FLOORS = [
     {"config", "data", "reference", "sampler"},
     {"loading", "selfcheck", "parallel"},
     {"memory_model", "token_stats"},
-    {"plan", "score"},
+    {"plan", "scoring"},
     {"trainer"},
     {"cli", "__init__", "__main__"},
 ]

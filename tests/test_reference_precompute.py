@@ -1,6 +1,5 @@
 """Precomputed reference log-probs are those that training computes online, and the work is shared and resumed."""
 
-import logging
 import math
 import random
 from pathlib import Path
@@ -170,12 +169,3 @@ def test_a_streamed_dataset_and_a_budget_of_nothing_are_refused(tmp_path: Path) 
         token_logps(dataset, model, folder=tmp_path, tokens_per_batch=0)
     with pytest.raises(ValueError, match="precompute_ref_batch_size must be at least 1, got -2"):
         token_logps(dataset, model, folder=tmp_path, examples_per_batch=-2)
-
-
-def test_fill_tells_how_many_tokens_there_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    datasets = {"train": Dataset.from_list(PAIRS[:3]), "test": Dataset.from_list(PAIRS[3:5])}
-    held = precompute.fill(datasets, make_model("llama"), folder=tmp_path, disable_tqdm=True)
-    lengths = [len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in PAIRS]
-    assert held == {"train": sum(lengths[:3]), "test": sum(lengths[3:5])}
-    assert not caplog.records

@@ -23,6 +23,11 @@ def is_peft_model(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
+def has_ref_adapter(model: Any) -> bool:
+    """Whether `model` came with an adapter called "ref"."""
+    return is_peft_model(model) and REF_ADAPTER in model.peft_config
+
+
 def resolve_reference(
     model: Any,
     ref_model: PreTrainedModel | None,

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -301,35 +301,12 @@ def options_of(args: Any, *, layout: str) -> dict[str, Any]:
     """
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     options: dict[str, Any] = {
-        "folder": getattr(args, "reference_cache_dir", None) or default_folder(),
+        "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
         "autocast": autocast,
-        "examples_per_batch": getattr(args, "precompute_ref_batch_size", None),
+        "examples_per_batch": args.precompute_ref_batch_size,
         "disable_tqdm": bool(args.disable_tqdm),
     }
-    if tokens := getattr(args, "tokens_per_batch", None):
+    if tokens := args.tokens_per_batch:
         options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward more fits
     return options
-
-
-def default_folder() -> Path:
-    """Where reference log-probs are kept unless `reference_cache_dir` says otherwise: one folder for all runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastdpo" / "reference"
-
-
-def fill(datasets: Mapping[str, Dataset], model: Any, *, folder: Path | str, **options: Any) -> dict[str, int]:
-    """Fill the cache with what `model` says of several tokenised datasets, ahead of training.
-
-    Args:
-        datasets: tokenised rows by name.
-        model: as in `with_reference`.
-        folder: the cache.
-        **options: as in `token_logps`, without its name.
-
-    Returns:
-        For each name, the tokens whose log-probs the cache now holds.
-    """
-    return {
-        name: sum(len(logps) for row in token_logps(rows, model, folder=folder, name=name, **options) for logps in row)
-        for name, rows in datasets.items()
-    }

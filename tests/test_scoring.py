@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from fastdpo.reference import precompute
-from fastdpo.score import score
+from fastdpo.scoring import score
 from tests.test_trainer import NoTokenizer
 from tests.tiny import PAIRS, make_model, stock, stock_logps
 
@@ -144,8 +144,9 @@ def test_text_and_plain_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     class Letters:
         """A token per letter."""
 
-        bos_token, bos_token_id, eos_token_id = None, 1, 2
+        bos_token, eos_token, pad_token, bos_token_id, eos_token_id = "<s>", "</s>", None, 1, 2
         all_special_tokens: tuple[str, ...] = ()
+        added_tokens_decoder: ClassVar[dict[int, str]] = {}
 
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [1, *(ord(c) - 28 for c in text)]}
