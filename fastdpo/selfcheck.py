@@ -81,10 +81,10 @@ def self_check(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _evaluating(model):
         sequences = _sequences(batch, positions)
         alone, noise = _own_logps(model, sequences, device)
-        dtype = next(model.parameters()).dtype
+        dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        rounding = _RELATIVE[dtype] * (1 + float(alone.abs().max()))
+            dtypes.add(torch.get_autocast_dtype(device.type))
+        rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + float(alone.abs().max()))
         # what changes much more with padding than by rounding is no noise, but a model that sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 
