@@ -20,7 +20,7 @@ MAX_PARAMETERS = 20_000_000
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["vocab_size"], VOCAB),
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim_model", "emb_dim", "embedding_size", "n_embed"], 32),
-    **dict.fromkeys(["word_embed_proj_dim", "attention_hidden_size", "lru_width"], 32),
+    **dict.fromkeys(["word_embed_proj_dim", "attention_hidden_size", "lru_width", "hidden_size_global"], 32),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size", "d_inner"], 48),
     **dict.fromkeys(["encoder_ffn_dim", "intermediate_size_mlp", "dim_ff", "shared_intermediate_size"], 48),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 16),
@@ -80,7 +80,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Qwen3_5ForCausalLM": _FOUR_LAYERS,
     "Qwen3_5MoeForCausalLM": _FOUR_LAYERS,
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 64},
-    "Qwen4ExpForCausalLM": _FOUR_LAYERS | {"indexer_budget": 16, "indexer_compress_ratio": 4},
+    "Qwen4ExpForCausalLM": _FOUR_LAYERS
+    | {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 2}
+    | {"indexer_kv_heads": 1, "indexer_head_dim": 8},
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
     "ReformerModelWithLMHead": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "XmodForCausalLM": {"default_language": "en_XX"},

@@ -233,7 +233,7 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
     """
     text = model.config.get_text_config()
     weight = next((x.weight for x in _leaves(head.linears) if head.own is None), None)
-    first = next(model.parameters())
+    first = next(x for x in model.parameters() if x.is_floating_point())  # others are quantised
     device, dtype = (first.device, first.dtype) if weight is None else (weight.device, weight.dtype)
     D = weight.shape[1] if weight is not None else getattr(text, "hidden_size", None)
     if D is None:
@@ -279,14 +279,17 @@ def can_probe(model: nn.Module) -> bool:
 
 @contextmanager
 def _computing(modules: tuple[nn.Module, ...], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it the modules compute `forward(module, ...)`."""
+    """Within it the modules compute `forward(module, ...)`, also where `module.compile()` has been called."""
     before = [vars(module).get("forward") for module in modules]
+    compiled = [module._compiled_call_impl for module in modules]
     for module in modules:
         vars(module)["forward"] = partial(forward, module)
+        module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
+        for module, own, call in zip(modules, before, compiled, strict=True):
+            module._compiled_call_impl = call
             if own is None:
                 del vars(module)["forward"]
             else:

@@ -87,10 +87,10 @@ def self_check(
                 f"{name}: the model's own log-probs are not finite on the first examples. Check its weights, and in "
                 "fp16 its activations (use bf16)."
             )
-        dtype = next(model.parameters()).dtype
+        dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        rounding = _RELATIVE[dtype] * (1 + float(alone.abs().max()))
+            dtypes.add(torch.get_autocast_dtype(device.type))
+        rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + float(alone.abs().max()))
         # what changes much more with padding than by rounding is no noise, but a model that sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 

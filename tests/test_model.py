@@ -550,6 +550,21 @@ def test_the_models_own_head_runs_the_body_once_and_keeps_no_logits(monkeypatch)
     assert len(layers) == 1  # again in the backward: chunks of the head alone
 
 
+def test_a_compiled_body_is_not_compiled_again_to_answer_with_hidden_states():
+    model = with_head(ScaledLinear(32, VOCAB))
+    reference = stock(model)
+    graphs = []
+    model.model.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
+    patch_forward(model)
+    assert not graphs
+    logps = score(model, layout="padded")
+    torch.testing.assert_close(logps, stock_logps(reference, PAIRS), rtol=0, atol=1e-5)
+    before = len(graphs)
+    assert before
+    score(model, layout="padded")
+    assert len(graphs) == before
+
+
 def test_statistics_of_the_models_own_head():
     model = make_model("llama")
     twin = copy.deepcopy(model)
