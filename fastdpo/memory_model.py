@@ -137,14 +137,13 @@ def memory_model(
     Raises:
         ValueError: packed batches are not exact on the model, or it can't run without its weights' values.
     """
-    with torch.device("meta"):
-        options = {"attn_implementation": NAME, "dtype": precision.weights, "trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it writes to
-        find_head(model)
-        weights = _bytes([*model.parameters(), *model.buffers()])
-        if peft_config is not None:
-            from peft import get_peft_model
+    model = meta_model(config, precision.weights, trust_remote_code)
+    find_head(model)
+    weights = _bytes([*model.parameters(), *model.buffers()])
+    if peft_config is not None:
+        from peft import get_peft_model
 
+        with torch.device("meta"):
             model = get_peft_model(model, peft_config)
     model.train()
     if checkpointing:
@@ -173,6 +172,13 @@ def memory_model(
             workspace_per_row=ratios.targets * vocabulary * precision.compute.itemsize,
             timeline=_upper_envelope({_line(*pair) for pair in zip(small.moments, large.moments, strict=True)}),
         )
+
+
+def meta_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """The causal LM that `config` describes, without weights."""
+    options = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it writes to
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig, RunConfig
-from fastdpo.loading import lora
-from fastdpo.memory_model import Memory, Precision, Ratios, memory_model
+from fastdpo.loading import choose_layout, disable_dropout, lora
+from fastdpo.memory_model import Memory, Precision, Ratios, memory_model, meta_model
 from fastdpo.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 from fastdpo.report import summary_table
 from fastdpo.settings import from_config
@@ -90,7 +90,11 @@ def make_plan(
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
     config = AutoConfig.from_pretrained(run.model_name_or_path or run.config_name, trust_remote_code=code)
-    stats = token_stats(dataset, tokenizer, args, config.get_text_config().vocab_size)
+    model = meta_model(config, trust_remote_code=code)
+    if args.disable_dropout:
+        disable_dropout(model)
+    layout = choose_layout([model], args.prefix_sharing)
+    stats = token_stats(dataset, tokenizer, args, model.get_input_embeddings().weight.shape[0], layout)
     batches = epoch(stats, args, processes)
 
     precision = _precision(args, on_gpu=gpu_memory is not None)
@@ -117,6 +121,7 @@ def make_plan(
     }
     cast = f", autocast to {_name(precision.autocast)}" if precision.autocast else ""
     assumed = (
+        f"{layout} batches",
         f"weights in {_name(precision.weights)}{cast}",
         "attention of variable length" if varlen else "attention padded to a grid",
         "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),

@@ -3,7 +3,6 @@
 Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastdpo.packing`).
 """
 
-import inspect
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare_dataset, tokenize_row
+from fastdpo.packing import kind_of
 from fastdpo.sampler import BudgetSampler, example_sizes
+from fastdpo.settings import from_config
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -25,6 +26,7 @@ _RESPONSES = {
     "rejected_ids": "rejected",
     "ranked_ids": "response",
     "completion_ids": "completion",
+    "kl_ids": "completion for the KL term",
 }
 
 
@@ -78,7 +80,9 @@ class Batches:
         return 1 - float(self.rows.sum() / self.tokens.sum())
 
 
-def token_stats(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, vocab_size: int) -> TokenStats:
+def token_stats(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, vocab_size: int, layout: str = "shared"
+) -> TokenStats:
     """Tokenise a dataset as the trainer does, and count.
 
     Args:
@@ -86,38 +90,40 @@ def token_stats(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOC
         tokenizer: of the model.
         args: of the run.
         vocab_size: rows of the model's embedding.
+        layout: of the batches, see `fastdpo.shared_prefix_batch`.
 
     Raises:
         ValueError: as `fastdpo.data.prepare_dataset`; or the dataset is a stream, of which nobody knows the end.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}: a stream has no known end")
-    accepted = inspect.signature(prepare_dataset).parameters
-    limits = {name: getattr(args, name) for name in LIMITS if name in accepted}
+    limits: dict[str, Any] = {name: getattr(args, name) for name in LIMITS}
+    unlimited: dict[str, Any] = dict.fromkeys(LIMITS)
+    settings = from_config(args)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
+        "kind": settings.kind,
         "on_bad_row": args.on_bad_row,
         "num_proc": args.dataset_num_proc,
     }
     if "pair_index" in dataset.column_names:
         dataset = dataset.remove_columns("pair_index")  # below, rows go by their place
-    unlimited: dict[str, Any] = dict.fromkeys(limits)
     whole: Any = prepare_dataset(dataset, **options, **unlimited)
-    kept: Any = prepare_dataset(whole, **options, **limits)
+    kept: Any = prepare_dataset(whole, **options, **limits, with_kl=settings.needs_kl)
 
-    place = {row: at for at, row in enumerate(whole["pair_index"])}
+    place = {row: at for at, row in enumerate(_counted(whole["pair_index"]))}
     used = kept["pair_index"]
     dropped: dict[str, list[int]] = defaultdict(list)
     for row in sorted(set(range(len(dataset))) - set(used)):
-        here = whole[place[row]] if row in place else dataset[row]
-        problem = tokenize_row(here, row, tokenizer, args.max_length, vocab_size)["problem"]
+        here = whole[place[row, 0]] if (row, 0) in place else dataset[row]
+        problem = tokenize_row(here, row, tokenizer, args.max_length, vocab_size, kind=_kind(here))["problem"]
         dropped[re.sub(r"\d+", "#", problem.removeprefix("dropped: "))].append(row)
 
-    before, lengths = _lengths(whole.select([place[row] for row in used])), _lengths(kept)
+    before, lengths = _lengths(whole.select([place[row] for row in _counted(used)])), _lengths(kept)
     cut = {}
     for name, values in lengths.items():
-        if rows := [row for row, a, b in zip(used, before[name], values, strict=True) if a != b]:
+        if name in before and (rows := [row for row, a, b in zip(used, before[name], values, strict=True) if a != b]):
             cut[name] = rows
     prompts = np.array([sum(n) for n in lengths["prompt"]])
     responses = [lengths[name] for name in lengths if name != "prompt"]
@@ -125,7 +131,6 @@ def token_stats(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOC
         [int(prompt) + n for each in several for n in each]
         for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
     ]
-    layout = "shared" if args.prefix_sharing else "packed"
     return TokenStats(
         given=len(dataset),
         lengths={name: np.array([n for each in values for n in each]) for name, values in lengths.items()},
@@ -136,6 +141,24 @@ def token_stats(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOC
         dropped=dict(dropped),
         cut=cut,
     )
+
+
+def _counted(rows: list[int]) -> list[tuple[int, int]]:
+    """Each dataset row with the number of times it came before: a pair may have become two unpaired examples."""
+    seen: dict[int, int] = defaultdict(int)
+    counted = []
+    for row in rows:
+        counted.append((row, seen[row]))
+        seen[row] += 1
+    return counted
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """The kind of a row, tokenised or not."""
+    if "prompt_ids" in row:
+        return kind_of(row)
+    columns = {"responses": "ranked", "completion": "unpaired"}
+    return next((kind for column, kind in columns.items() if column in row), "preference")
 
 
 def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
@@ -164,7 +187,7 @@ def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_bat
     fields: dict[str, list[int]] = defaultdict(list)
     for batch in sampler.plan(0):
         lengths = [n for i in batch for n in stats.sequences[i]]
-        fields["rows"].append(int(stats.sizes[batch, 0].sum()))
+        fields["rows"].append(int(stats.sizes[batch, 0].sum() * stats.sizes[batch, 1].max()))
         fields["tokens"].append(sum(lengths))
         fields["padded"].append(len(lengths) * max(lengths))
         fields["paths"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing

@@ -75,10 +75,23 @@ def test_tokens_are_counted(tmp_path: Path) -> None:
     packed = token_stats(
         Dataset.from_list(ROWS),
         TOKENIZER,
-        settings(tmp_path, max_length=10, on_bad_row="drop", prefix_sharing=False),
+        args,
         VOCAB,
+        "packed",
     )
     assert packed.sizes.prod(1).tolist() == [5 + 4, 4 + 5, 9 + 3]
+
+
+def test_tokens_of_unpaired_examples_are_counted(tmp_path: Path) -> None:
+    args = settings(tmp_path, max_length=10, loss_type=["kto"])
+    stats = token_stats(Dataset.from_list(ROWS[:4]), TOKENIZER, args, VOCAB)
+    # chosen ones first, then rejected ones; the fourth pair's prompt is too long
+    assert stats.lengths["prompt"].tolist() == [3, 1, 2] * 2
+    assert stats.lengths["completion"].tolist() == [3, 4, 8, 2, 5, 2]
+    assert len(stats.lengths["completion for the KL term"]) == 6
+    assert stats.cut == {"completion": [2]}
+    assert [rows for rows in stats.dropped.values()] == [[3]]
+    assert all(len(sequences) == 2 for sequences in stats.sequences)
 
 
 def test_a_bad_row_stops_the_plan_as_it_stops_training(tmp_path: Path) -> None:
