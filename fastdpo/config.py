@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from fastdpo.attention_backends import BACKENDS
 from fastdpo.logprobs import BACKWARDS, IMPLS
 from fastdpo.settings import ObjectiveSettings, from_config
 
@@ -163,6 +164,10 @@ class DPOConfig(TrainingArguments):
             "padded ones are: `fallback` warns and pads, `error` refuses."
         },
     )
+    attention_backend: str = field(
+        default="auto",
+        metadata={"help": "Attention of packed batches: auto, varlen, flash (the flash_attn package) or grid."},
+    )
     head_impl: str = field(
         default="auto", metadata={"help": "Implementation of the fused LM head: auto, triton, blas, torch or eager."}
     )
@@ -194,6 +199,7 @@ class DPOConfig(TrainingArguments):
                         "leave it out"
                     )
         for name, allowed in (
+            ("attention_backend", ("auto", *BACKENDS)),
             ("head_impl", IMPLS),
             ("head_backward", BACKWARDS),
             ("on_bad_row", ON_BAD_ROW),

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdpo.eager import Stats
 from fastdpo.objectives import DIVERGENCES, OBJECTIVES, Beta
 from fastdpo.settings import COLUMNS, PARAMETERS, ObjectiveSettings
-from fastdpo.step import Values, step_context
+from fastdpo.step import StepTotals, Values, step_context
 
 
 class DPOOutput(NamedTuple):
@@ -47,6 +47,12 @@ class LossOutput(NamedTuple):
     """`[R]`, detached: log pi of each response, summed over its tokens (not discounted by LD-DPO)."""
     ref_sequence_logps: Tensor | None
     """The same under the reference; None without one."""
+
+
+def step_mean(out: LossOutput, totals: StepTotals) -> Tensor:
+    """The micro-batch's part of the optimizer step's loss, a scalar with its gradient."""
+    loss = out.losses.sum() / totals.examples
+    return loss if out.token_loss is None else loss + out.token_loss / totals.chosen_tokens
 
 
 def dpo_loss(

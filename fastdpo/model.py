@@ -37,7 +37,7 @@ _PACKED_INPUTS = (*_INPUTS, "position_ids", *attention.METADATA)
 _PADDED_INPUTS = (*_INPUTS, "position_ids", "attention_mask")
 _NOT_FOR_THE_MODEL = (
     *("cu_target", "ref_logps", "ref_token_logps", "pair_index", "response_index"),
-    *("weight", "margin", "beta", "label"),
+    *("weight", "margin", "beta", "label", "tree_seqlens_k"),
     *("num_tokens", "num_padded_tokens", "num_packed_tokens"),
 )
 
@@ -56,6 +56,7 @@ class TokenScores(NamedTuple):
 class _Patch(NamedTuple):
     impl: Any
     backward: Any
+    attention: str  # backend
     forward: Callable[..., Any] | None  # the instance's own, where it had one before
     place: int  # of the decoder, see heads.locate
     own: str | None  # why the model's own head is used
@@ -104,7 +105,7 @@ def layout_of(model: Any) -> tuple[Layout, str]:
     return "shared", "its attention is causal, full or sliding, and goes through transformers' AttentionInterface"
 
 
-def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto") -> None:
+def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", attention_backend: str = "auto") -> None:
     """Let `model(**batch)` score a batch of `fastdpo.shared_prefix_batch`, and leave every other call as it was.
 
     A call with `logit_index` runs the batch without a cache and returns `TokenScores`; `with_stats=True` adds the
@@ -118,6 +119,8 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto") -> 
         model: a causal LM of transformers, or a PEFT model around one; changed in place (the instance, not its class).
         impl: implementation of the head, see `fastdpo.linear_logprobs`.
         backward: its backward, see `fastdpo.linear_logprobs`.
+        attention_backend: of packed batches, one of `fastdpo.attention_backends.BACKENDS`; "auto": the best that a
+            layer can have. A batch on a device that cannot have it raises a ValueError.
 
     Raises:
         ValueError: as `find_head`.
@@ -131,7 +134,7 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto") -> 
         _set_attention(model)
     previous = vars(model).get("_fastdpo")
     own = previous.forward if previous else vars(model).get("forward")
-    vars(model)["_fastdpo"] = _Patch(impl, backward, own, place, head.own, padded)
+    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, own, place, head.own, padded)
     if not previous:
         # a bound method of a function that holds no model: deepcopy binds it to the copy
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
@@ -204,7 +207,7 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
             attention_mask=torch.ones_like(input_ids),
             position_ids=batch["position_ids"],
             use_cache=False,
-            **attention.layer_kwargs(batch),
+            **attention.layer_kwargs(batch, vars(model)["_fastdpo"].attention),
         )
     hidden: Tensor = outputs[0][0]
     return hidden

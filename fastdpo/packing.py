@@ -81,7 +81,8 @@ def shared_prefix_batch(
         - `input_ids`, `position_ids` `[1, T]` int64: tokens, and positions inside each full sequence.
         - `tree_cu_seqlens_q`, `tree_cu_seqlens_k` `[S + 1]` int32: bounds of the segments, and of their key paths.
         - `tree_kv_index` `[K]` int64: the row of each key-path entry. A segment's own rows end its path.
-        - `tree_max_seqlen_q`, `tree_max_seqlen_k` int: longest segment and longest key path.
+        - `tree_max_seqlen_q`, `tree_max_seqlen_k` int: longest segment and longest key path; `tree_seqlens_k` list
+          of S ints: the lengths of all key paths.
 
         The rows of a padded batch: `input_ids`, `position_ids`, `attention_mask` `[R, L]` int64, zero after the end
         of each sequence. And in every layout:
@@ -220,6 +221,7 @@ def _packed(
         "tree_kv_index": torch.from_numpy(_ranges(starts.ravel(), lengths.ravel())),
         "tree_max_seqlen_q": max(own_len),
         "tree_max_seqlen_k": int(lengths.sum(1).max()),
+        "tree_seqlens_k": lengths.sum(1).tolist(),
         "logit_index": torch.from_numpy(_ranges((starts[at] + skipped).ravel(), (lengths[at] - skipped).ravel())),
         "num_packed_tokens": num_packed_tokens,
     }

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
-from fastdpo.loss import compute, step_values
+from fastdpo.loss import compute, step_mean, step_values
 from fastdpo.model import Layout, TokenScores, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
@@ -138,7 +138,12 @@ class DPOTrainer(Trainer):
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
                 disable_dropout(policy)
-            patch_forward(policy, impl=args.head_impl, backward=args.head_backward)
+            patch_forward(
+                policy,
+                impl=args.head_impl,
+                backward=args.head_backward,
+                attention_backend=args.attention_backend,
+            )
         self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
 
         super().__init__(
@@ -246,20 +251,15 @@ class DPOTrainer(Trainer):
             scores: TokenScores = model(**inputs, with_stats=with_stats)
         ref_logps = self._reference_logps(inputs)
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
-        totals = num_items_in_batch or step_totals([inputs])
-        # gradients are averaged over processes, so each contributes its share times their number
-        processes = self.args.world_size if num_items_in_batch else 1
-        loss = out.losses.sum() * processes / totals.examples
-        if out.token_loss is not None:
-            loss = loss + out.token_loss * processes / totals.chosen_tokens
+        loss = step_mean(out, num_items_in_batch or step_totals([inputs]))
+        if num_items_in_batch:  # gradients are averaged over processes: each gives its share times their number
+            loss = loss * self.args.world_size
         if training:
             if self._first_loss_is_known and self.state.global_step == 0:
-                dtype = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
-                check_first_loss(
-                    float(out.losses.detach().mean()),  # waits for the device, once
-                    dtype or next(self.model.parameters()).dtype,
-                    precomputed=ref_logps is None,
-                )
+                mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
+                dtype = mixed or next(self.model.parameters()).dtype
+                # waits for the device, once
+                check_first_loss(float(out.losses.detach().mean()), dtype, precomputed=ref_logps is None)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
