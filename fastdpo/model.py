@@ -140,6 +140,11 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
 
 
+def is_patched(model: Any) -> bool:
+    """Whether `patch_forward` has been called on a model, or on what PEFT wraps."""
+    return "_fastdpo" in vars(_unwrap(model))
+
+
 def _make_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("logit_index") is not None:

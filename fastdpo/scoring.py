@@ -12,10 +12,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo import data
+from fastdpo.loading import choose_layout
+from fastdpo.model import is_patched, patch_forward
 from fastdpo.packing import kind_of
 from fastdpo.reference import policies
 from fastdpo.reference.cache import Logps, write_file
 from fastdpo.reference.precompute import token_logps
+from fastdpo.selfcheck import checked_layout
 
 logger = logging.getLogger("fastdpo")
 
@@ -57,7 +60,7 @@ def score(
         output: a JSONL file for `Scores.rows`, complete or not there.
         ref_adapter_name: see `ref_model`.
         cache_dir: keep log-probs in this folder as the reference cache does: a run that was stopped goes on there.
-        **options: `layout`, `tokens_per_batch`, `autocast`, `disable_tqdm`, see
+        **options: `tokens_per_batch`, `autocast`, `disable_tqdm`, see
             `fastdpo.reference.precompute.token_logps`.
 
     Raises:
@@ -72,12 +75,19 @@ def score(
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
     dataset = _tokenised(rows, tokenizer, max_length, model)
 
-    scored = token_logps(dataset, model, folder=cache_dir, name="policy's", **options)
+    models = [model] if ref_model is None else [model, ref_model]
+    for each in models:
+        if not is_patched(each):
+            patch_forward(each)
+    layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True))
+    options = {"layout": layout, "folder": cache_dir, **options}
+
+    scored = token_logps(dataset, model, name="policy's", **options)
     if ref_model is not None:
-        reference = token_logps(dataset, ref_model, folder=cache_dir, name="reference's", **options)
+        reference = token_logps(dataset, ref_model, name="reference's", **options)
     else:
         with policies.as_reference(model, ref_adapter_name):
-            reference = token_logps(dataset, model, folder=cache_dir, name="reference's", **options)
+            reference = token_logps(dataset, model, name="reference's", **options)
 
     index = dataset["pair_index"]
     results = [_row(i, ours, theirs, beta) for i, ours, theirs in zip(index, scored, reference, strict=True)]

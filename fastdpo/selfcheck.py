@@ -13,7 +13,7 @@ The bound of an error is derived from the dtype, or from how much the model's ow
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,6 +56,30 @@ class SelfCheck(NamedTuple):
             f"{self.layout_error:.1e} between layouts (bound {self.bound:.1e}), {self.attention_layers} attention "
             "layers checked"
         )
+
+
+def checked_layout(
+    models: Iterable[Any], examples: list[dict[str, Any]], layout: Layout, *, fallback: bool = True
+) -> Layout:
+    """Check patched models on a batch of `examples`, and return the layout that is exact on all: `layout` or "padded".
+
+    Args:
+        models: each as in `self_check`.
+        examples: as in `fastdpo.shared_prefix_batch`.
+        layout: the one hoped for.
+        fallback: as in `self_check`.
+
+    Raises:
+        ValueError, FloatingPointError: as `self_check`.
+    """
+    for model in models:
+        device = next(model.parameters()).device
+        batch = shared_prefix_batch(examples, layout=layout)
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        checked = self_check(model, batch, layout=layout, fallback=fallback)
+        logger.info("self-check of %s: %s", _class_name(model), checked)
+        layout = checked.layout
+    return layout
 
 
 @torch.no_grad()

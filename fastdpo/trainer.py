@@ -36,7 +36,7 @@ from fastdpo.reference.checks import check_first_loss, first_loss_is_known
 from fastdpo.reference.precompute import options_of, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
-from fastdpo.selfcheck import self_check
+from fastdpo.selfcheck import checked_layout
 from fastdpo.settings import from_config
 from fastdpo.step import StepTotals, step_context, step_totals
 
@@ -162,7 +162,7 @@ class DPOTrainer(Trainer):
             if self.is_fsdp_enabled:
                 logger.warning("no self-check of the model: its weights are to be sharded")
             else:
-                self._layout = self._checked_layout()
+                self._layout = self._checked_layout(None if is_own_reference else ref_model)
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
         self.ref_model = None
         if args.precompute_ref_log_probs:
@@ -181,16 +181,16 @@ class DPOTrainer(Trainer):
         self._clock: float | None = None
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
 
-    def _checked_layout(self) -> Layout:
-        """The layout, or padded rows where it is not exact on the first examples."""
-        args = self.args
-        batch = shared_prefix_batch(list(itertools.islice(self.train_dataset, 2)), layout=self._layout)
+    def _checked_layout(self, ref_model: PreTrainedModel | None) -> Layout:
+        """The layout, or padded rows where it is not exact on the first examples; the same on all processes.
+
+        Args:
+            ref_model: the reference, where it is not a copy of the policy.
+        """
+        examples = list(itertools.islice(self.train_dataset, 2))
+        models = [self.model, *([] if ref_model is None else [ref_model.to(self.args.device)])]
         with self.accelerator.autocast():
-            checked = self_check(
-                self.model, self._prepare_inputs(batch), layout=self._layout, fallback=args.self_check == "fallback"
-            )
-        logger.info("self-check of %s", checked)
-        layout: list[Layout] = [checked.layout]
+            layout = [checked_layout(models, examples, self._layout, fallback=self.args.self_check == "fallback")]
         broadcast_object_list(layout)  # or rounding might let processes differ
         return layout[0]
 

@@ -88,13 +88,17 @@ def test_precompute_then_train_then_score(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") >= 4
     assert "precompute_ref_log_probs" in page
 
+    # its start, made again: random weights of the same seed
+    fastdpo("train", QUICKSTART, "--num_train_epochs", 0, "--output_dir", tmp_path / "start")
     models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out")
-    reference = ("--ref_model_name_or_path", tmp_path / "out")
+    reference = ("--ref_model_name_or_path", tmp_path / "start")
     done = fastdpo("score", QUICKSTART, *models, *reference, "--output_dir", tmp_path / "scores")
     rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(160))
-    assert all(row["rewards"] == [0.0, 0.0] for row in rows)  # the same model on both sides
-    assert "0.500" in done.stdout
+    last = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    margin = sum(chosen - rejected for chosen, rejected in (row["rewards"] for row in rows)) / len(rows)
+    assert margin == pytest.approx(last["eval_rewards/margins"], abs=1e-4)
+    assert f"{last['eval_rewards/accuracies']:.3f}" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class TestSync:
         assert torch.equal(weights(resumed.ref_model), weights(through.ref_model))
 
     def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
-        with pytest.raises(ValueError, match="sync_ref_model=True cannot be combined with a PEFT model"):
+        with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
             make(peft_config=lora(), **self.SETTINGS)
 
 

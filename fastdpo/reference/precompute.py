@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from fastdpo.model import patch_forward
+from fastdpo.model import is_patched, patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
 from fastdpo.reference.cache import Logps, TokenCache, entry_key, write_file
 from fastdpo.reference.fingerprint import fingerprint
@@ -128,7 +128,7 @@ def token_logps(
         if number is not None and number < 1:
             raise ValueError(f"{what} must be at least 1, got {number}")
     budget = (1, examples_per_batch) if examples_per_batch else (0, tokens_per_batch)
-    if "_fastdpo" not in vars(model.get_base_model() if hasattr(model, "get_base_model") else model):
+    if not is_patched(model):
         patch_forward(model)
     items = list(_items(dataset))
     options: dict[str, Any] = {"layout": layout, "autocast": autocast}
