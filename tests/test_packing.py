@@ -308,6 +308,7 @@ def test_dtypes_are_what_the_kernels_take():
         "tree_cu_seqlens_q": torch.int32,
         "tree_cu_seqlens_k": torch.int32,
         "tree_kv_index": torch.int64,
+        "tree_seqlens_k": list,
         "tree_max_seqlen_q": int,
         "tree_max_seqlen_k": int,
         "logit_index": torch.int64,

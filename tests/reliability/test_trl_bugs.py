@@ -142,7 +142,9 @@ def test_a_tokenizer_that_ends_texts_itself_leaves_one_eos(tokenizer: PreTrained
     )
     row = {"prompt": "ab", "chosen": "c", "rejected": "de"}
     ours, plain = (data.tokenize_row(row, 0, tok, None, BYTES) for tok in (ending, tokenizer))
-    assert {name: ours[name] for name in data.TOKEN_COLUMNS} == {name: plain[name] for name in data.TOKEN_COLUMNS}
+    assert {name: ours[name] for name in data.TOKEN_COLUMNS["preference"]} == {
+        name: plain[name] for name in data.TOKEN_COLUMNS["preference"]
+    }
 
 
 # Divergence, which TRL logs as a loss of 0.0
@@ -270,7 +272,7 @@ def test_a_setting_that_the_reference_does_not_depend_on_computes_it_once(
     cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
     first = loss_and_reference_tokens(make, MANY, **cached)[1]
     loss, again = loss_and_reference_tokens(make, MANY, **cached, **change)
-    assert again < first / 3
+    assert again < first / 2  # what is left are the checks at the start
     assert loss == pytest.approx(loss_and_reference_tokens(make, MANY, **change)[0], abs=1e-6)
 
 
@@ -305,6 +307,8 @@ def test_aot_sorts_the_pairs_of_the_whole_step(make: Callable[..., Any], loss_ty
 
     def loss(**args: Any) -> float:
         policy, reference = make_model("llama"), make_model("llama", rms_norm_eps=0.3)
+        with torch.no_grad():  # it orders the pairs in another way
+            reference.lm_head.weight.neg_()
         return first_log(make(policy, ref_model=reference, **args))["loss"]
 
     single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(PAIRS)}
