@@ -1,20 +1,35 @@
-"""Run by test_ddp.py under torchrun: one training run on two processes, results to a file."""
+"""Run by test_ddp.py under torchrun: training runs on two processes, results to a file."""
 
 import json
 import sys
+from typing import Any
 
 import torch
+from accelerate import state
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 import fastdpo
-from tests.test_trainer import NoTokenizer, rows, tiny_llama, weights
+from tests.test_trainer import NoTokenizer, rows, tiny_llama
+from tests.test_trainer_objectives import data_for
+
+RUNS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "sft": {"loss_type": ["sigmoid", "sft"]},
+    "aot": {"loss_type": "aot"},
+    "kto": {"loss_type": "kto"},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+}
 
 
-def train(output_dir: str, data: Dataset, **settings: int) -> dict[str, object]:
-    """Two optimizer steps; the log and a digest of the final weights."""
-    model = tiny_llama()
+def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
+    """Two optimizer steps against a reference that is another model; the log and the final weights."""
+    model, reference = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.05)
     trainer = fastdpo.DPOTrainer(
         model=model,
+        ref_model=None if settings.get("reference_free") else reference,
         args=fastdpo.DPOConfig(
             output_dir=output_dir,
             learning_rate=1e-2,
@@ -32,17 +47,42 @@ def train(output_dir: str, data: Dataset, **settings: int) -> dict[str, object]:
             **settings,
         ),
         train_dataset=data,
-        eval_dataset=rows(6, seed=7),
+        eval_dataset=data,
         processing_class=NoTokenizer(),
     )
     trainer.train()
     metrics = trainer.evaluate()
-    return {"log": trainer.state.log_history, "eval": metrics, "weights": weights(model).tolist()}
+    found = {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}
+    weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for _, p in sorted(found.items())]
+    log = trainer.state.log_history
+    return {"log": log, "eval": metrics, "weights": torch.cat([p.double().flatten() for p in weights]).tolist()}
+
+
+def dataset(name: str) -> Dataset:
+    """Rows for one of `RUNS`."""
+    return data_for("unpaired", 16) if name == "kto" else rows(16)
+
+
+def keep_fsdp_on_cpu() -> None:
+    """The library leaves FSDP out where there is no accelerator; gloo can do it."""
+    own = state.AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    state.AcceleratorState.__init__ = init
 
 
 if __name__ == "__main__":
-    result = train(sys.argv[1], rows(16), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    names = sys.argv[3:]
+    if "fsdp2" in names:
+        keep_fsdp_on_cpu()
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    results = {name: train(sys.argv[1], dataset(name), **batch, **RUNS[name]) for name in names}
     if torch.distributed.get_rank() == 0:
         with open(sys.argv[2], "w") as file:
-            json.dump(result, file)
+            json.dump(results, file)
     torch.distributed.destroy_process_group()
