@@ -86,6 +86,20 @@ def test_an_adapter_that_cannot_serve_is_refused(model: Any, ref_model: Any, nam
         policies.resolve_reference(model(), ref_model and ref_model(), ref_adapter_name=name)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_keeping_a_reference_changes_no_weight(init: str) -> None:
+    """These initialisations take their start from the base weights, and must not do so twice."""
+    options = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=init)
+    model = get_peft_model(tiny_llama(), options)
+    before = logits(model)
+    policies.keep_ref_adapter(model)
+    assert torch.equal(logits(model), before)
+    with policies.as_reference(model):
+        assert torch.equal(logits(model), before)
+    assert model.peft_config["default"].init_lora_weights == init
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and ".default." not in name]
+
+
 # TR-DPO
 
 

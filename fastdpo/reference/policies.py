@@ -97,7 +97,10 @@ def _check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
 def keep_ref_adapter(model: Any) -> None:
     """Copy a PEFT model's active adapter to a frozen one named "ref", which `as_reference` then uses."""
     name = model.active_adapter
-    model.add_adapter(REF_ADAPTER, model.peft_config[name])
+    config = copy.deepcopy(model.peft_config[name])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start from the base weights again
+    model.add_adapter(REF_ADAPTER, config)
     for key, parameter in model.named_parameters():
         if f".{name}." in key:
             model.get_parameter(key.replace(f".{name}.", f".{REF_ADAPTER}.")).data.copy_(parameter.data)
