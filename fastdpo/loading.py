@@ -39,7 +39,8 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
     """The policy with its adapter: a new one of `peft_config`, or the one it came with.
 
-    `keeps_reference` keeps a copy of the latter as "ref", see `fastdpo.reference.policies`.
+    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one whose
+    initialisation is not the identity on unchanged base weights (PiSSA, OLoRA, LoftQ, random).
 
     Raises:
         ValueError: both are given.
@@ -57,7 +58,10 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
         from peft import get_peft_model
     except ImportError:
         raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    return get_peft_model(model, peft_config)
+    model = get_peft_model(model, peft_config)
+    if keeps_reference and getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
+        policies.keep_ref_adapter(model)
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Where the reference comes from, as the trainer has it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,16 @@ def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) 
     trainer.train()
     assert len(losses(trainer)) == 4
     assert isinstance(trainer, fastdpo.DPOTrainer)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", False])
+def test_a_new_adapter_that_is_not_the_identity_is_its_own_reference(
+    make: Callable[..., Any],  # noqa: F811
+    init: bool | str,
+) -> None:
+    """PiSSA and OLoRA move a part of the base weights into the adapter: without it the policy is another model."""
+    trainer = make(peft_config=lora(init_lora_weights=init), max_steps=2)
+    assert ("ref" in trainer.model.peft_config) == (init not in (True, "gaussian"))
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert losses(trainer)[1] != losses(trainer)[0]

@@ -57,7 +57,7 @@ def check_first_loss(loss: float, dtype: torch.dtype, *, precomputed: bool = Fal
         return
     causes = (
         "dropout or another random layer is on (disable_dropout=False), or the model's forward depends on train() or "
-        "eval()"
+        "eval(), or the adapter's initialisation changed the base weights or is not the identity"
     )
     if precomputed:
         causes = (

@@ -39,8 +39,8 @@ def resolve_reference(
     """The frozen model to compare with; None where there is none, or where the policy serves, through `as_reference`.
 
     - a model given: used as it is;
-    - PEFT, none given: the policy with its adapters off. An adapter that was trained before is copied to one named
-      "ref" by `keep_ref_adapter`, so that training starts at the reference;
+    - PEFT, none given: the policy with its adapters off. An adapter that was trained before, or that does not start
+      as the identity, is copied to one named "ref" by `keep_ref_adapter`, so that training starts at the reference;
     - PEFT with an adapter called `ref_adapter_name`: the policy with that one instead of its own;
     - full fine-tuning, none given: a copy of the policy as passed, never read from disk again;
       (`copies` False: nothing, for all that is asked of the reference is known before training);
