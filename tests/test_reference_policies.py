@@ -77,9 +77,10 @@ def test_a_named_second_adapter_is_the_reference() -> None:
         (tiny_llama, None, "frozen", "'frozen' is no adapter of the model, which has none"),
         (lambda: peft("policy", "frozen"), tiny_llama, "frozen", "both ref_model and ref_adapter_name='frozen'"),
         (lambda: peft("policy", "frozen"), None, "policy", "'policy' is the active adapter"),
+        (lambda: peft("ref"), None, None, "ref_adapter_name='ref' is the active adapter"),
     ],
 )
-def test_an_adapter_that_cannot_serve_is_refused(model: Any, ref_model: Any, name: str, message: str) -> None:
+def test_an_adapter_that_cannot_serve_is_refused(model: Any, ref_model: Any, name: str | None, message: str) -> None:
     import re
 
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -57,6 +57,8 @@ def resolve_reference(
             given = "ref_model" if ref_model is not None else f"ref_adapter_name={ref_adapter_name!r}"
             raise ValueError(f"{given} is given, but the objective (loss_type) uses no reference; leave it out")
         return None
+    if ref_adapter_name is None and ref_model is None and has_ref_adapter(model):
+        ref_adapter_name = REF_ADAPTER
     if ref_adapter_name is not None:
         _check_ref_adapter(model, ref_model, ref_adapter_name)
     if ref_model is model:
@@ -90,7 +92,8 @@ def _check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
         raise ValueError(f"both ref_model and ref_adapter_name={name!r} are given; leave one out")
     if name in model.active_adapters:
         raise ValueError(
-            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the other"
+            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the "
+            "other, or pass ref_model"
         )
 
 
