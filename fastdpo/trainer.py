@@ -96,7 +96,8 @@ class DPOTrainer(Trainer):
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
-        model = wrap_adapter(model, peft_config, keeps_reference=ref_model is None and not own_adapter)
+        keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
+        model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -116,7 +117,7 @@ class DPOTrainer(Trainer):
         for names in columns:
             self._settings.check_columns(names)
         scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
-        is_own_reference = self._settings.needs_reference and ref_model is None and not own_adapter and not any(scored)
+        is_own_reference = keeps_reference and not any(scored)
         # before the patch, which a copy must not share
         ref_model = policies.resolve_reference(
             model,

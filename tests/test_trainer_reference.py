@@ -58,6 +58,9 @@ def test_reference_free_objectives_load_none(make: Callable[..., Any]) -> None: 
         assert trainer.ref_model is None
         trainer.train()
         assert "logps/chosen_below_ref" not in trainer.state.log_history[0]
+    peft = pytest.importorskip("peft")
+    trainer = make(peft.get_peft_model(tiny_llama(), lora(init_lora_weights=False)), loss_type="simpo", beta=2.0)
+    assert list(trainer.model.peft_config) == ["default"]
     with pytest.raises(ValueError, match=r"ref_model is given, but the objective .* uses no reference"):
         make(loss_type="orpo", ref_model=tiny_llama())
 
