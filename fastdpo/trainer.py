@@ -170,10 +170,11 @@ class DPOTrainer(Trainer):
             self._precompute(ref_model)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
-        self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
+        is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
+        self._first_loss_is_known = not is_random and first_loss_is_known(
             self._settings.loss_type,
             ref_is_policy=is_own_reference,
-            global_step=0,
+            loss_weights=self._settings.loss_weights,
             columns=sorted(columns[0]),
             use_weighting=args.use_weighting,
         )
@@ -259,8 +260,10 @@ class DPOTrainer(Trainer):
             if self._first_loss_is_known and self.state.global_step == 0:
                 mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
                 dtype = mixed or next(self.model.parameters()).dtype
-                # waits for the device, once
-                check_first_loss(float(out.losses.detach().mean()), dtype, precomputed=ref_logps is None)
+                beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
+                numbers = torch.stack((out.losses.detach().mean(), (beta * out.sequence_logps.abs().max()).float()))
+                first, largest = numbers.tolist()  # waits for the device, once
+                check_first_loss(first, dtype, precomputed=ref_logps is None, largest_reward=largest)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")

@@ -209,6 +209,11 @@ def test_a_first_loss_of_ln_2_passes() -> None:
     check_first_loss(float(torch.tensor(math.log(2))), torch.float32)
     check_first_loss(math.log(2) + 5e-4, torch.bfloat16)
     check_first_loss(math.log(2) + 5e-5, torch.float32, precomputed=True)
+    check_first_loss(math.log(2) + 2e-5, torch.float32, largest_reward=200.0)  # 1000 tokens of 2 nats at beta 0.1
+    with pytest.raises(ValueError, match="within 1e-06 in float32"):
+        check_first_loss(math.log(2) + 2e-6, torch.float32, largest_reward=5.0)
+    with pytest.raises(ValueError, match="within 2e-05 in float32"):
+        check_first_loss(math.log(2) + 3e-5, torch.float32, largest_reward=200.0)
 
 
 def test_trl_s_stale_reference_would_be_found() -> None:
@@ -225,7 +230,8 @@ def test_trl_s_stale_reference_would_be_found() -> None:
         ({"loss_type": ["ipo"]}, False),
         ({"loss_type": ["sigmoid", "sft"]}, False),
         ({"ref_is_policy": False}, False),
-        ({"global_step": 1}, False),
+        ({"loss_weights": [2.0]}, False),
+        ({"loss_weights": [1.0]}, True),
         ({"columns": ["prompt_ids", "margin"]}, False),
         ({"columns": ["weight"]}, False),
         ({"columns": ["beta"]}, True),
@@ -233,5 +239,5 @@ def test_trl_s_stale_reference_would_be_found() -> None:
     ],
 )
 def test_when_the_first_loss_is_known(changes: dict[str, Any], known: bool) -> None:
-    options: dict[str, Any] = {"loss_type": ["sigmoid"], "ref_is_policy": True, "global_step": 0} | changes
+    options: dict[str, Any] = {"loss_type": ["sigmoid"], "ref_is_policy": True} | changes
     assert first_loss_is_known(options.pop("loss_type"), **options) is known

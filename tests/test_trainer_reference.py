@@ -113,6 +113,18 @@ def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callab
     assert torch.equal(weights(trainer.model), before)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"loss_weights": [2.0]}, {"neftune_noise_alpha": 5.0}], ids=lambda s: next(iter(s))
+)
+def test_what_else_moves_the_first_loss_is_no_fault_of_the_reference(
+    make: Callable[..., Any],  # noqa: F811
+    settings: dict[str, Any],
+) -> None:
+    trainer = make(max_steps=1, **settings)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
+
+
 def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) -> None:  # noqa: F811
     trainer = make(tiny_llama(attention_dropout=0.0), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
     assert any(m.p > 0 for m in trainer.model.modules() if isinstance(m, nn.Dropout))
