@@ -128,8 +128,11 @@ class DPOTrainer(Trainer):
         )
         if args.sync_ref_model:
             check_sync(model)
-            if ref_model is None:
-                raise ValueError("sync_ref_model=True needs a reference to change, but the datasets hold its log-probs")
+            if ref_model is None or scored[0]:
+                raise ValueError(
+                    "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; "
+                    f"remove the columns {', '.join(sorted(data.REFERENCES))}, or set sync_ref_model=False"
+                )
             self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
         if router_loss := getattr(model.config, "router_aux_loss_coef", 0):

@@ -97,6 +97,13 @@ class TestSync:
         assert losses(resumed) == losses(through)
         assert torch.equal(weights(resumed.ref_model), weights(through.ref_model))
 
+    def test_data_that_holds_the_reference_is_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
+        """Also where a held-out split without it makes a reference: training would never ask it."""
+        data = rows(8).add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-1.0] * 8)
+        for held_out in (None, rows(4)):
+            with pytest.raises(ValueError, match="the training dataset holds its log-probs; remove the columns ref_"):
+                make(data=data, eval_dataset=held_out, **self.SETTINGS)
+
     def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
         with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
             make(peft_config=lora(), **self.SETTINGS)
