@@ -28,7 +28,7 @@ from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
 from fastdpo.loss import compute, step_mean, step_values
-from fastdpo.model import Layout, TokenScores, patch_forward
+from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
@@ -290,7 +290,7 @@ class DPOTrainer(Trainer):
                     "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
                     "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
                 )
-            with policies.as_reference(policy, self.args.ref_adapter_name):
+            with evaluating(policy), policies.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:

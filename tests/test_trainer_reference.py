@@ -151,3 +151,16 @@ def test_a_new_adapter_that_is_not_the_identity_is_its_own_reference(
     trainer.train()
     assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
     assert losses(trainer)[1] != losses(trainer)[0]
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["off", "ref"])
+def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool) -> None:  # noqa: F811
+    """Of the policy without its adapter, or with the reference's; the policy's own mode stays."""
+    config = lora(lora_dropout=0.3, init_lora_weights=init)
+    trainer = make(tiny_llama(attention_dropout=0.3), peft_config=config, disable_dropout=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    first, second = (trainer._reference_logps(batch) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(module.training for module in trainer.model.modules())
+    assert not torch.equal(trainer.model(**batch).logps, trainer.model(**batch).logps)
