@@ -127,7 +127,7 @@ class DPOTrainer(Trainer):
             copies=not args.precompute_ref_log_probs and not all(scored),
         )
         if args.sync_ref_model:
-            check_sync(model)
+            check_sync(model, ref_model)
             if ref_model is None or scored[0]:
                 raise ValueError(
                     "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; "

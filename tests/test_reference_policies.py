@@ -179,9 +179,25 @@ def test_the_reference_is_in_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_sync_with_peft_is_refused() -> None:
-    check_sync(tiny_llama())
+    check_sync(tiny_llama(), tiny_llama())
     with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
-        check_sync(peft("policy"))
+        check_sync(peft("policy"), None)
+
+
+def test_a_reference_of_other_weights_cannot_follow() -> None:
+    """It would fail at the first sync, hours later, or broadcast."""
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight is \(200, 48\) in ref_model and \(331, 48\) in the model"
+    ):
+        check_sync(tiny_llama(), tiny_llama(vocab_size=200))
+    with pytest.raises(
+        ValueError, match=r"model.layers.2.\S+ is \(48, 48\) in ref_model and not in the model, 9 in all"
+    ):
+        check_sync(tiny_llama(), tiny_llama(num_hidden_layers=3))
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.\S+ is not in ref_model and \(48, 48\) in the model, 9 in all"
+    ):
+        check_sync(tiny_llama(), tiny_llama(num_hidden_layers=1))
 
 
 # The first loss
