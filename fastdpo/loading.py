@@ -36,6 +36,11 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
+def smallest_vocab(*models: Any) -> int:
+    """Of the models that are there, the fewest entries: ids that all of them know are below it."""
+    return min(model.get_input_embeddings().weight.shape[0] for model in models if model is not None)
+
+
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
     """The policy with its adapter: a new one of `peft_config`, or the one it came with.
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo import data
-from fastdpo.loading import choose_layout
+from fastdpo.loading import choose_layout, smallest_vocab
 from fastdpo.model import is_patched, patch_forward
 from fastdpo.packing import kind_of
 from fastdpo.reference import policies
@@ -73,7 +73,7 @@ def score(
         raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
     if ref_model is None and not policies.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
-    dataset = _tokenised(rows, tokenizer, max_length, model)
+    dataset = _tokenised(rows, tokenizer, max_length, smallest_vocab(model, ref_model))
 
     models = [model] if ref_model is None else [model, ref_model]
     for each in models:
@@ -99,7 +99,7 @@ def score(
     return result
 
 
-def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, model: Any) -> Dataset:
+def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, vocab_size: int) -> Dataset:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     columns = dataset.column_names
     alone = {"completion", "completion_ids"} & set(columns)
@@ -110,7 +110,7 @@ def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, model: Any) ->
         dataset,
         tokenizer,
         max_length=max_length,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         kind=kind,
         name="scored",
     )

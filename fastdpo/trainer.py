@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
-from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
+from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import compute, step_mean, step_values
 from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
 from fastdpo.packing import shared_prefix_batch
@@ -51,8 +51,8 @@ class DPOTrainer(Trainer):
     Args:
         model: a causal LM, a PEFT model, or a name or path for `from_pretrained` (float32 unless
             `args.model_init_kwargs` says otherwise).
-        ref_model: the frozen reference. None: with PEFT the policy without its adapter, or with the adapter it came
-            with; else a copy of the policy as passed.
+        ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
+            adapter, or with the adapter it came with; else a copy of the policy as passed.
         args: settings; `DPOConfig()` where None.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
         train_dataset: preference rows, see `fastdpo.data`.
@@ -75,7 +75,7 @@ class DPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -91,6 +91,8 @@ class DPOTrainer(Trainer):
         self._settings = from_config(args)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
@@ -106,7 +108,7 @@ class DPOTrainer(Trainer):
             max_completion_length=args.max_completion_length,
             kind=self._settings.kind,
             with_kl=self._settings.needs_kl,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=smallest_vocab(model, ref_model),
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
         )

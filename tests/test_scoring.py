@@ -137,6 +137,13 @@ def test_a_bad_row_is_named() -> None:
         score(policy, reference, rows, **OPTIONS)
 
 
+def test_a_token_that_the_reference_does_not_know_is_named() -> None:
+    policy, _ = models()
+    smaller = make_model("llama", vocab_size=50)
+    with pytest.raises(ValueError, match=r"scored dataset.*row 0: `\w+` holds token id"):
+        score(policy, smaller, PAIRS, **OPTIONS)
+
+
 def test_text_and_plain_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt and completion as text, and no label: what a reward model is asked about."""
     policy, reference = models()

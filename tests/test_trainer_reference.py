@@ -164,3 +164,18 @@ def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool
     assert torch.equal(first, second)
     assert all(module.training for module in trainer.model.modules())
     assert not torch.equal(trainer.model(**batch).logps, trainer.model(**batch).logps)
+
+
+def test_a_token_that_the_reference_does_not_know_is_named(make: Callable[..., Any]) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"train dataset.*holds token id \d+"):
+        make(ref_model=tiny_llama(vocab_size=200))
+
+
+def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    reference = tiny_llama()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.1)
+    reference.save_pretrained(tmp_path / "reference")
+    trainer = make(ref_model=str(tmp_path / "reference"))
+    assert torch.equal(weights(trainer.ref_model), weights(reference))
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
