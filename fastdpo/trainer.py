@@ -33,7 +33,7 @@ from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
-from fastdpo.reference.precompute import options_of, with_reference
+from fastdpo.reference.precompute import options_of, reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.selfcheck import checked_layout
@@ -204,7 +204,9 @@ class DPOTrainer(Trainer):
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
         args, accelerator = self.args, self.accelerator
-        options = options_of(args, layout=self._layout) | {
+        options = options_of(args) | {
+            "folder": reference_folder(args.reference_cache_dir),
+            "layout": self._layout,
             "model": self.model if ref_model is None else ref_model.to(accelerator.device),
             "process_index": args.process_index,
             "num_processes": args.world_size,

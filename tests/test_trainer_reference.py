@@ -179,3 +179,20 @@ def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path)
     trainer = make(ref_model=str(tmp_path / "reference"))
     assert torch.equal(weights(trainer.ref_model), weights(reference))
     assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+
+
+def test_a_saved_adapter_comes_back_with_its_reference(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    """So that scoring it, and training it further, compare with what training compared with."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    config = lora(init_lora_weights=False)
+    trainer = make(str(tmp_path / "base"), peft_config=config, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    batch = next(iter(trainer.get_train_dataloader()))
+    continued = make(str(tmp_path / "out"))
+    assert sorted(continued.model.peft_config) == ["default", "ref"]
+    torch.testing.assert_close(continued._reference_logps(batch), trainer._reference_logps(batch))
+    assert not torch.allclose(continued.model(**batch).logps, trainer._reference_logps(batch), atol=1e-2)
+    trained = [name for name, p in continued.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any(".ref." in name for name in trained)

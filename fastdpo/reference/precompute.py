@@ -280,17 +280,10 @@ def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, opti
             )
 
 
-def options_of(args: Any, *, layout: str) -> dict[str, Any]:
-    """The options of `token_logps` that a `DPOConfig` sets, the cache's folder among them.
-
-    Args:
-        args: a `DPOConfig`.
-        layout: of the run's batches.
-    """
+def options_of(args: Any) -> dict[str, Any]:
+    """The options of `token_logps` that a `DPOConfig` sets."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     options: dict[str, Any] = {
-        "folder": reference_folder(args.reference_cache_dir),
-        "layout": layout,
         "autocast": autocast,
         "examples_per_batch": args.precompute_ref_batch_size,
         "disable_tqdm": bool(args.disable_tqdm),
