@@ -131,6 +131,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     run, args = read_config(config, overrides)
 
     from fastdpo.loading import load_datasets, load_model, load_policy, load_reference
+    from fastdpo.reference.precompute import options_of
     from fastdpo.report import summary_table
     from fastdpo.scoring import score as score_rows
 
@@ -138,6 +139,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     train_dataset, eval_dataset = load_datasets(run)
     output = Path(args.output_dir) / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(args)  # precision and batches of training
     result = score_rows(
         load_policy(model, args).to(args.device),
         reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
@@ -145,8 +147,13 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
         tokenizer=tokenizer,
         beta=args.beta,
         max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        on_bad_row=args.on_bad_row,
         output=output,
+        ref_adapter_name=args.ref_adapter_name,
         cache_dir=args.reference_cache_dir,
+        **options,
     )
     rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]
     if result.accuracy is not None:

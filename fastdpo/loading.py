@@ -20,6 +20,9 @@ logger = logging.getLogger("fastdpo")
 def load_policy(model: Any, args: DPOConfig) -> Any:
     """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
 
+    An adapter's folder may hold the adapter that was its reference in training (`ref`, or `args.ref_adapter_name`) in
+    one of its own, as PEFT saves it; it is loaded too, frozen.
+
     Raises:
         ValueError: `model_init_kwargs` are given for a model that is loaded already.
     """
@@ -32,14 +35,25 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+        policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+        reference = args.ref_adapter_name or policies.REF_ADAPTER
+        if (Path(model) / reference / "adapter_config.json").is_file():
+            policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
+            logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
+        return policy
     return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def smallest_vocab(*models: Any) -> int:
+    """Of the models that are there, the fewest entries: ids that all of them know are below it."""
+    return min(int(model.get_input_embeddings().weight.shape[0]) for model in models if model is not None)
 
 
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
     """The policy with its adapter: a new one of `peft_config`, or the one it came with.
 
-    `keeps_reference` keeps a copy of the latter as "ref", see `fastdpo.reference.policies`.
+    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one whose
+    initialisation is not the identity on unchanged base weights (PiSSA, OLoRA, LoftQ, random).
 
     Raises:
         ValueError: both are given.
@@ -57,7 +71,10 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
         from peft import get_peft_model
     except ImportError:
         raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    return get_peft_model(model, peft_config)
+    model = get_peft_model(model, peft_config)
+    if keeps_reference and getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
+        policies.keep_ref_adapter(model)
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

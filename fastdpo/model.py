@@ -14,7 +14,8 @@ Shapes: T rows of a packed batch, R padded rows of L tokens, M targets, D hidden
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal, NamedTuple
 
@@ -143,6 +144,18 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
 def is_patched(model: Any) -> bool:
     """Whether `patch_forward` has been called on a model, or on what PEFT wraps."""
     return "_fastdpo" in vars(_unwrap(model))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it nothing drops out; module by module as before afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _make_forward(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo import data
-from fastdpo.loading import choose_layout
+from fastdpo.loading import choose_layout, smallest_vocab
 from fastdpo.model import is_patched, patch_forward
 from fastdpo.packing import kind_of
 from fastdpo.reference import policies
@@ -42,6 +42,9 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     beta: float = 0.1,
     max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    on_bad_row: str = "error",
     output: Path | str | None = None,
     ref_adapter_name: str | None = None,
     cache_dir: Path | str | None = None,
@@ -57,6 +60,9 @@ def score(
         tokenizer: as in training.
         beta: scale of the rewards, > 0. Accuracy does not depend on it.
         max_length: cut longer prompt + response; None: nothing is cut.
+        max_prompt_length: cut longer prompts; None: nothing is cut.
+        max_completion_length: cut longer responses; None: nothing is cut.
+        on_bad_row: "error" or "drop" a row that makes no sense.
         output: a JSONL file for `Scores.rows`, complete or not there.
         ref_adapter_name: see `ref_model`.
         cache_dir: keep log-probs in this folder as the reference cache does: a run that was stopped goes on there.
@@ -73,7 +79,15 @@ def score(
         raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
     if ref_model is None and not policies.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
-    dataset = _tokenised(rows, tokenizer, max_length, model)
+    dataset = _tokenised(
+        rows,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        on_bad_row=on_bad_row,
+        vocab_size=smallest_vocab(model, ref_model),
+    )
 
     models = [model] if ref_model is None else [model, ref_model]
     for each in models:
@@ -99,21 +113,14 @@ def score(
     return result
 
 
-def _tokenised(rows: Any, tokenizer: Any, max_length: int | None, model: Any) -> Dataset:
+def _tokenised(rows: Any, **options: Any) -> Dataset:
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     columns = dataset.column_names
     alone = {"completion", "completion_ids"} & set(columns)
     if alone and "label" not in columns:
         dataset = dataset.add_column("label", [True] * len(dataset))  # it is not asked; the format wants one
     kind = "unpaired" if alone else "ranked" if {"responses", "ranked_ids"} & set(columns) else "preference"
-    prepared = data.prepare_dataset(
-        dataset,
-        tokenizer,
-        max_length=max_length,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        kind=kind,
-        name="scored",
-    )
+    prepared = data.prepare_dataset(dataset, kind=kind, name="scored", **options)
     assert isinstance(prepared, Dataset)
     return prepared
 

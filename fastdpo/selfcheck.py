@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo import attention
-from fastdpo.model import Layout, TokenScores
+from fastdpo.model import Layout, TokenScores, evaluating
 from fastdpo.packing import shared_prefix_batch
 
 _PADDING = 8
@@ -103,7 +103,7 @@ def self_check(
     """
     device = batch["input_ids"].device
     name = _class_name(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _evaluating(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         sequences = _sequences(batch, positions)
         alone, noise = _own_logps(model, sequences, device)
         if not alone.isfinite().all():
@@ -171,18 +171,6 @@ def self_check(
             raise ValueError(f"{name} is not exact in layout {layout!r}: {wrong}; use padded rows (layout='padded')")
         logger.warning("%s: padded rows instead of layout %r: %s", name, layout, wrong)
         return SelfCheck("padded", head_error, layout_error, bound, 0, wrong)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it nothing drops out; module by module as before afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _inner(model: Any) -> Any:

@@ -26,14 +26,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
 from fastdpo.config import DPOConfig
-from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
+from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import compute, step_mean, step_values
-from fastdpo.model import Layout, TokenScores, patch_forward
+from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
-from fastdpo.reference.precompute import options_of, with_reference
+from fastdpo.reference.precompute import options_of, reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.selfcheck import checked_layout
@@ -51,8 +51,8 @@ class DPOTrainer(Trainer):
     Args:
         model: a causal LM, a PEFT model, or a name or path for `from_pretrained` (float32 unless
             `args.model_init_kwargs` says otherwise).
-        ref_model: the frozen reference. None: with PEFT the policy without its adapter, or with the adapter it came
-            with; else a copy of the policy as passed.
+        ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
+            adapter, or with the adapter it came with; else a copy of the policy as passed.
         args: settings; `DPOConfig()` where None.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
         train_dataset: preference rows, see `fastdpo.data`.
@@ -75,7 +75,7 @@ class DPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -91,12 +91,15 @@ class DPOTrainer(Trainer):
         self._settings = from_config(args)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
         own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
-        model = wrap_adapter(model, peft_config, keeps_reference=ref_model is None and not own_adapter)
+        keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
+        model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -105,7 +108,7 @@ class DPOTrainer(Trainer):
             max_completion_length=args.max_completion_length,
             kind=self._settings.kind,
             with_kl=self._settings.needs_kl,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=smallest_vocab(model, ref_model),
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
         )
@@ -116,7 +119,7 @@ class DPOTrainer(Trainer):
         for names in columns:
             self._settings.check_columns(names)
         scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
-        is_own_reference = self._settings.needs_reference and ref_model is None and not own_adapter and not any(scored)
+        is_own_reference = keeps_reference and not any(scored)
         # before the patch, which a copy must not share
         ref_model = policies.resolve_reference(
             model,
@@ -126,9 +129,12 @@ class DPOTrainer(Trainer):
             copies=not args.precompute_ref_log_probs and not all(scored),
         )
         if args.sync_ref_model:
-            check_sync(model)
-            if ref_model is None:
-                raise ValueError("sync_ref_model=True needs a reference to change, but the datasets hold its log-probs")
+            check_sync(model, ref_model)
+            if ref_model is None or scored[0]:
+                raise ValueError(
+                    "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; "
+                    f"remove the columns {', '.join(sorted(data.REFERENCES))}, or set sync_ref_model=False"
+                )
             self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
         if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
@@ -169,10 +175,11 @@ class DPOTrainer(Trainer):
             self._precompute(ref_model)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
-        self._first_loss_is_known = args.disable_dropout and first_loss_is_known(
+        is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
+        self._first_loss_is_known = not is_random and first_loss_is_known(
             self._settings.loss_type,
             ref_is_policy=is_own_reference,
-            global_step=0,
+            loss_weights=self._settings.loss_weights,
             columns=sorted(columns[0]),
             use_weighting=args.use_weighting,
         )
@@ -197,7 +204,9 @@ class DPOTrainer(Trainer):
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
         args, accelerator = self.args, self.accelerator
-        options = options_of(args, layout=self._layout) | {
+        options = options_of(args) | {
+            "folder": reference_folder(args.reference_cache_dir),
+            "layout": self._layout,
             "model": self.model if ref_model is None else ref_model.to(accelerator.device),
             "process_index": args.process_index,
             "num_processes": args.world_size,
@@ -258,8 +267,10 @@ class DPOTrainer(Trainer):
             if self._first_loss_is_known and self.state.global_step == 0:
                 mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
                 dtype = mixed or next(self.model.parameters()).dtype
-                # waits for the device, once
-                check_first_loss(float(out.losses.detach().mean()), dtype, precomputed=ref_logps is None)
+                beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
+                numbers = torch.stack((out.losses.detach().mean(), (beta * out.sequence_logps.abs().max()).float()))
+                first, largest = numbers.tolist()  # waits for the device, once
+                check_first_loss(first, dtype, precomputed=ref_logps is None, largest_reward=largest)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
@@ -283,7 +294,7 @@ class DPOTrainer(Trainer):
                     "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
                     "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
                 )
-            with policies.as_reference(policy, self.args.ref_adapter_name):
+            with evaluating(policy), policies.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "examples/quickstart.yaml"
+DATA = {"config_name": str(ROOT / "examples/quickstart/model"), "dataset_name": str(ROOT / "examples/quickstart")}
 
 
 def fastdpo(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -99,6 +101,25 @@ def test_precompute_then_train_then_score(tmp_path: Path) -> None:
     margin = sum(chosen - rejected for chosen, rejected in (row["rewards"] for row in rows)) / len(rows)
     assert margin == pytest.approx(last["eval_rewards/margins"], abs=1e-4)
     assert f"{last['eval_rewards/accuracies']:.3f}" in done.stdout
+
+
+def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastdpo import cli, scoring
+
+    given: dict[str, Any] = {}
+
+    def capture(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        return scoring.Scores([], None)
+
+    monkeypatch.setattr(scoring, "score", capture)
+    settings = {"max_length": 30, "max_prompt_length": 20, "max_completion_length": 10, "on_bad_row": "drop"}
+    settings |= {"tokens_per_batch": 20000, "beta": 0.3}
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    cli.score(ROOT / QUICKSTART, common | settings | {"ref_adapter_name": "frozen", "bf16": True} | DATA)
+    assert given.items() >= settings.items()
+    assert given["ref_adapter_name"] == "frozen"
+    assert given["autocast"] == torch.bfloat16
 
 
 @pytest.mark.parametrize(

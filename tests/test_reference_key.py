@@ -47,7 +47,10 @@ def reference_of(made: Setup, folder: Path) -> tuple[Any, int]:
     objective = {name: made.args[name] for name in ("loss_type", "ld_alpha") if name in made.args}
     args = fastdpo.DPOConfig(**defaults | {name: x for name, x in made.args.items() if name not in objective})
     vars(args).update(objective)  # whatever objectives there are
-    options = precompute.options_of(args, layout="shared" if args.prefix_sharing else "packed") | {"folder": folder}
+    options = precompute.options_of(args) | {
+        "layout": "shared" if args.prefix_sharing else "packed",
+        "folder": folder,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute, "_fill", counting)
         if policies.is_peft_model(made.model):

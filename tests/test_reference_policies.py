@@ -77,13 +77,28 @@ def test_a_named_second_adapter_is_the_reference() -> None:
         (tiny_llama, None, "frozen", "'frozen' is no adapter of the model, which has none"),
         (lambda: peft("policy", "frozen"), tiny_llama, "frozen", "both ref_model and ref_adapter_name='frozen'"),
         (lambda: peft("policy", "frozen"), None, "policy", "'policy' is the active adapter"),
+        (lambda: peft("ref"), None, None, "ref_adapter_name='ref' is the active adapter"),
     ],
 )
-def test_an_adapter_that_cannot_serve_is_refused(model: Any, ref_model: Any, name: str, message: str) -> None:
+def test_an_adapter_that_cannot_serve_is_refused(model: Any, ref_model: Any, name: str | None, message: str) -> None:
     import re
 
     with pytest.raises(ValueError, match=re.escape(message)):
         policies.resolve_reference(model(), ref_model and ref_model(), ref_adapter_name=name)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_keeping_a_reference_changes_no_weight(init: str) -> None:
+    """These initialisations take their start from the base weights, and must not do so twice."""
+    options = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=init)
+    model = get_peft_model(tiny_llama(), options)
+    before = logits(model)
+    policies.keep_ref_adapter(model)
+    assert torch.equal(logits(model), before)
+    with policies.as_reference(model):
+        assert torch.equal(logits(model), before)
+    assert model.peft_config["default"].init_lora_weights == init
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and ".default." not in name]
 
 
 # TR-DPO
@@ -164,9 +179,25 @@ def test_the_reference_is_in_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_sync_with_peft_is_refused() -> None:
-    check_sync(tiny_llama())
+    check_sync(tiny_llama(), tiny_llama())
     with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
-        check_sync(peft("policy"))
+        check_sync(peft("policy"), None)
+
+
+def test_a_reference_of_other_weights_cannot_follow() -> None:
+    """It would fail at the first sync, hours later, or broadcast."""
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight is \(200, 48\) in ref_model and \(331, 48\) in the model"
+    ):
+        check_sync(tiny_llama(), tiny_llama(vocab_size=200))
+    with pytest.raises(
+        ValueError, match=r"model.layers.2.\S+ is \(48, 48\) in ref_model and not in the model, 9 in all"
+    ):
+        check_sync(tiny_llama(), tiny_llama(num_hidden_layers=3))
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.\S+ is not in ref_model and \(48, 48\) in the model, 9 in all"
+    ):
+        check_sync(tiny_llama(), tiny_llama(num_hidden_layers=1))
 
 
 # The first loss
@@ -194,6 +225,11 @@ def test_a_first_loss_of_ln_2_passes() -> None:
     check_first_loss(float(torch.tensor(math.log(2))), torch.float32)
     check_first_loss(math.log(2) + 5e-4, torch.bfloat16)
     check_first_loss(math.log(2) + 5e-5, torch.float32, precomputed=True)
+    check_first_loss(math.log(2) + 2e-5, torch.float32, largest_reward=200.0)  # 1000 tokens of 2 nats at beta 0.1
+    with pytest.raises(ValueError, match="within 1e-06 in float32"):
+        check_first_loss(math.log(2) + 2e-6, torch.float32, largest_reward=5.0)
+    with pytest.raises(ValueError, match="within 2e-05 in float32"):
+        check_first_loss(math.log(2) + 3e-5, torch.float32, largest_reward=200.0)
 
 
 def test_trl_s_stale_reference_would_be_found() -> None:
@@ -210,7 +246,8 @@ def test_trl_s_stale_reference_would_be_found() -> None:
         ({"loss_type": ["ipo"]}, False),
         ({"loss_type": ["sigmoid", "sft"]}, False),
         ({"ref_is_policy": False}, False),
-        ({"global_step": 1}, False),
+        ({"loss_weights": [2.0]}, False),
+        ({"loss_weights": [1.0]}, True),
         ({"columns": ["prompt_ids", "margin"]}, False),
         ({"columns": ["weight"]}, False),
         ({"columns": ["beta"]}, True),
@@ -218,5 +255,5 @@ def test_trl_s_stale_reference_would_be_found() -> None:
     ],
 )
 def test_when_the_first_loss_is_known(changes: dict[str, Any], known: bool) -> None:
-    options: dict[str, Any] = {"loss_type": ["sigmoid"], "ref_is_policy": True, "global_step": 0} | changes
+    options: dict[str, Any] = {"loss_type": ["sigmoid"], "ref_is_policy": True} | changes
     assert first_loss_is_known(options.pop("loss_type"), **options) is known

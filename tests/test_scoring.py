@@ -137,6 +137,23 @@ def test_a_bad_row_is_named() -> None:
         score(policy, reference, rows, **OPTIONS)
 
 
+def test_prompts_and_responses_are_cut_as_in_training() -> None:
+    policy, reference = models()
+    options = OPTIONS | {"max_prompt_length": 4, "max_completion_length": 5, "on_bad_row": "drop"}
+    result = score(policy, reference, [{**PAIRS[0], "chosen_ids": []}, *PAIRS], **options)
+    cut = [{name: ids[-4:] if name == "prompt_ids" else ids[:5] for name, ids in pair.items()} for pair in PAIRS]
+    expected = score(policy, reference, cut, **OPTIONS)
+    assert [row["row"] for row in result.rows] == [1, 2, 3, 4]
+    assert [row["rewards"] for row in result.rows] == [row["rewards"] for row in expected.rows]
+
+
+def test_a_token_that_the_reference_does_not_know_is_named() -> None:
+    policy, _ = models()
+    smaller = make_model("llama", vocab_size=50)
+    with pytest.raises(ValueError, match=r"scored dataset.*row 0: `\w+` holds token id"):
+        score(policy, smaller, PAIRS, **OPTIONS)
+
+
 def test_text_and_plain_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt and completion as text, and no label: what a reward model is asked about."""
     policy, reference = models()

@@ -1,5 +1,6 @@
 """Where the reference comes from, as the trainer has it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def test_reference_free_objectives_load_none(make: Callable[..., Any]) -> None: 
         assert trainer.ref_model is None
         trainer.train()
         assert "logps/chosen_below_ref" not in trainer.state.log_history[0]
+    peft = pytest.importorskip("peft")
+    trainer = make(peft.get_peft_model(tiny_llama(), lora(init_lora_weights=False)), loss_type="simpo", beta=2.0)
+    assert list(trainer.model.peft_config) == ["default"]
     with pytest.raises(ValueError, match=r"ref_model is given, but the objective .* uses no reference"):
         make(loss_type="orpo", ref_model=tiny_llama())
 
@@ -93,6 +97,13 @@ class TestSync:
         assert losses(resumed) == losses(through)
         assert torch.equal(weights(resumed.ref_model), weights(through.ref_model))
 
+    def test_data_that_holds_the_reference_is_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
+        """Also where a held-out split without it makes a reference: training would never ask it."""
+        data = rows(8).add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-1.0] * 8)
+        for held_out in (None, rows(4)):
+            with pytest.raises(ValueError, match="the training dataset holds its log-probs; remove the columns ref_"):
+                make(data=data, eval_dataset=held_out, **self.SETTINGS)
+
     def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
         with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
             make(peft_config=lora(), **self.SETTINGS)
@@ -109,9 +120,79 @@ def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callab
     assert torch.equal(weights(trainer.model), before)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"loss_weights": [2.0]}, {"neftune_noise_alpha": 5.0}], ids=lambda s: next(iter(s))
+)
+def test_what_else_moves_the_first_loss_is_no_fault_of_the_reference(
+    make: Callable[..., Any],  # noqa: F811
+    settings: dict[str, Any],
+) -> None:
+    trainer = make(max_steps=1, **settings)
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
+
+
 def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) -> None:  # noqa: F811
     trainer = make(tiny_llama(attention_dropout=0.0), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
     assert any(m.p > 0 for m in trainer.model.modules() if isinstance(m, nn.Dropout))
     trainer.train()
     assert len(losses(trainer)) == 4
     assert isinstance(trainer, fastdpo.DPOTrainer)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", False])
+def test_a_new_adapter_that_is_not_the_identity_is_its_own_reference(
+    make: Callable[..., Any],  # noqa: F811
+    init: bool | str,
+) -> None:
+    """PiSSA and OLoRA move a part of the base weights into the adapter: without it the policy is another model."""
+    trainer = make(peft_config=lora(init_lora_weights=init), max_steps=2)
+    assert ("ref" in trainer.model.peft_config) == (init not in (True, "gaussian"))
+    trainer.train()
+    assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
+    assert losses(trainer)[1] != losses(trainer)[0]
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["off", "ref"])
+def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool) -> None:  # noqa: F811
+    """Of the policy without its adapter, or with the reference's; the policy's own mode stays."""
+    config = lora(lora_dropout=0.3, init_lora_weights=init)
+    trainer = make(tiny_llama(attention_dropout=0.3), peft_config=config, disable_dropout=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    first, second = (trainer._reference_logps(batch) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(module.training for module in trainer.model.modules())
+    assert not torch.equal(trainer.model(**batch).logps, trainer.model(**batch).logps)
+
+
+def test_a_token_that_the_reference_does_not_know_is_named(make: Callable[..., Any]) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"train dataset.*holds token id \d+"):
+        make(ref_model=tiny_llama(vocab_size=200))
+
+
+def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    reference = tiny_llama()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.1)
+    reference.save_pretrained(tmp_path / "reference")
+    trainer = make(ref_model=str(tmp_path / "reference"))
+    assert torch.equal(weights(trainer.ref_model), weights(reference))
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+
+
+def test_a_saved_adapter_comes_back_with_its_reference(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    """So that scoring it, and training it further, compare with what training compared with."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    config = lora(init_lora_weights=False)
+    trainer = make(str(tmp_path / "base"), peft_config=config, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    batch = next(iter(trainer.get_train_dataloader()))
+    continued = make(str(tmp_path / "out"))
+    assert sorted(continued.model.peft_config) == ["default", "ref"]
+    torch.testing.assert_close(continued._reference_logps(batch), trainer._reference_logps(batch))
+    assert not torch.allclose(continued.model(**batch).logps, trainer._reference_logps(batch), atol=1e-2)
+    trained = [name for name, p in continued.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any(".ref." in name for name in trained)

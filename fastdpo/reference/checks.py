@@ -17,17 +17,17 @@ def first_loss_is_known(
     loss_type: Sequence[str],
     *,
     ref_is_policy: bool,
-    global_step: int,
+    loss_weights: Sequence[float] | None = None,
     columns: Sequence[str] = (),
     use_weighting: bool = False,
 ) -> bool:
-    """Whether the loss about to be computed must be ln 2.
+    """Whether the first loss, before any update, must be ln 2.
 
     Args:
         loss_type: the objectives of the run; the loss is known for a single one of `LN_2_AT_FIRST`.
         ref_is_policy: the reference is the policy as passed: a copy made by `resolve_reference`, a new adapter
             switched off, or a copy of the adapter. Not a model that was given, nor an adapter that was.
-        global_step: optimizer steps done, of a run that is resumed too.
+        loss_weights: factors of the objectives; 1 each if None.
         columns: of the dataset; `weight` and `margin` shift the loss.
         use_weighting: WPO's weights, which scale it.
     """
@@ -35,29 +35,34 @@ def first_loss_is_known(
         len(loss_type) == 1
         and loss_type[0] in LN_2_AT_FIRST
         and ref_is_policy
-        and global_step == 0
+        and list(loss_weights or (1.0,)) == [1.0]
         and not use_weighting
         and not {"weight", "margin"} & set(columns)
     )
 
 
-def check_first_loss(loss: float, dtype: torch.dtype, *, precomputed: bool = False) -> None:
+def check_first_loss(
+    loss: float, dtype: torch.dtype, *, precomputed: bool = False, largest_reward: float = 0.0
+) -> None:
     """Raise unless the mean loss of the first batch is ln 2; call it where `first_loss_is_known`.
 
     Args:
         loss: mean over the pairs of the first batch, before any update. Reading it waits for the device, once per run.
         dtype: that of the forward: autocast's where it is on, else the weights'.
         precomputed: the reference values come from the dataset or the cache.
+        largest_reward: beta times the largest |log pi| of a response. Sums over long responses round, and policy and
+            reference may run different implementations of the head, so the bound is at least float32's epsilon of it.
 
     Raises:
         ValueError: it is not; says by how much, and what usually is the cause.
     """
     bound = (_PRECOMPUTED if precomputed else _ONLINE)[dtype in (torch.bfloat16, torch.float16)]
+    bound = max(bound, largest_reward * torch.finfo(torch.float32).eps)
     if abs(loss - math.log(2)) < bound:  # a loss that is NaN fails too
         return
     causes = (
         "dropout or another random layer is on (disable_dropout=False), or the model's forward depends on train() or "
-        "eval()"
+        "eval(), or the adapter's initialisation changed the base weights or is not the identity"
     )
     if precomputed:
         causes = (
@@ -66,6 +71,6 @@ def check_first_loss(loss: float, dtype: torch.dtype, *, precomputed: bool = Fal
         )
     raise ValueError(
         f"the first loss is {loss:.7f}, but policy and reference are the same model, so it must be ln 2 = "
-        f"{math.log(2):.7f} within {bound:.0e} in {str(dtype).removeprefix('torch.')}. The reference is not what it "
+        f"{math.log(2):.7f} within {bound:.1g} in {str(dtype).removeprefix('torch.')}. The reference is not what it "
         f"seems: {causes}. Nothing has been trained."
     )

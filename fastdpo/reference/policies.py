@@ -39,8 +39,8 @@ def resolve_reference(
     """The frozen model to compare with; None where there is none, or where the policy serves, through `as_reference`.
 
     - a model given: used as it is;
-    - PEFT, none given: the policy with its adapters off. An adapter that was trained before is copied to one named
-      "ref" by `keep_ref_adapter`, so that training starts at the reference;
+    - PEFT, none given: the policy with its adapters off. An adapter that was trained before, or that does not start
+      as the identity, is copied to one named "ref" by `keep_ref_adapter`, so that training starts at the reference;
     - PEFT with an adapter called `ref_adapter_name`: the policy with that one instead of its own;
     - full fine-tuning, none given: a copy of the policy as passed, never read from disk again;
       (`copies` False: nothing, for all that is asked of the reference is known before training);
@@ -57,6 +57,8 @@ def resolve_reference(
             given = "ref_model" if ref_model is not None else f"ref_adapter_name={ref_adapter_name!r}"
             raise ValueError(f"{given} is given, but the objective (loss_type) uses no reference; leave it out")
         return None
+    if ref_adapter_name is None and ref_model is None and has_ref_adapter(model):
+        ref_adapter_name = REF_ADAPTER
     if ref_adapter_name is not None:
         _check_ref_adapter(model, ref_model, ref_adapter_name)
     if ref_model is model:
@@ -90,14 +92,18 @@ def _check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
         raise ValueError(f"both ref_model and ref_adapter_name={name!r} are given; leave one out")
     if name in model.active_adapters:
         raise ValueError(
-            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the other"
+            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the "
+            "other, or pass ref_model"
         )
 
 
 def keep_ref_adapter(model: Any) -> None:
     """Copy a PEFT model's active adapter to a frozen one named "ref", which `as_reference` then uses."""
     name = model.active_adapter
-    model.add_adapter(REF_ADAPTER, model.peft_config[name])
+    config = copy.deepcopy(model.peft_config[name])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start from the base weights again
+    model.add_adapter(REF_ADAPTER, config)
     for key, parameter in model.named_parameters():
         if f".{name}." in key:
             model.get_parameter(key.replace(f".{name}.", f".{REF_ADAPTER}.")).data.copy_(parameter.data)

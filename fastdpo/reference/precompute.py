@@ -5,7 +5,6 @@ training uses, longest first, and written in shards as it comes. On one machine'
 would have computed, bit for bit, however either was batched; `tests/test_reference_precompute.py` says in which bounds.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from fastdpo.model import is_patched, patch_forward
+from fastdpo.model import evaluating, is_patched, patch_forward
 from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
 from fastdpo.reference.cache import Logps, TokenCache, entry_key, write_file
 from fastdpo.reference.fingerprint import fingerprint
@@ -132,7 +131,7 @@ def token_logps(
         patch_forward(model)
     items = list(_items(dataset))
     options: dict[str, Any] = {"layout": layout, "autocast": autocast}
-    with _evaluating(model):
+    with evaluating(model):
         cache = _open(folder, model, autocast)
         if known := [item for item in items if all(key in cache for key in item.keys)]:
             _check(cache, known, model, name, options)
@@ -281,28 +280,10 @@ def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, opti
             )
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def options_of(args: Any, *, layout: str) -> dict[str, Any]:
-    """The options of `token_logps` that a `DPOConfig` sets, the cache's folder among them.
-
-    Args:
-        args: a `DPOConfig`.
-        layout: of the run's batches.
-    """
+def options_of(args: Any) -> dict[str, Any]:
+    """The options of `token_logps` that a `DPOConfig` sets."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     options: dict[str, Any] = {
-        "folder": reference_folder(args.reference_cache_dir),
-        "layout": layout,
         "autocast": autocast,
         "examples_per_batch": args.precompute_ref_batch_size,
         "disable_tqdm": bool(args.disable_tqdm),

@@ -14,12 +14,23 @@ from fastdpo.reference.policies import is_peft_model
 FILE = "reference.safetensors"
 
 
-def check_sync(model: Any) -> None:
+def check_sync(model: Any, ref_model: nn.Module | None) -> None:
     """Raise a ValueError where the reference cannot follow the policy; what needs no model, the config has checked."""
     if is_peft_model(model):
         raise ValueError(
             "sync_ref_model=True needs a reference with weights of its own, but with PEFT there is none; set "
             "sync_ref_model=False, or train all weights"
+        )
+    if ref_model is None:
+        return
+    policy, reference = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, ref_model))
+    apart = [name for name in reference | policy if policy.get(name) != reference.get(name)]
+    if apart:
+        name = apart[0]
+        raise ValueError(
+            f"sync_ref_model=True needs a reference with the policy's weights by name and shape, but {name} is "
+            f"{reference.get(name, 'not')} in ref_model and {policy.get(name, 'not')} in the model, {len(apart)} in "
+            "all; leave ref_model out, or set sync_ref_model=False"
         )
 
 
