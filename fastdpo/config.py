@@ -217,6 +217,7 @@ class DPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
         self._resolve_checkpointing()
         super().__post_init__()
+        self._resolve_dispatch()
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
         """Refuse settings of a reference that the objective does not read, or that exclude each other."""
@@ -239,6 +240,16 @@ class DPOConfig(TrainingArguments):
         elif getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
             self.activation_checkpointing = wanted
             self.gradient_checkpointing = None
+
+    def _resolve_dispatch(self) -> None:
+        """Each process reads a stream itself: accelerate would slice batches by rows, which packed ones do not have."""
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches:
+            raise ValueError(
+                "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but those of a "
+                "packed batch differ in length; leave it out, each process then reads its part of the data itself"
+            )
+        loading.dispatch_batches = False
 
 
 @dataclass

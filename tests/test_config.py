@@ -64,6 +64,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"head_backward": "dense"}, "head_backward must be one of auto, exact, sparse, got 'dense'"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
         ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
         ({"config_name": None}, "give either model_name_or_path .* or config_name"),
     ],

@@ -307,6 +307,22 @@ def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
     assert metrics[10]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_stream_trains_and_evaluates_as_a_dataset(make: Callable[..., Any], size: int) -> None:
+    """Whatever divides whatever: 9 rows to evaluate on leave a smaller last batch."""
+
+    def run(kind: Callable[[Dataset], Any]) -> tuple[list[float], float]:
+        settings = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}
+        settings |= {"max_steps": 3, "train_sampling_strategy": "sequential"}
+        trainer = make(data=kind(rows(12)), eval_dataset=kind(rows(9, seed=3)), **settings)
+        trainer.train()
+        return losses(trainer), trainer.evaluate()["eval_loss"]
+
+    streamed, whole = run(Dataset.to_iterable_dataset), run(lambda data: data)
+    assert streamed[0] == pytest.approx(whole[0], abs=1e-6)
+    assert streamed[1] == pytest.approx(whole[1], abs=1e-6)
+
+
 def test_evaluating_before_training_compares_like_with_like(make: Callable[..., Any]) -> None:
     """In mixed precision too: policy and reference are rounded the same way."""
     metrics = make(bf16=True, eval_dataset=rows(16)).evaluate()
