@@ -216,8 +216,9 @@ class DPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
         self._resolve_checkpointing()
+        given = self.accelerator_config
         super().__post_init__()
-        self._resolve_dispatch()
+        self._resolve_loading(given)
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
         """Refuse settings of a reference that the objective does not read, or that exclude each other."""
@@ -241,8 +242,12 @@ class DPOConfig(TrainingArguments):
             self.activation_checkpointing = wanted
             self.gradient_checkpointing = None
 
-    def _resolve_dispatch(self) -> None:
-        """Each process reads a stream itself: accelerate would slice batches by rows, which packed ones do not have."""
+    def _resolve_loading(self, given: Any) -> None:
+        """Each process reads its data itself, and copies from pinned memory wait for nothing.
+
+        Args:
+            given: `accelerator_config` as the user wrote it, which decides on `non_blocking`.
+        """
         loading: Any = self.accelerator_config
         if loading.dispatch_batches:
             raise ValueError(
@@ -250,6 +255,9 @@ class DPOConfig(TrainingArguments):
                 "packed batch differ in length; leave it out, each process then reads its part of the data itself"
             )
         loading.dispatch_batches = False
+        chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)
+        if not chosen and self.dataloader_pin_memory and not self.use_cpu and torch.cuda.is_available():
+            loading.non_blocking = True
 
 
 @dataclass

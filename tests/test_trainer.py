@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
 import fastdpo
 from fastdpo import heads
@@ -222,6 +222,32 @@ def test_gradient_checkpointing_changes_no_number(make: Callable[..., Any]) -> N
     for trainer in (plain, checkpointed):
         trainer.train()
     assert losses(plain) == losses(checkpointed)
+
+
+class ForbidWaiting(TrainerCallback):
+    """From the end of step `first` to that of step `last`, whatever waits for the device raises."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.modes = {first: "error", last: "default"}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.modes:
+            torch.cuda.set_sync_debug_mode(self.modes[state.global_step])
+
+
+@pytest.mark.gpu
+def test_steps_between_logs_do_not_wait_for_the_device(make: Callable[..., Any]) -> None:
+    """Batches come over, forward, loss, backward, clipping and optimizer are queued; the first step may wait."""
+    torch.use_deterministic_algorithms(False)
+    data = Dataset.from_list(rows(1).to_list() * 32)  # one shape, so that nothing is compiled or measured later
+    options = {"use_cpu": False, "head_impl": "triton", "max_steps": 8, "logging_steps": 8}
+    trainer = make(tiny_llama(hidden_size=64), data=data, gradient_accumulation_steps=2, **options)
+    trainer.add_callback(ForbidWaiting(2, 7))
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 8
 
 
 def test_a_given_reference_is_used_as_it_is(make: Callable[..., Any]) -> None:
