@@ -25,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
+from fastdpo.attention_backends import usable
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, wrap_adapter
 from fastdpo.loss import compute, step_mean, step_values
@@ -89,6 +90,7 @@ class DPOTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
+        usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if processing_class is None:

@@ -443,6 +443,7 @@ class TestNotFinite:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"attention_backend": "flash"}, "attention_backend='flash' cannot be used: "),
         ({"data": Dataset.from_list([{"chosen": "a"}])}, "train dataset has no column 'rejected'"),
         (
             {"data": Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}])},
@@ -454,7 +455,7 @@ class TestNotFinite:
         ),
         ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs only applies to a model given by name"),
     ],
-    ids=["column", "empty-completion", "vocabulary", "init-kwargs"],
+    ids=["backend", "column", "empty-completion", "vocabulary", "init-kwargs"],
 )
 def test_bad_input_is_named(make: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
