@@ -219,6 +219,11 @@ class DPOConfig(TrainingArguments):
         given = self.accelerator_config
         super().__post_init__()
         self._resolve_loading(given)
+        if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
+            self.model_init_kwargs = dict(self.model_init_kwargs)
+            old = self.model_init_kwargs.pop("torch_dtype")
+            if self.model_init_kwargs.setdefault("dtype", old) != old:
+                raise ValueError(f"model_init_kwargs has torch_dtype={old!r} beside another dtype; leave it out")
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
         """Refuse settings of a reference that the objective does not read, or that exclude each other."""
