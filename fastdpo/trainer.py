@@ -117,6 +117,7 @@ class DPOTrainer(Trainer):
         _each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:
             self._settings.check_columns(names)
+            data.check_reference_columns(names, self._settings.kind, args.ld_alpha)
         scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
         is_own_reference = self._settings.needs_reference and ref_model is None and not own_adapter and not any(scored)
         # before the patch, which a copy must not share

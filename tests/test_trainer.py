@@ -443,6 +443,11 @@ class TestNotFinite:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"eval_dataset": rows(1).add_column("ref_chosen_logps", [-1.0]).add_column("ref_rejected_logps", [-1.0])}
+            | {"ld_alpha": 0.5},
+            "ld_alpha=0.5 needs the reference's log-probs per token",
+        ),
         ({"attention_backend": "flash"}, "attention_backend='flash' cannot be used: "),
         ({"data": Dataset.from_list([{"chosen": "a"}])}, "train dataset has no column 'rejected'"),
         (
@@ -455,7 +460,7 @@ class TestNotFinite:
         ),
         ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs only applies to a model given by name"),
     ],
-    ids=["backend", "column", "empty-completion", "vocabulary", "init-kwargs"],
+    ids=["reference-sums", "backend", "column", "empty-completion", "vocabulary", "init-kwargs"],
 )
 def test_bad_input_is_named(make: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
