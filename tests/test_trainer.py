@@ -11,7 +11,15 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 import fastdpo
 from fastdpo import heads
@@ -482,6 +490,15 @@ def test_dropout_is_off(make: Callable[..., Any]) -> None:
     trainer.train()
     assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
     assert trainer.model.config.attention_dropout == 0.3
+
+
+def test_dropout_of_attention_weights_by_a_module_trains_padded(make: Callable[..., Any]) -> None:
+    """As stock GPT-2 has it, 0.1; a packed batch would raise in the first forward, after the check in eval mode."""
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1)
+    trainer = make(GPT2LMHeadModel(config), disable_dropout=False, max_steps=1)
+    assert trainer._layout == "padded"
+    trainer.train()
+    assert make(GPT2LMHeadModel(config))._layout == "shared"
 
 
 def test_metrics_reach_tensorboard_under_trl_names(make: Callable[..., Any], tmp_path: Path) -> None:
