@@ -343,10 +343,18 @@ class DPOTrainer(Trainer):
     # Metrics
 
     def _is_logging_step(self) -> bool:
+        """Whether the step is the last one before a log.
+
+        Of an epoch that is the step whose batches are its last ones, all read by now. A stream may end within a step,
+        which is then not made, so there every step counts.
+        """
         step = self.state.global_step + 1
-        if self.args.logging_strategy != "steps" or (step == 1 and self.args.logging_first_step):
+        if step == 1 and self.args.logging_first_step:
             return True
-        return bool(step % self.state.logging_steps == 0)
+        if self.args.logging_strategy == "epoch":
+            last = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
+            return bool(last or isinstance(self.train_dataset, IterableDataset))
+        return bool(self.args.logging_strategy == "steps" and step % self.state.logging_steps == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to the training step's."""

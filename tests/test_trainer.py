@@ -328,6 +328,43 @@ def test_trained_weights_outside_the_adapter_need_a_reference(make: Callable[...
         make(peft_config=lora(bias="all"), model=tiny_llama(attention_bias=True))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"logging_steps": 2}, [2, 4, 6]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
+        ({"logging_strategy": "no"}, []),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+        ({"logging_strategy": "epoch"}, [4, 6]),
+        ({"logging_strategy": "epoch", "tokens_per_batch": 10_000}, [1, 2, 3, 4, 5, 6]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_token_metrics_are_computed_on_logging_steps_alone(
+    make: Callable[..., Any], settings: dict[str, Any], expected: list[int], stream: bool
+) -> None:
+    if stream and "tokens_per_batch" in settings:
+        pytest.skip("a stream has no lengths to plan with")
+    data = rows(14).to_iterable_dataset() if stream else rows(14)  # seven batches, four steps; of a stream three
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6} | settings
+    trainer = make(data=data, **options)
+    seen, forward = set(), trainer.model.forward
+
+    def note(*args: Any, with_stats: bool = False, **batch: Any) -> Any:
+        if with_stats:
+            seen.add(trainer.state.global_step + 1)
+        return forward(*args, with_stats=with_stats, **batch)
+
+    trainer.model.forward = note
+    trainer.train()
+    by_epoch = stream and settings.get("logging_strategy") == "epoch"
+    assert sorted(seen) == ([1, 2, 3, 4, 5, 6] if by_epoch else expected)
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == ([3, 6] if by_epoch else expected)
+    assert all(entry.keys() >= TOKEN_METRICS for entry in trainer.state.log_history if "loss" in entry)
+
+
 def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
     """Ten pairs in batches of four: the last one holds two."""
     held_out = rows(10, seed=9)
