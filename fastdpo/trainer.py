@@ -111,8 +111,9 @@ class DPOTrainer(Trainer):
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
         )
-        train_dataset = self._prepare_dataset(train_dataset)
-        eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+        with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
+            train_dataset = self._prepare_dataset(train_dataset)
+            eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
         columns = [set(train_dataset.column_names or ())]
         _each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:

@@ -1,8 +1,9 @@
 """fastdpo.DPOTrainer on models small enough to train in seconds."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import fastdpo
+from fastdpo import data as data_module
 from fastdpo import heads
 from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.no_logits import NoLogits
@@ -363,6 +365,26 @@ def test_token_metrics_are_computed_on_logging_steps_alone(
     logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == ([3, 6] if by_epoch else expected)
     assert all(entry.keys() >= TOKEN_METRICS for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_first_process_tokenises_first(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, names = [], []
+    prepare = data_module.prepare_dataset
+
+    @contextlib.contextmanager
+    def first(self: Any, **_: Any) -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def note(*args: Any, name: str = "train", **options: Any) -> Any:
+        names.append((name, bool(inside)))
+        return prepare(*args, name=name, **options)
+
+    monkeypatch.setattr(fastdpo.DPOConfig, "main_process_first", first)
+    monkeypatch.setattr(data_module, "prepare_dataset", note)
+    make(eval_dataset={"one": rows(2), "two": rows(3)})
+    assert names == [("train", True), ("one", True), ("two", True)]
 
 
 def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
