@@ -140,8 +140,9 @@ def attention(
         )
     if dropout > 0:
         raise ValueError(
-            f"attention dropout must be 0 with packed batches, {type(module).__name__} has {dropout}; "
-            "set attention_dropout=0.0 in the model's config"
+            f"attention dropout must be 0 with packed batches, {type(module).__name__} has {dropout}; set "
+            "disable_dropout=True, or to 0.0 the field of the model's config that is not (attention_dropout, "
+            "attn_pdrop, ...)"
         )
     if isinstance(attention_mask, Tensor) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a mask or bias of its own, which packed batches cannot follow")

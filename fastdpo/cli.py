@@ -66,27 +66,14 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
 
     run, args = read_config(config, overrides)  # before the slow imports: mistakes show at once
 
-    from fastdpo.loading import load_datasets, load_model, load_reference, lora
-    from fastdpo.trainer import DPOTrainer
-
-    model, tokenizer = load_model(run, args)
-    train_dataset, eval_dataset = load_datasets(run)
-    if eval_dataset is None:
-        args.set_evaluate(strategy="no")
-    args.eval_on_start = eval_dataset is not None
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=load_reference(run, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=lora(run),
-    )
+    trainer = _trainer(run, args)
     failure = None
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if eval_dataset is not None and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step:
+        if (
+            trainer.eval_dataset is not None
+            and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step
+        ):
             trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
@@ -106,21 +93,9 @@ def precompute(config: Path, overrides: dict[str, Any]) -> None:
 
     run, args = read_config(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
 
-    from fastdpo.loading import load_datasets, load_model, load_reference, lora
     from fastdpo.reference.precompute import reference_folder
-    from fastdpo.trainer import DPOTrainer
 
-    model, tokenizer = load_model(run, args)
-    train_dataset, eval_dataset = load_datasets(run)
-    DPOTrainer(  # which does all that training would before its first step
-        model=model,
-        ref_model=load_reference(run, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=lora(run),
-    )
+    _trainer(run, args)  # which does all that training would before its first step
     print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
@@ -177,6 +152,27 @@ def plan(config: Path, overrides: dict[str, Any], gpu_memory: float | None, proc
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_lengths(found.stats, picture)
     print(f"{tables(found)}\npicture: {picture}")  # noqa: T201
+
+
+def _trainer(run: Any, args: Any) -> Any:
+    """The trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
+    from fastdpo.loading import load_datasets, load_model, load_reference, lora
+    from fastdpo.trainer import DPOTrainer
+
+    model, tokenizer = load_model(run, args)
+    train_dataset, eval_dataset = load_datasets(run)
+    if eval_dataset is None:
+        args.set_evaluate(strategy="no")
+    args.eval_on_start = eval_dataset is not None
+    return DPOTrainer(
+        model=model,
+        ref_model=load_reference(run, args),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora(run),
+    )
 
 
 def _report(trainer: Any, run: Any, failure: str | None) -> Path | None:

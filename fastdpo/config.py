@@ -216,7 +216,14 @@ class DPOConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
         self._resolve_checkpointing()
+        given = self.accelerator_config
         super().__post_init__()
+        self._resolve_loading(given)
+        if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
+            self.model_init_kwargs = dict(self.model_init_kwargs)
+            old = self.model_init_kwargs.pop("torch_dtype")
+            if self.model_init_kwargs.setdefault("dtype", old) != old:
+                raise ValueError(f"model_init_kwargs has torch_dtype={old!r} beside another dtype; leave it out")
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
         """Refuse settings of a reference that the objective does not read, or that exclude each other."""
@@ -239,6 +246,23 @@ class DPOConfig(TrainingArguments):
         elif getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
             self.activation_checkpointing = wanted
             self.gradient_checkpointing = None
+
+    def _resolve_loading(self, given: Any) -> None:
+        """Each process reads its data itself, and copies from pinned memory wait for nothing.
+
+        Args:
+            given: `accelerator_config` as the user wrote it, which decides on `non_blocking`.
+        """
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches:
+            raise ValueError(
+                "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but those of a "
+                "packed batch differ in length; leave it out, each process then reads its part of the data itself"
+            )
+        loading.dispatch_batches = False
+        chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)
+        if not chosen and self.dataloader_pin_memory and not self.use_cpu and torch.cuda.is_available():
+            loading.non_blocking = True
 
 
 @dataclass

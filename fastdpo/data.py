@@ -15,7 +15,7 @@ and `pair_index`, the row it came from. Completions end with EOS unless they wer
 import difflib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -37,7 +37,7 @@ COLUMNS = (
 )
 """All that `prepare_dataset` may return, of any kind."""
 
-RULES = 1
+RULES = 2
 """Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
 
 MAX_NAMED_ROWS = 5
@@ -89,13 +89,13 @@ def prepare_dataset(
             f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}; "
             "for a list of dicts use datasets.Dataset.from_list(rows)"
         )
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"{name} dataset is empty")
     if kind not in TOKEN_COLUMNS:
         raise ValueError(f"kind must be one of {', '.join(TOKEN_COLUMNS)}, got {kind!r}")
     if with_kl and isinstance(dataset, IterableDataset):
         raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
-    first = next(iter(dataset))
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} dataset is empty")
     found = _find_kind(list(first), kind, name)
     ranked = kind == "ranked"
     limits = {
@@ -163,6 +163,7 @@ def tokenize_row(
             prompt, responses, special = tokenize(row, kind, tokenizer)
             notes += ["special"] if special else []
         _check_tokens(prompt, responses, kind, vocab_size)
+        _check_references(row, responses)
         bos = tokenizer.bos_token_id
         if bos is not None and prompt[:2] == [bos] * 2:
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
@@ -182,7 +183,7 @@ def tokenize_row(
         if {"prompt", "completion"} & set(notes) and (given := REFERENCES.keys() & row.keys()):
             raise BadRow(f"`{min(given)}` is of the whole row, but the row is too long and gets cut; raise the limits")
     except BadRow as error:
-        return result | {"problem": str(error)}
+        return result | dict.fromkeys(REFERENCES.keys() & row.keys()) | {"problem": str(error)}
     if len(responses) > 1 and all(ids == responses[0] for ids in responses):
         what = "all responses" if kind == "ranked" else "chosen and rejected"
         return result | {"problem": f"dropped: {what} are the same tokens"}
@@ -251,7 +252,7 @@ def _check_fields(row: dict[str, Any], kind: str) -> None:
         if field not in row:
             continue
         value = row[field]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_finite(value):
             raise BadRow(f"`{field}` must be a finite number, got {value!r:.80}")
         if (field == "weight" and value < 0) or (field == "beta" and value <= 0):
             raise BadRow(f"`{field}` must be {'at least' if field == 'weight' else 'above'} 0, got {value}")
@@ -270,6 +271,52 @@ def _check_tokens(prompt: list[int], responses: list[list[int]], kind: str, voca
         if (worst := max(ids)) >= vocab_size or min(ids) < 0:
             bad = worst if worst >= vocab_size else min(ids)
             raise BadRow(f"`{field}` holds token id {bad}, but the model's vocabulary has {vocab_size} entries")
+
+
+def _check_references(row: dict[str, Any], responses: list[list[int]]) -> None:
+    for field in ("ref_chosen_logps", "ref_rejected_logps"):
+        if field in row and not _is_finite(row[field]):
+            raise BadRow(f"`{field}` must be a finite number, got {row[field]!r:.80}")
+    if "ref_token_logps" not in row:
+        return
+    given = row["ref_token_logps"]
+    if not isinstance(given, list) or not all(isinstance(each, list) for each in given):
+        raise BadRow(f"`ref_token_logps` must be a list of numbers for each response, got {given!r:.80}")
+    if (found := [*map(len, given)]) != (expected := [*map(len, responses)]):
+        raise BadRow(f"`ref_token_logps` has lists of {found} numbers, but the responses have {expected} tokens")
+    if bad := [value for each in given for value in each if not _is_finite(value)]:
+        raise BadRow(f"`ref_token_logps` must hold finite numbers, got {bad[0]!r:.80}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float | None) -> None:
+    """Check that reference log-probs among the columns of a prepared dataset can serve the objective.
+
+    Args:
+        columns: of the dataset.
+        kind: of rows that the objective needs.
+        ld_alpha: of the objective.
+
+    Raises:
+        ValueError: there is only one of `ref_chosen_logps` and `ref_rejected_logps`, or these sums are of no use to
+            the objective.
+    """
+    sums = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
+    if not sums:
+        return
+    drop = f"drop {' and '.join(sums)}"
+    if len(sums) == 1:
+        raise ValueError(f"a dataset has {sums[0]!r} without its counterpart; add or drop the column")
+    if kind != "preference":
+        raise ValueError(f"{sums[0]!r} is of preferences, and the objective takes {kind} rows; {drop}")
+    if ld_alpha is not None:
+        raise ValueError(
+            f"ld_alpha={ld_alpha} needs the reference's log-probs per token, not their sums; {drop}, or give "
+            "ref_token_logps instead"
+        )
 
 
 # Rows of another kind

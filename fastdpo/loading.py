@@ -16,6 +16,11 @@ from fastdpo.reference import policies
 
 logger = logging.getLogger("fastdpo")
 
+_OF_MODEL = ("dtype", "attn_implementation", "experts_implementation")
+"""What `from_config` takes; all else is for the config."""
+_BUILT = "_fastdpo_built"
+"""On a model that `model_init_kwargs` has been applied to."""
+
 
 def load_policy(model: Any, args: DPOConfig) -> Any:
     """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
@@ -27,11 +32,10 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
         ValueError: `model_init_kwargs` are given for a model that is loaded already.
     """
     if not isinstance(model, str):
-        if args.model_init_kwargs:
+        if args.model_init_kwargs and not vars(model).get(_BUILT):
             raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
         return model
-    assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
-    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    options = _options(args)
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
@@ -47,6 +51,12 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
 def smallest_vocab(*models: Any) -> int:
     """Of the models that are there, the fewest entries: ids that all of them know are below it."""
     return min(int(model.get_input_embeddings().weight.shape[0]) for model in models if model is not None)
+
+
+def _options(args: DPOConfig) -> dict[str, Any]:
+    """Of `from_pretrained`."""
+    assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
+    return {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
 
 
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
@@ -98,13 +108,28 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
 
 
 def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
-    """The policy, as a name to load or built with random weights, and its tokenizer."""
+    """The policy, as a name to load or built with random weights, and its tokenizer.
+
+    Random weights are float32, too, unless `args.model_init_kwargs` says otherwise; what else it holds goes to config
+    and model.
+
+    Raises:
+        ValueError: `model_init_kwargs` holds what neither knows.
+    """
     tokenizer = load_tokenizer(run, args)
     if run.model_name_or_path:
         return run.model_name_or_path, tokenizer
-    code = {"trust_remote_code": args.trust_remote_code}
+    options = _options(args)
+    of_model = {name: options.pop(name) for name in _OF_MODEL if name in options}
+    code = {"trust_remote_code": options["trust_remote_code"]}
+    config, unknown = AutoConfig.from_pretrained(run.config_name, return_unused_kwargs=True, **options)
+    if unknown := sorted(unknown.keys() - code.keys()):
+        raise ValueError(f"model_init_kwargs {unknown[0]!r} has no effect on random weights; leave it out")
+    if of_model["dtype"] == "auto":
+        of_model["dtype"] = config.dtype or "float32"
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.config_name, **code), **code)
+    model = AutoModelForCausalLM.from_config(config, **of_model, **code)
+    vars(model)[_BUILT] = True
     logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
     return model, tokenizer
 

@@ -96,7 +96,7 @@ def layout_of(model: Any) -> tuple[Layout, str]:
     model = _checked(model)
     if reason := _only_padded(model):
         return "padded", reason
-    if _dropout_by_number(model):
+    if _attention_dropout(model):
         return "padded", "what is shared could have only one dropout mask of its attention weights"
     recurrent = _has_state(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
@@ -355,10 +355,20 @@ def _rope_limit(config: Any) -> tuple[int | None, str]:
     return None, "default"
 
 
-def _dropout_by_number(model: nn.Module) -> bool:
-    """Whether dropout is a number that a module keeps: attention layers do."""
-    return any(
+def _attention_dropout(model: nn.Module) -> bool:
+    """Whether attention weights may drop out: attention layers keep a number, or a module whose `p` they pass on.
+
+    An attention layer's own modules count, but for those of the residual stream (GPT-2 names them so); what an adapter
+    puts into its projections is deeper and drops out hidden states.
+    """
+    by_number = any(
         "dropout" in name and isinstance(value, float) and value > 0
         for module in model.modules()
         for name, value in vars(module).items()
+    )
+    return by_number or any(
+        isinstance(child, nn.Dropout) and child.p > 0 and "resid" not in name
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+        for name, child in module.named_children()
     )

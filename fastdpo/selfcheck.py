@@ -100,6 +100,7 @@ def self_check(
     Raises:
         ValueError: the scores are not the model's own; names the class, the numbers and what to do.
         FloatingPointError: the model's own are not finite.
+        torch.OutOfMemoryError: whatever the layout.
     """
     device = batch["input_ids"].device
     name = _class_name(model)
@@ -144,6 +145,8 @@ def self_check(
                 if layout != "padded":
                     layout_error = _error(_score(model, shared_prefix_batch(pairs, layout=layout), device), padded)
                 error = _error(_score(model, selected, device), alone)
+        except torch.OutOfMemoryError:  # padded rows would take more
+            raise
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as problem:
             if layout == "padded":
                 raise

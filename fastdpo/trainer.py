@@ -25,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import data, metrics
+from fastdpo.attention_backends import usable
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import compute, step_mean, step_values
@@ -89,6 +90,7 @@ class DPOTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
+        usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
@@ -112,12 +114,14 @@ class DPOTrainer(Trainer):
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
         )
-        train_dataset = self._prepare_dataset(train_dataset)
-        eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+        with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
+            train_dataset = self._prepare_dataset(train_dataset)
+            eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
         columns = [set(train_dataset.column_names or ())]
         _each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:
             self._settings.check_columns(names)
+            data.check_reference_columns(names, self._settings.kind, args.ld_alpha)
         scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(scored)
         # before the patch, which a copy must not share
@@ -351,10 +355,18 @@ class DPOTrainer(Trainer):
     # Metrics
 
     def _is_logging_step(self) -> bool:
+        """Whether the step is the last one before a log.
+
+        Of an epoch that is the step whose batches are its last ones, all read by now. A stream may end within a step,
+        which is then not made, so there every step counts.
+        """
         step = self.state.global_step + 1
-        if self.args.logging_strategy != "steps" or (step == 1 and self.args.logging_first_step):
+        if step == 1 and self.args.logging_first_step:
             return True
-        return bool(step % self.state.logging_steps == 0)
+        if self.args.logging_strategy == "epoch":
+            last = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
+            return bool(last or isinstance(self.train_dataset, IterableDataset))
+        return bool(self.args.logging_strategy == "steps" and step % self.state.logging_steps == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to the training step's."""

@@ -63,6 +63,9 @@ def test_a_single_file_trains_without_a_held_out_split(tmp_path: Path) -> None:
     assert "has no split 'test': nothing is held out" in done.stderr
     assert "held out" not in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
+    common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
+    fastdpo("precompute", QUICKSTART, *common)
+    assert sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_plan_tells_what_will_happen_without_doing_it(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"head_backward": "dense"}, "head_backward must be one of auto, exact, sparse, got 'dense'"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
         ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
         ({"config_name": None}, "give either model_name_or_path .* or config_name"),
     ],
@@ -98,3 +99,26 @@ def test_a_config_survives_its_own_dict(tmp_path: Path) -> None:
     args = DPOConfig(output_dir=str(tmp_path), beta=0.3, gradient_checkpointing=False)
     again = DPOConfig(**{f: getattr(args, f) for f in ("output_dir", "beta", "loss_type", "gradient_checkpointing")})
     assert (again.beta, again.loss_type, again.gradient_checkpointing) == (0.3, ["sigmoid"], False)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "expected"),
+    [
+        (None, {}, True),
+        ({"even_batches": False}, {}, True),
+        ({"non_blocking": False}, {}, False),
+        (None, {"dataloader_pin_memory": False}, False),
+        (None, {"use_cpu": True}, False),
+    ],
+    ids=str,
+)
+def test_copies_from_pinned_memory_do_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, changes: dict[str, bool], expected: bool
+) -> None:
+    args = DPOConfig(output_dir=str(tmp_path), accelerator_config=given)
+    for name, value in ({"dataloader_pin_memory": True} | changes).items():
+        setattr(args, name, value)
+    args.accelerator_config.non_blocking = False  # on a GPU it has been set by now
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    args._resolve_loading(given)
+    assert args.accelerator_config.non_blocking is expected

@@ -1,6 +1,7 @@
 """Ranked and unpaired rows, truncation, and what goes with a row."""
 
 import logging
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,8 @@ def test_a_preference_is_a_ranking_of_two(prepare: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
 def test_a_preference_is_two_unpaired_rows(stream: bool, prepare: Callable[..., Any]) -> None:
-    rows = [PAIR | {"weight": 2.0, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}, PAIR | {"weight": 1.0}]
+    references = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    rows = [PAIR | references | {"weight": weight} for weight in (2.0, 1.0)]
     pair = prepare([PAIR])[0]
     ours = list(prepare(rows, kind="unpaired", stream=stream))
     assert [row["completion_ids"] for row in ours] == [pair["chosen_ids"]] * 2 + [pair["rejected_ids"]] * 2
@@ -170,6 +172,69 @@ def test_numbers_and_references_come_along(prepare: Callable[..., Any]) -> None:
 def test_references_of_a_row_that_is_cut_are_refused(limit: dict[str, int], prepare: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="row 0: `ref_chosen_logps` is of the whole row, but the row is too long"):
         prepare([IDS | {"ref_chosen_logps": -4.0, "ref_rejected_logps": -5.0}], **limit)
+
+
+REFERENCES = {"ref_chosen_logps": -4.0, "ref_rejected_logps": -5.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (REFERENCES | {"ref_chosen_logps": math.nan}, "`ref_chosen_logps` must be a finite number, got nan"),
+        (REFERENCES | {"ref_rejected_logps": None}, "`ref_rejected_logps` must be a finite number, got None"),
+        ({"ref_token_logps": [[-1.0] * 3, [math.inf]]}, "`ref_token_logps` must hold finite numbers, got inf"),
+        ({"ref_token_logps": [[-1.0] * 3, [None]]}, "`ref_token_logps` must hold finite numbers, got None"),
+        ({"ref_token_logps": [[-1.0] * 3]}, r"lists of \[3\] numbers, but the responses have \[3, 1\] tokens"),
+        ({"ref_token_logps": [[-1.0], [-1.0] * 3]}, r"lists of \[1, 3\] numbers, but the responses have \[3, 1\]"),
+        ({"ref_token_logps": [[-1.0] * 3, None]}, "`ref_token_logps` must be a list of numbers for each response"),
+    ],
+    ids=str,
+)
+def test_a_bad_reference_value_is_named(
+    given: dict[str, Any], message: str, prepare: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    good = IDS | {name: [[-1.0] * 3, [-2.0]] if "token" in name else -3.0 for name in given}
+    with pytest.raises(ValueError, match=f"1 of 2 rows are malformed. row 1: .*{message}"):
+        prepare([good, IDS | given])
+    assert prepare([good, IDS | given], on_bad_row="drop").to_list() == [good | {"pair_index": 0}]
+
+
+def test_a_reference_value_that_is_no_number_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = IDS | {"ref_chosen_logps": "much", "ref_rejected_logps": -1.0}
+    result = data.tokenize_row(row, 0, tokenizer, None, VOCAB)
+    assert "`ref_chosen_logps` must be a finite number, got 'much'" in result["problem"]
+    Dataset.from_list([result], features=data._features("preference", row))
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "ld_alpha", "message"),
+    [
+        (["ref_chosen_logps"], "preference", None, "'ref_chosen_logps' without its counterpart"),
+        (["ref_rejected_logps"], "preference", None, "'ref_rejected_logps' without its counterpart"),
+        ([*REFERENCES], "ranked", None, "'ref_chosen_logps' is of preferences, and the objective takes ranked rows"),
+        ([*REFERENCES], "unpaired", None, "'ref_chosen_logps' is of preferences, and the objective takes unpaired"),
+        ([*REFERENCES], "preference", 0.5, "ld_alpha=0.5 needs the reference's log-probs per token"),
+    ],
+)
+def test_reference_columns_of_no_use_are_refused(
+    columns: list[str], kind: str, ld_alpha: float | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.check_reference_columns(columns, kind, ld_alpha)
+
+
+def test_reference_columns_of_use_are_taken() -> None:
+    data.check_reference_columns([*REFERENCES, "ref_token_logps"], "preference", None)
+    data.check_reference_columns(["ref_token_logps"], "ranked", None)
+    data.check_reference_columns(["ref_token_logps"], "preference", 0.5)
+    data.check_reference_columns(["prompt_ids"], "unpaired", None)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_nothing_at_all_is_named(stream: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    empty: Any = IterableDataset.from_generator(lambda: iter([])) if stream else Dataset.from_list([PAIR]).select([])
+    with pytest.raises(ValueError, match="train dataset is empty"):
+        data.prepare_dataset(empty, tokenizer, max_length=9, vocab_size=VOCAB)
 
 
 # Truncation

@@ -497,6 +497,7 @@ PADDED = [
     pytest.param(make_bloom, "its attention does not go through", id="own-attention"),
     pytest.param(make_recurrent, "its layers carry a state", id="recurrent"),
     pytest.param(lambda: make_model("llama", attention_dropout=0.1), "mask of its attention", id="dropout"),
+    pytest.param(lambda: make_model("gpt2", attn_pdrop=0.1), "mask of its attention", id="dropout-module"),
 ]
 
 
@@ -627,6 +628,12 @@ def test_dynamic_rope_beyond_its_limit_is_refused():
 def test_dropout_of_hidden_states_packs_without_sharing():
     model = make_model("gpt2", resid_pdrop=0.1)
     assert layout_of(model) == ("packed", "what is shared could have only one dropout mask")
+
+
+def test_dropout_beside_the_attention_weights_packs():
+    assert layout_of(make_model("gpt2", resid_pdrop=0.1))[0] == "packed"
+    model = make_adapted(lora_dropout=0.1)
+    assert layout_of(model)[0] == "packed"
 
 
 def test_an_encoder_and_decoder_is_refused():

@@ -165,6 +165,17 @@ def test_falls_back_to_padded_rows_aloud(make, reason, caplog):
     assert check(model, "padded").layout == "padded"
 
 
+def test_memory_that_runs_out_is_no_reason_for_more_of_it(monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("no more")
+
+    model = make_patched()
+    batch = shared_prefix_batch(PAIRS)
+    monkeypatch.setattr("fastdpo.attention_backends.attend", run_out)
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        self_check(model, batch, layout="shared", fallback=True)
+
+
 def test_catches_an_attention_that_is_never_called():
     """As Bloom's is, if it said that it supports the interface: one layer here looks at its own token alone."""
     model = make_patched()

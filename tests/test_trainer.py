@@ -1,8 +1,9 @@
 """fastdpo.DPOTrainer on models small enough to train in seconds."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,18 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 import fastdpo
+from fastdpo import data as data_module
 from fastdpo import heads
 from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.no_logits import NoLogits
@@ -159,6 +169,32 @@ def test_gradient_checkpointing_changes_no_number(make: Callable[..., Any]) -> N
     assert losses(plain) == losses(checkpointed)
 
 
+class ForbidWaiting(TrainerCallback):
+    """From the end of step `first` to that of step `last`, whatever waits for the device raises."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.modes = {first: "error", last: "default"}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.modes:
+            torch.cuda.set_sync_debug_mode(self.modes[state.global_step])
+
+
+@pytest.mark.gpu
+def test_steps_between_logs_do_not_wait_for_the_device(make: Callable[..., Any]) -> None:
+    """Batches come over, forward, loss, backward, clipping and optimizer are queued; the first step may wait."""
+    torch.use_deterministic_algorithms(False)
+    data = Dataset.from_list(rows(1).to_list() * 32)  # one shape, so that nothing is compiled or measured later
+    options = {"use_cpu": False, "head_impl": "triton", "max_steps": 8, "logging_steps": 8}
+    trainer = make(tiny_llama(hidden_size=64), data=data, gradient_accumulation_steps=2, **options)
+    trainer.add_callback(ForbidWaiting(2, 7))
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 8
+
+
 def test_a_given_reference_is_used_as_it_is(make: Callable[..., Any]) -> None:
     reference = tiny_llama()
     with torch.no_grad():
@@ -229,6 +265,63 @@ def test_trained_weights_outside_the_adapter_need_a_reference(make: Callable[...
         make(peft_config=lora(bias="all"), model=tiny_llama(attention_bias=True))
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"logging_steps": 2}, [2, 4, 6]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
+        ({"logging_strategy": "no"}, []),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+        ({"logging_strategy": "epoch"}, [4, 6]),
+        ({"logging_strategy": "epoch", "tokens_per_batch": 10_000}, [1, 2, 3, 4, 5, 6]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_token_metrics_are_computed_on_logging_steps_alone(
+    make: Callable[..., Any], settings: dict[str, Any], expected: list[int], stream: bool
+) -> None:
+    if stream and "tokens_per_batch" in settings:
+        pytest.skip("a stream has no lengths to plan with")
+    data = rows(14).to_iterable_dataset() if stream else rows(14)  # seven batches, four steps; of a stream three
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6} | settings
+    trainer = make(data=data, **options)
+    seen, forward = set(), trainer.model.forward
+
+    def note(*args: Any, with_stats: bool = False, **batch: Any) -> Any:
+        if with_stats:
+            seen.add(trainer.state.global_step + 1)
+        return forward(*args, with_stats=with_stats, **batch)
+
+    trainer.model.forward = note
+    trainer.train()
+    by_epoch = stream and settings.get("logging_strategy") == "epoch"
+    assert sorted(seen) == ([1, 2, 3, 4, 5, 6] if by_epoch else expected)
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == ([3, 6] if by_epoch else expected)
+    assert all(entry.keys() >= TOKEN_METRICS for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_first_process_tokenises_first(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, names = [], []
+    prepare = data_module.prepare_dataset
+
+    @contextlib.contextmanager
+    def first(self: Any, **_: Any) -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def note(*args: Any, name: str = "train", **options: Any) -> Any:
+        names.append((name, bool(inside)))
+        return prepare(*args, name=name, **options)
+
+    monkeypatch.setattr(fastdpo.DPOConfig, "main_process_first", first)
+    monkeypatch.setattr(data_module, "prepare_dataset", note)
+    make(eval_dataset={"one": rows(2), "two": rows(3)})
+    assert names == [("train", True), ("one", True), ("two", True)]
+
+
 def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
     """Ten pairs in batches of four: the last one holds two."""
     held_out = rows(10, seed=9)
@@ -240,6 +333,22 @@ def test_evaluation_averages_over_pairs(make: Callable[..., Any]) -> None:
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_entropy", "eval_logps/chosen"):
         assert metrics[4][name] == pytest.approx(metrics[10][name], rel=1e-4, abs=1e-6), name
     assert metrics[10]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_stream_trains_and_evaluates_as_a_dataset(make: Callable[..., Any], size: int) -> None:
+    """Whatever divides whatever: 9 rows to evaluate on leave a smaller last batch."""
+
+    def run(kind: Callable[[Dataset], Any]) -> tuple[list[float], float]:
+        settings = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}
+        settings |= {"max_steps": 3, "train_sampling_strategy": "sequential"}
+        trainer = make(data=kind(rows(12)), eval_dataset=kind(rows(9, seed=3)), **settings)
+        trainer.train()
+        return losses(trainer), trainer.evaluate()["eval_loss"]
+
+    streamed, whole = run(Dataset.to_iterable_dataset), run(lambda data: data)
+    assert streamed[0] == pytest.approx(whole[0], abs=1e-6)
+    assert streamed[1] == pytest.approx(whole[1], abs=1e-6)
 
 
 def test_evaluating_before_training_compares_like_with_like(make: Callable[..., Any]) -> None:
@@ -336,6 +445,12 @@ class TestNotFinite:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"eval_dataset": rows(1).add_column("ref_chosen_logps", [-1.0]).add_column("ref_rejected_logps", [-1.0])}
+            | {"ld_alpha": 0.5},
+            "ld_alpha=0.5 needs the reference's log-probs per token",
+        ),
+        ({"attention_backend": "flash"}, "attention_backend='flash' cannot be used: "),
         ({"data": Dataset.from_list([{"chosen": "a"}])}, "train dataset has no column 'rejected'"),
         (
             {"data": Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}])},
@@ -347,7 +462,7 @@ class TestNotFinite:
         ),
         ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs only applies to a model given by name"),
     ],
-    ids=["column", "empty-completion", "vocabulary", "init-kwargs"],
+    ids=["reference-sums", "backend", "column", "empty-completion", "vocabulary", "init-kwargs"],
 )
 def test_bad_input_is_named(make: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -369,6 +484,15 @@ def test_dropout_is_off(make: Callable[..., Any]) -> None:
     trainer.train()
     assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
     assert trainer.model.config.attention_dropout == 0.3
+
+
+def test_dropout_of_attention_weights_by_a_module_trains_padded(make: Callable[..., Any]) -> None:
+    """As stock GPT-2 has it, 0.1; a packed batch would raise in the first forward, after the check in eval mode."""
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1)
+    trainer = make(GPT2LMHeadModel(config), disable_dropout=False, max_steps=1)
+    assert trainer._layout == "padded"
+    trainer.train()
+    assert make(GPT2LMHeadModel(config))._layout == "shared"
 
 
 def test_metrics_reach_tensorboard_under_trl_names(make: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""fastdpo.loading: what a config says of the weights is what they are."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.loading import load_model, load_policy
+from tests.test_data import byte_tokenizer
+from tests.test_trainer import tiny_llama
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    """A bfloat16 model with a tokenizer."""
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def config(tmp_path: Path, given: Any) -> DPOConfig:
+    return DPOConfig(output_dir=str(tmp_path), use_cpu=True, model_init_kwargs=given)
+
+
+DTYPES = [
+    (None, torch.float32),
+    ({"torch_dtype": "bfloat16"}, torch.bfloat16),
+    ('{"torch_dtype": "bfloat16"}', torch.bfloat16),
+    ({"dtype": "float16"}, torch.float16),
+    ({"dtype": "auto"}, torch.bfloat16),
+    ({"torch_dtype": "float16", "dtype": "float16"}, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), DTYPES, ids=str)
+@pytest.mark.parametrize("start", ["model_name_or_path", "config_name"])
+def test_weights_have_the_dtype_asked_for(
+    saved: str, tmp_path: Path, start: str, given: Any, expected: torch.dtype
+) -> None:
+    args = config(tmp_path, given)
+    model, _ = load_model(RunConfig(dataset_name="none", **{start: saved}), args)
+    assert {p.dtype for p in load_policy(model, args).parameters()} == {expected}
+
+
+def test_random_weights_take_fields_of_the_config(saved: str, tmp_path: Path) -> None:
+    args = config(tmp_path, {"num_hidden_layers": 1})
+    model, _ = load_model(RunConfig(dataset_name="none", config_name=saved), args)
+    assert len(load_policy(model, args).model.layers) == 1
+    assert len(load_policy(copy.deepcopy(model), args).model.layers) == 1
+
+
+def test_what_random_weights_cannot_have_is_named(saved: str, tmp_path: Path) -> None:
+    run = RunConfig(dataset_name="none", config_name=saved)
+    with pytest.raises(ValueError, match="model_init_kwargs 'device_map' has no effect on random weights"):
+        load_model(run, config(tmp_path, {"device_map": "cpu"}))
+
+
+def test_two_dtypes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype='float16' beside another dtype"):
+        config(tmp_path, {"torch_dtype": "float16", "dtype": "float32"})
