@@ -191,8 +191,9 @@ def test_no_allocation_of_a_training_step_reaches_the_logits(
     N = batch["target_ids"].numel()
     assert N * 4096 > 2 * 4096 * 48, "the batch is too small to tell logits from weights"
     trainer.create_optimizer_and_scheduler(2)
+    totals = trainer._get_num_items_in_batch([batch], batch["target_ids"].device)
     with NoLogits(N * 4096):
-        trainer.training_step(trainer.model, batch)
+        trainer.training_step(trainer.model, batch, totals)
     with pytest.raises(AssertionError), NoLogits(N * 4096):  # the mode bites
         trainer.model(batch["input_ids"].expand(4, -1)).logits.sum().backward()
 
