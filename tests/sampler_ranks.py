@@ -84,6 +84,7 @@ def train(output_dir: str, options: dict[str, Any], stop_at: int = 0, resume: bo
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        optim="sgd",  # has no state: transformers 5.17 cannot load an optimizer's onto several CPU processes
         **{"num_train_epochs": 2, "gradient_accumulation_steps": 2} | settings,
     )
     trainer = BudgetTrainer(model, args, collate, rows(), callbacks=[StopAt(stop_at)] if stop_at else [])

@@ -124,6 +124,9 @@ def test_first_loss_is_ln_2_and_training_learns(make: Callable[..., Any]) -> Non
     assert trainer.state.log_history[-2]["rewards/accuracies"] > 0.9
 
 
+TOKEN_METRICS = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+
+
 def test_no_allocation_of_a_training_step_reaches_the_logits(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,8 +139,9 @@ def test_no_allocation_of_a_training_step_reaches_the_logits(
     N = batch["target_ids"].numel()
     assert N * 4096 > 2 * 4096 * 48, "the batch is too small to tell logits from weights"
     trainer.create_optimizer_and_scheduler(2)
+    totals = trainer._get_num_items_in_batch([batch], batch["target_ids"].device)
     with NoLogits(N * 4096):
-        trainer.training_step(trainer.model, batch)
+        trainer.training_step(trainer.model, batch, totals)
     with pytest.raises(AssertionError), NoLogits(N * 4096):  # the mode bites
         trainer.model(batch["input_ids"].expand(4, -1)).logits.sum().backward()
 

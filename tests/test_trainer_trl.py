@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import fastdpo
 from tests.test_data import byte_tokenizer
-from tests.test_trainer import tiny_llama, weights
+from tests.test_trainer import TOKEN_METRICS, tiny_llama, weights
 
 trl = pytest.importorskip("trl")
-
-TOKEN_METRICS = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 
 
 @pytest.mark.slow

@@ -68,13 +68,13 @@ def first_log(trainer: fastdpo.DPOTrainer) -> dict[str, float]:
     return trainer.state.log_history[0]
 
 
-def sequence_logps(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) of `PAIRS`, [B] each: every sequence alone, stock forward."""
-    lengths = [len(pair[name]) for name in ("chosen_ids", "rejected_ids") for pair in PAIRS]
+def sequence_logps(model: nn.Module, pairs: list[dict[str, list[int]]] = PAIRS) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected) of `pairs`, [B] each: every sequence alone, stock forward."""
+    lengths = [len(pair[name]) for name in ("chosen_ids", "rejected_ids") for pair in pairs]
     with torch.no_grad():
-        logps = stock_logps(model, PAIRS).double()
+        logps = stock_logps(model, pairs).double()
     sums = torch.stack([part.sum() for part in logps.split(lengths)])
-    return sums[: len(PAIRS)], sums[len(PAIRS) :]
+    return sums[: len(pairs)], sums[len(pairs) :]
 
 
 # label_smoothing, which TRL's `sigmoid` ignores
@@ -301,20 +301,31 @@ def test_weighting_trains_where_trl_crashes(make: Callable[..., Any], loss_type:
     assert not torch.equal(model.lm_head.weight, before)
 
 
+# As long as one another, or the lengths alone would order any model's margins.
+EVEN = make_pairs([(5, 0, 7, 7), (1, 0, 4, 4), (12, 4, 3, 3), (3, 2, 5, 5)])
+
+
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
 def test_aot_sorts_the_pairs_of_the_whole_step(make: Callable[..., Any], loss_type: str) -> None:
     """Four micro-batches of one pair are one batch of four; TRL's are plain `sigmoid`."""
+    policy, reference = make_model("llama"), make_model("llama", rms_norm_eps=0.3)
+    with torch.no_grad():  # it orders the pairs in another way
+        reference.lm_head.weight.neg_()
+    (chosen, rejected), (ref_chosen, ref_rejected) = (sequence_logps(stock(m), EVEN) for m in (policy, reference))
+    ours, theirs = {
+        "aot": (chosen - rejected, ref_chosen - ref_rejected),
+        "aot_unpaired": (chosen - ref_chosen, rejected - ref_rejected),
+    }[loss_type]
+    assert not torch.equal(ours.argsort(), theirs.argsort())
+    expected = torch.log1p(torch.exp(-BETA * (ours.sort().values - theirs.sort().values))).mean().item()
 
     def loss(**args: Any) -> float:
-        policy, reference = make_model("llama"), make_model("llama", rms_norm_eps=0.3)
-        with torch.no_grad():  # it orders the pairs in another way
-            reference.lm_head.weight.neg_()
-        return first_log(make(policy, ref_model=reference, **args))["loss"]
+        return first_log(make(copy.deepcopy(policy), EVEN, ref_model=copy.deepcopy(reference), **args))["loss"]
 
-    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(PAIRS)}
-    whole, split = loss(loss_type=[loss_type]), loss(loss_type=[loss_type], **single)
-    assert split == pytest.approx(whole, abs=1e-6)
-    assert abs(whole - loss(loss_type=["sigmoid"])) > 1e-3
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(EVEN)}
+    assert loss(loss_type=[loss_type]) == pytest.approx(expected, abs=1e-5)
+    assert loss(loss_type=[loss_type], **single) == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - loss(loss_type=["sigmoid"])) > 1e-3
 
 
 # A head with something around it, which TRL's fused head passes by
