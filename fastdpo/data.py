@@ -96,7 +96,7 @@ def prepare_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} dataset is empty")
-    found = _find_kind(list(first), kind, name)
+    found = find_kind(list(first), kind, name)
     ranked = kind == "ranked"
     limits = {
         "max_length": max_length,
@@ -192,8 +192,12 @@ def tokenize_row(
     return result | {"prompt_ids": prompt, **ids}
 
 
-def _find_kind(columns: list[str], wanted: str, name: str) -> str:
-    """The kind of rows to read, which `wanted` can be made of."""
+def find_kind(columns: list[str], wanted: str, name: str) -> str:
+    """The kind of rows to read, which `wanted` can be made of.
+
+    Raises:
+        ValueError: a column is missing, or the rows are of another kind; `name` is the dataset's.
+    """
     if unsupported := {"image", "images"} & set(columns):
         raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
     table = TOKEN_COLUMNS if "prompt_ids" in columns else RAW_COLUMNS

@@ -47,6 +47,10 @@ class LossOutput(NamedTuple):
     """`[R]`, detached: log pi of each response, summed over its tokens (not discounted by LD-DPO)."""
     ref_sequence_logps: Tensor | None
     """The same under the reference; None without one."""
+    weights: Tensor | None = None
+    """`[B]`, detached: what the examples' losses are weighted by, WPO's weights included; None: nothing."""
+    kl: Tensor | None = None
+    """Scalar: KTO's estimate of the divergence, over the whole optimizer step; None for other objectives."""
 
 
 def step_mean(out: LossOutput, totals: StepTotals) -> Tensor:
@@ -180,7 +184,15 @@ def compute(
     if weights is not None:
         losses = losses * weights
     ref_logps = None if sequences.whole_ref_logps is None else sequences.whole_ref_logps.detach()
-    return LossOutput(losses, token_loss, *_rewards(inputs, settings), sequences.whole_logps.detach(), ref_logps)
+    return LossOutput(
+        losses,
+        token_loss,
+        *_rewards(inputs, settings),
+        sequences.whole_logps.detach(),
+        ref_logps,
+        None if weights is None else weights.detach(),
+        inputs.get("kl"),
+    )
 
 
 def step_values(

@@ -9,6 +9,7 @@ to what one batch gives. Beyond TRL's names:
   KL(pi_ref || pi) where the reference wrote the responses. Where it did not, it is only their mean log-ratio, and may
   be negative.
 - `rewards/length_correlation`: Pearson's, of a pair's reward margin and its difference of lengths, chosen - rejected.
+- `kl`: KTO's estimate of the divergence from the reference, mean over micro-batches.
 - `nll_loss`: the part of the loss that is a mean over chosen tokens.
 - `tokens_per_second`, `padding_saved`, `prompt_shared`: of full sequences, prompts counted for each; the shares of the
   padded batch and of the unpadded one that were not computed.
@@ -20,7 +21,7 @@ Shapes: B examples, R responses, M completion tokens.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastdpo.eager import Stats
+from fastdpo.loss import LossOutput
 
 
 class RunningSums:
@@ -116,27 +118,10 @@ class Histogram(NamedTuple):
     """Of another quantity in each bin; NaN where it is empty."""
 
 
-class Outcome(Protocol):
-    """What metrics want to know of a micro-batch's loss; a `fastdpo.loss.LossOutput` is one."""
-
-    @property
-    def losses(self) -> Tensor: ...
-    @property
-    def token_loss(self) -> Tensor | None: ...
-    @property
-    def chosen_rewards(self) -> Tensor: ...
-    @property
-    def rejected_rewards(self) -> Tensor: ...
-    @property
-    def sequence_logps(self) -> Tensor: ...
-    @property
-    def ref_sequence_logps(self) -> Tensor | None: ...
-
-
 def add_examples(
     sums: RunningSums,
     batch: Mapping[str, Any],
-    out: Outcome,
+    out: LossOutput,
     *,
     keep: int | None = None,
     stats: Stats | None = None,
@@ -174,13 +159,18 @@ def add_examples(
         moments = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])
         sums.add(("rewards/length_correlation",), (moments * kept).sum(1)[None])
     if out.token_loss is not None:  # all examples', so those kept get the share that their weighted log-probs have
-        nll = chosen_logps * batch.get("weight", 1.0)
-        total = out.token_loss * (nll * kept).sum() / nll.sum()
+        total = out.token_loss
+        if keep is not None:
+            nll = chosen_logps if out.weights is None else chosen_logps * out.weights
+            share = (nll * kept).sum() / nll.sum()
+            total = (total * share).where(nll.sum() != 0, 0.0)  # where nothing weighs anything, it is 0 / 0
         sums.add_ratios({"nll_loss": (total[None], (_sides(batch, lengths)[0] * kept).sum()[None])})
     if out.ref_sequence_logps is not None:
         below = chosen_logps < _sides(batch, out.ref_sequence_logps)[0]
         examples["logps/chosen_below_ref"] = (below * chosen, chosen)
     sums.add_ratios(examples)
+    if out.kl is not None:
+        add_scalars(sums, {"kl": out.kl})
     _add_responses(sums, batch, out, kept, stats)
     if stats is not None:
         rewards = {"chosen": (out.chosen_rewards, chosen), "rejected": (out.rejected_rewards, rejected)}
@@ -195,7 +185,7 @@ def add_examples(
 
 
 def _add_responses(
-    sums: RunningSums, batch: Mapping[str, Any], out: Outcome, kept: Tensor, stats: Stats | None
+    sums: RunningSums, batch: Mapping[str, Any], out: LossOutput, kept: Tensor, stats: Stats | None
 ) -> None:
     """Count in the means over completion tokens."""
     lengths = batch["cu_target"].diff()
@@ -251,9 +241,10 @@ def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float =
 def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:
     """Count in the tokens of a training batch, and what packing and sharing saved."""
     tokens, padded, packed = (batch[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
+    computed = tokens - (len(batch["cu_target"]) - 1)  # the last token of a sequence predicts nothing
     sums.add_numbers("num_tokens", tokens)
     sums.add_numbers("padding_saved", 0 if "attention_mask" in batch else padded - tokens, padded)
-    sums.add_numbers("prompt_shared", tokens - packed, tokens)
+    sums.add_numbers("prompt_shared", computed - packed, computed)
 
 
 def distinct_examples(accelerator: Accelerator, B: int) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
-from fastdpo.data import prepare_dataset, tokenize_row
+from fastdpo.data import find_kind, prepare_dataset, tokenize_row
 from fastdpo.packing import kind_of
 from fastdpo.sampler import BudgetSampler, example_sizes
 from fastdpo.settings import from_config
@@ -68,16 +68,18 @@ class Batches:
     grid: Numbers
     """Segments times the longest key path: what the grid has at most, where it is one bucket."""
     processes: int
+    is_padded: bool
+    """Whether each sequence is a padded row of its own: then nothing is avoided or shared."""
 
     @property
     def padding_avoided(self) -> float:
         """Share of the padded batches that is padding."""
-        return 1 - float(self.tokens.sum() / self.padded.sum())
+        return 0.0 if self.is_padded else 1 - float(self.tokens.sum() / self.padded.sum())
 
     @property
     def shared(self) -> float:
         """Share of the tokens that are not computed, since another response has them."""
-        return 1 - float(self.rows.sum() / self.tokens.sum())
+        return 0.0 if self.is_padded else 1 - float(self.rows.sum() / self.paths.sum())
 
 
 def token_stats(
@@ -109,18 +111,24 @@ def token_stats(
     }
     if "pair_index" in dataset.column_names:
         dataset = dataset.remove_columns("pair_index")  # below, rows go by their place
-    whole: Any = prepare_dataset(dataset, **options, **unlimited)
+    found = find_kind(dataset.column_names, settings.kind, "train")
+    # pairs become unpaired examples after they were cut: those that are equal then are none
+    is_unpaired = settings.kind == "unpaired" and found == "preference"
+    whole: Any = prepare_dataset(dataset, **options | {"kind": found} if is_unpaired else options, **unlimited)
     kept: Any = prepare_dataset(whole, **options, **limits, with_kl=settings.needs_kl)
 
-    place = {row: at for at, row in enumerate(_counted(whole["pair_index"]))}
+    place = {row: at for at, row in enumerate(whole["pair_index"])}
     used = kept["pair_index"]
     dropped: dict[str, list[int]] = defaultdict(list)
     for row in sorted(set(range(len(dataset))) - set(used)):
-        here = whole[place[row, 0]] if (row, 0) in place else dataset[row]
-        problem = tokenize_row(here, row, tokenizer, args.max_length, vocab_size, kind=_kind(here))["problem"]
+        here, kind = (whole[place[row]], kind_of(whole[0])) if row in place else (dataset[row], found)
+        problem = tokenize_row(here, row, tokenizer, vocab_size=vocab_size, kind=kind, **limits)["problem"]
         dropped[re.sub(r"\d+", "#", problem.removeprefix("dropped: "))].append(row)
 
-    before, lengths = _lengths(whole.select([place[row] for row in _counted(used)])), _lengths(kept)
+    if is_unpaired:
+        whole = prepare_dataset(whole, **options, **unlimited)
+    uncut = {row: at for at, row in enumerate(_counted(whole["pair_index"]))}
+    before, lengths = _lengths(whole.select([uncut[row] for row in _counted(used)])), _lengths(kept)
     cut = {}
     for name, values in lengths.items():
         if name in before and (rows := [row for row, a, b in zip(used, before[name], values, strict=True) if a != b]):
@@ -151,14 +159,6 @@ def _counted(rows: list[int]) -> list[tuple[int, int]]:
         counted.append((row, seen[row]))
         seen[row] += 1
     return counted
-
-
-def _kind(row: dict[str, Any]) -> str:
-    """The kind of a row, tokenised or not."""
-    if "prompt_ids" in row:
-        return kind_of(row)
-    columns = {"responses": "ranked", "completion": "unpaired"}
-    return next((kind for column, kind in columns.items() if column in row), "preference")
 
 
 def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
@@ -195,4 +195,5 @@ def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_bat
             sum(sum(stats.sequences[i]) - len(stats.sequences[i]) * int(stats.prompts[i]) for i in batch)
         )
         fields["grid"].append(len(lengths) * (max(lengths) - 1))
-    return Batches(**{name: np.array(values) for name, values in fields.items()}, processes=processes)
+    numbers = {name: np.array(values) for name, values in fields.items()}
+    return Batches(**numbers, processes=processes, is_padded=stats.layout == "padded")

@@ -413,12 +413,15 @@ class DPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate with sums over pairs, so that a smaller last batch weighs what it holds."""
+        started = time.perf_counter()
         training_sums, self._sums = self._sums, metrics.RunningSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         numbers, histograms = metrics.results(self._sums.read(self.accelerator))
         output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
         self._keep_histograms(histograms, f"{metric_key_prefix}_")
-        self._sums, self._clock = training_sums, None
+        self._sums = training_sums
+        if self._clock is not None:  # the tokens counted before it took no part of this time
+            self._clock += time.perf_counter() - started
         return output
 
     def prediction_step(

@@ -201,6 +201,7 @@ def test_wpo_multiplies_the_examples_own_weights() -> None:
     c, r = step.sums(step.logps - step.ref_token_logps).chunk(2)
     torch.testing.assert_close(out.losses, weights * -torch.log(torch.sigmoid(0.1 * (c - r))), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.token_loss, -(weights * step.sums(step.logps)[:B]).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.weights, weights, rtol=1e-12, atol=1e-12)
 
 
 def test_wpo_has_no_gradient_through_the_weights() -> None:
@@ -293,6 +294,8 @@ def test_rewards_of_ranked_and_unpaired_responses() -> None:
 
     step = make_step(B, kind="unpaired")
     out = compute(step.batch, step.logps, step.ref_token_logps, ObjectiveSettings(("kto",), beta=2.0))
+    kl = step.sums(step.logps - step.ref_token_logps)[len(step.batch["label"]) :].mean().clamp(min=0)
+    torch.testing.assert_close(out.kl, kl, rtol=1e-12, atol=1e-12)
     ratios, yes = step.sums(step.logps - step.ref_token_logps)[:B].detach(), step.columns["label"]
     torch.testing.assert_close(out.chosen_rewards, 2 * ratios * yes)
     torch.testing.assert_close(out.rejected_rewards, 2 * ratios * ~yes)

@@ -11,18 +11,10 @@ from torch import Tensor
 
 from fastdpo import metrics
 from fastdpo.eager import Stats
+from fastdpo.loss import LossOutput
 from fastdpo.metrics import NonFiniteGuard, RunningSums
-
-
-class Out(NamedTuple):
-    """As `fastdpo.loss.LossOutput`."""
-
-    losses: Tensor
-    token_loss: Tensor | None
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    sequence_logps: Tensor
-    ref_sequence_logps: Tensor | None
+from fastdpo.packing import shared_prefix_batch
+from tests.tiny import make_pairs
 
 
 class Example(NamedTuple):
@@ -80,7 +72,7 @@ def make_examples(kind: str, n: int, seed: int = 0) -> list[Example]:
     ]
 
 
-def batch_of(kind: str, examples: list[Example], *, ref: bool = True) -> tuple[dict[str, Any], Out, Stats]:
+def batch_of(kind: str, examples: list[Example], *, ref: bool = True) -> tuple[dict[str, Any], LossOutput, Stats]:
     """What packing and loss would hand over, slot-major."""
     K = max(len(example.responses) for example in examples)
     order = [(i, k) for k in range(K) for i, example in enumerate(examples) if k < len(example.responses)]
@@ -103,7 +95,7 @@ def batch_of(kind: str, examples: list[Example], *, ref: bool = True) -> tuple[d
 
     logps, ref_logps = (torch.tensor([response[name] for response in responses]) for name in ("logp", "ref"))
     losses = torch.tensor([example.loss for example in examples])
-    out = Out(losses, None, rewards[:, 0], rewards[:, 1], logps, ref_logps if ref else None)
+    out = LossOutput(losses, None, rewards[:, 0], rewards[:, 1], logps, ref_logps if ref else None)
     entropy = tokens("entropy").float()
     return batch, out, Stats(entropy, torch.zeros_like(entropy), tokens("logits").float(), tokens("top1"))
 
@@ -204,7 +196,7 @@ def test_adding_asks_the_device_nothing(kind: str) -> None:
     metrics.add_examples(
         RunningSums(),
         {name: field.to("meta") for name, field in batch.items()},
-        Out(*(None if x is None else x.to("meta") for x in out)),  # type: ignore[arg-type]
+        LossOutput(*(None if x is None else x.to("meta") for x in out)),  # type: ignore[arg-type]
         keep=2,
         stats=Stats(*(None if x is None else x.to("meta") for x in stats)),  # type: ignore[arg-type]
     )
@@ -260,12 +252,31 @@ def test_the_loss_contains_its_mean_over_chosen_tokens(keep: int | None) -> None
     batch, out, _ = batch_of("preference", examples)
     nll = [-0.7 * float(w) * example.responses[0]["logp"] for w, example in zip(weight, examples, strict=True)]
     sums = RunningSums()
-    metrics.add_examples(sums, batch | {"weight": weight}, out._replace(token_loss=torch.tensor(sum(nll))), keep=keep)
+    metrics.add_examples(sums, batch, out._replace(token_loss=torch.tensor(sum(nll)), weights=weight), keep=keep)
     numbers = metrics.results(sums.read(Ranks()))[0]  # type: ignore[arg-type]
     expected = sum(nll[:keep]) / sum(example.responses[0]["length"] for example in examples[:keep])
     assert numbers["nll_loss"] == pytest.approx(expected, rel=1e-6)
     mean = np.mean([example.loss for example in examples[:keep]])
     assert numbers["loss"] == pytest.approx(mean + expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("keep", [None, 2, 3])
+def test_the_loss_of_examples_that_weigh_nothing_is_zero(keep: int | None) -> None:
+    examples = make_examples("preference", 3)
+    batch, out, _ = batch_of("preference", examples)
+    none = torch.zeros(3)
+    sums = RunningSums()
+    metrics.add_examples(sums, batch, out._replace(losses=none, token_loss=torch.tensor(0.0), weights=none), keep=keep)
+    numbers = metrics.results(sums.read(Ranks()))[0]  # type: ignore[arg-type]
+    assert (numbers["nll_loss"], numbers["loss"]) == (0.0, 0.0)
+
+
+def test_the_estimate_of_the_divergence_is_its_mean_over_micro_batches() -> None:
+    sums = RunningSums()
+    for kl in (0.5, 1.5):
+        batch, out, _ = batch_of("unpaired", make_examples("unpaired", 3))
+        metrics.add_examples(sums, batch, out._replace(kl=torch.tensor(kl)))
+    assert metrics.results(sums.read(Ranks()))[0]["kl"] == 1.0  # type: ignore[arg-type]
 
 
 def test_density_is_left_out_where_no_process_skipped_anything() -> None:
@@ -328,20 +339,30 @@ def test_not_a_number_does_not_leave_the_bins() -> None:
 def test_tokens_count_on_and_their_savings_weigh_by_tokens() -> None:
     sums = RunningSums()
     for tokens, padded, packed in ((100, 200, 50), (300, 300, 290)):
-        metrics.add_tokens(sums, {"num_tokens": tokens, "num_padded_tokens": padded, "num_packed_tokens": packed})
-    history = [{"num_tokens": 1000.0}, {"eval_loss": 0.3}]
+        numbers = {"num_tokens": tokens, "num_padded_tokens": padded, "num_packed_tokens": packed}
+        metrics.add_tokens(sums, numbers | {"cu_target": torch.zeros(5)})  # of four sequences
+    history: list[dict[str, float]] = [{"num_tokens": 1000.0}, {"eval_loss": 0.3}]
     numbers, _ = metrics.training_logs(sums, Ranks(), seconds=8.0, log_history=history)  # type: ignore[arg-type]
-    expected = {"num_tokens": 1400, "tokens_per_second": 50, "padding_saved": 100 / 500, "prompt_shared": 60 / 400}
+    expected = {"num_tokens": 1400, "tokens_per_second": 50, "padding_saved": 100 / 500, "prompt_shared": 52 / 392}
     assert numbers == pytest.approx(expected)
 
 
 def test_padded_batches_save_no_padding() -> None:
     sums = RunningSums()
-    batch = {"num_tokens": 9, "num_padded_tokens": 12, "num_packed_tokens": 7, "attention_mask": None}
-    metrics.add_tokens(sums, batch)
+    metrics.add_tokens(sums, shared_prefix_batch(make_pairs([(5, 1, 2, 3), (4, 0, 1, 1)]), layout="padded"))
     numbers, _ = metrics.training_logs(sums, Ranks(), seconds=None, log_history=[])  # type: ignore[arg-type]
     assert numbers["padding_saved"] == 0
+    assert numbers["prompt_shared"] == 0
     assert "tokens_per_second" not in numbers
+
+
+def test_where_nothing_is_shared_no_share_is_logged() -> None:
+    for layout, shared in (("packed", 0.0), ("shared", 5 / (8 + 9))):
+        sums = RunningSums()
+        batch = shared_prefix_batch(make_pairs([(5, 1, 2, 3)]), layout=layout)
+        metrics.add_tokens(sums, batch)
+        numbers, _ = metrics.training_logs(sums, Ranks(), seconds=None, log_history=[])  # type: ignore[arg-type]
+        assert (layout, numbers["prompt_shared"]) == (layout, pytest.approx(shared))
 
 
 def test_peak_memory_is_that_of_the_process_that_needed_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +408,7 @@ def test_sums_of_16_bit_values_are_exact(accelerator: Accelerator, device: torch
 def test_sums_hold_no_graph() -> None:
     batch, out, stats = batch_of("preference", make_examples("preference", 3))
     sums = RunningSums()
-    grown = Out(*(None if x is None else x.clone().requires_grad_() for x in out))  # type: ignore[arg-type]
+    grown = LossOutput(*(None if x is None else x.clone().requires_grad_() for x in out))  # type: ignore[arg-type]
     metrics.add_examples(sums, batch, grown, stats=stats)
     assert not any(table.requires_grad for table in sums._on_device.values())
 
@@ -397,9 +418,9 @@ def test_sums_hold_no_graph() -> None:
 def test_on_a_gpu_adding_and_reading_wait_once(kind: str, accelerator: Accelerator, device: torch.device) -> None:
     batch, out, stats = batch_of(kind, make_examples(kind, 3))
     moved = {name: field.to(device) for name, field in batch.items()}
-    result = Out(*(None if x is None else x.to(device) for x in out))  # type: ignore[arg-type]
+    result = LossOutput(*(None if x is None else x.to(device) for x in out))  # type: ignore[arg-type]
     stats = Stats(*(None if x is None else x.to(device) for x in stats))  # type: ignore[arg-type]
-    tokens = {"num_tokens": 9, "num_padded_tokens": 12, "num_packed_tokens": 7}
+    tokens = {"num_tokens": 9, "num_padded_tokens": 12, "num_packed_tokens": 7, "cu_target": moved["cu_target"]}
     sums = RunningSums()
     try:
         torch.cuda.set_sync_debug_mode("error")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -18,6 +19,7 @@ from fastdpo.attention_paths import key_paths
 from fastdpo.config import RunConfig
 from fastdpo.data import prepare_dataset
 from fastdpo.memory_model import Memory, Moment, Precision, Ratios
+from fastdpo.metrics import RunningSums, add_tokens
 from fastdpo.model import patch_forward
 from fastdpo.sampler import BudgetSampler, example_sizes
 from fastdpo.token_stats import epoch, token_stats
@@ -94,6 +96,43 @@ def test_tokens_of_unpaired_examples_are_counted(tmp_path: Path) -> None:
     assert all(len(sequences) == 2 for sequences in stats.sequences)
 
 
+def test_pairs_that_are_equal_when_cut_are_no_unpaired_examples(tmp_path: Path) -> None:
+    equal = {"prompt": words(3, 4), "chosen": " " + words(*range(20, 32)), "rejected": " " + words(*range(20, 30))}
+    rows = Dataset.from_list([*ROWS[:2], equal, *ROWS[2:4]])
+    args = settings(tmp_path, max_length=10, loss_type=["kto"])
+    stats = token_stats(rows, TOKENIZER, args, VOCAB)
+    options: Any = {"vocab_size": VOCAB, "kind": "unpaired", "with_kl": True, "max_length": 10}
+    trained: Any = prepare_dataset(rows, TOKENIZER, **options)
+    assert stats.lengths["prompt"].tolist() == [len(ids) for ids in trained["prompt_ids"]]
+    assert stats.lengths["completion"].tolist() == [len(ids) for ids in trained["completion_ids"]]
+    assert stats.dropped["chosen and rejected are the same tokens"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_length": 10, "max_prompt_length": 20}, "its prompt of # tokens fills max_length=#"),
+        ({"max_completion_length": 1}, "chosen and rejected are the same tokens"),
+    ],
+    ids=str,
+)
+def test_a_row_is_left_out_for_the_limit_it_was_left_out_for(
+    limits: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    row = ROWS[1] | ({"prompt": words(*range(40, 55))} if "max_length" in limits else {})
+    stats = token_stats(Dataset.from_list([ROWS[0], row]), TOKENIZER, settings(tmp_path, **limits), VOCAB)
+    assert stats.dropped == {reason: [1]}
+
+
+def test_padded_batches_avoid_and_share_nothing(tmp_path: Path) -> None:
+    args = settings(tmp_path, max_length=10, per_device_train_batch_size=3)
+    batches = epoch(token_stats(Dataset.from_list(ROWS[:3]), TOKENIZER, args, VOCAB, "padded"), args)
+    assert (batches.padding_avoided, batches.shared) == (0, 0)
+    batches = epoch(token_stats(Dataset.from_list(ROWS[:3]), TOKENIZER, args, VOCAB, "packed"), args)
+    assert batches.shared == 0
+    assert batches.padding_avoided > 0.1
+
+
 def test_a_bad_row_stops_the_plan_as_it_stops_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 5: `chosen` is empty"):
         token_stats(Dataset.from_list(ROWS), TOKENIZER, settings(tmp_path), VOCAB)
@@ -123,9 +162,12 @@ def test_batches_hold_what_the_collator_makes_of_them(options: dict[str, Any], t
     grid = [(len(batch["tree_cu_seqlens_q"]) - 1) * batch["tree_max_seqlen_k"] for batch in made]
     assert batches.grid.tolist() == grid
     # the shares that training logs
-    tokens, padded, packed = batches.tokens.sum(), batches.padded.sum(), batches.rows.sum()
-    assert batches.padding_avoided == pytest.approx((padded - tokens) / padded)
-    assert batches.shared == pytest.approx((tokens - packed) / tokens)
+    sums = RunningSums()
+    for batch in made:
+        add_tokens(sums, batch)
+    rows_of_sums = sums.read(Accelerator(cpu=True))
+    assert batches.shared == pytest.approx(np.divide(*rows_of_sums["prompt_shared"]))
+    assert batches.padding_avoided == pytest.approx(np.divide(*rows_of_sums["padding_saved"]))
 
 
 def real_step(config: Any, batch: dict[str, Any], checkpointing: bool) -> Any:

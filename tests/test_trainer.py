@@ -362,6 +362,30 @@ def test_evaluating_before_training_compares_like_with_like(make: Callable[..., 
     assert metrics["eval_rewards/margins"] == 0.0
 
 
+def test_evaluation_amid_training_does_not_count_as_time_of_training(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1.0
+    monkeypatch.setattr("fastdpo.trainer.time.perf_counter", lambda: now)
+    settings = {"max_steps": 6, "logging_steps": 3}
+    rates = []
+    for evaluates in ({}, {"eval_dataset": rows(4, 5), "eval_strategy": "steps", "eval_steps": 2}):
+        trainer = make(**settings, **evaluates)
+        compute_loss = trainer.compute_loss
+
+        def slow(model: Any, *args: Any, _own: Any = compute_loss, **kwargs: Any) -> Any:
+            nonlocal now
+            loss = _own(model, *args, **kwargs)
+            now += 1.0 if model.training else 50.0
+            return loss
+
+        trainer.compute_loss = slow
+        trainer.train()
+        rates.append([entry["tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(rates[0]) == 2
+    assert rates[0] == rates[1]
+
+
 def test_evaluation_amid_training_leaves_its_metrics_alone(make: Callable[..., Any]) -> None:
     settings = {"max_steps": 6, "logging_steps": 3}
     plain = make(**settings)
