@@ -88,7 +88,7 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
 
 
 def precompute(config: Path, overrides: dict[str, Any]) -> None:
-    """Score the datasets with the reference and keep that for `train` with precompute_ref_log_probs."""
+    """Score the datasets with the reference and keep that for `train`, which finds it."""
     from fastdpo.config import read_config
 
     run, args = read_config(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})

@@ -92,9 +92,12 @@ class DPOConfig(TrainingArguments):
     undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of undesirable responses in `kto`."})
 
     # The reference
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={"help": "Score the datasets with the reference before training, then train without it in memory."},
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Score the datasets with the reference before training, then train without it in memory. Unset: "
+            "where the cache holds all of that already, as `fastdpo precompute` leaves it. False: never look."
+        },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,

@@ -34,7 +34,7 @@ from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
-from fastdpo.reference.precompute import options_of, reference_folder, with_reference
+from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.sampler import rebatch
 from fastdpo.selfcheck import checked_layout
@@ -175,7 +175,11 @@ class DPOTrainer(Trainer):
                 self._layout = self._checked_layout(None if is_own_reference else ref_model)
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
         self.ref_model = None
-        if args.precompute_ref_log_probs:
+        precompute = args.precompute_ref_log_probs
+        if precompute is None and is_own_reference and data_collator is None:
+            precompute = self._is_precomputed()
+            ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
+        if precompute:
             self._precompute(ref_model)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
@@ -204,6 +208,28 @@ class DPOTrainer(Trainer):
             layout = [checked_layout(models, examples, self._layout, fallback=self.args.self_check == "fallback")]
         broadcast_object_list(layout)  # or rounding might let processes differ
         return layout[0]
+
+    def _is_precomputed(self) -> bool:
+        """Whether the cache holds all that the policy, which is its own reference, says of the datasets."""
+        args, model = self.args, self.model
+        if self.is_fsdp_enabled or args.sync_ref_model:
+            return False
+        folder, evaluated = reference_folder(args.reference_cache_dir), self.eval_dataset
+        evaluated = [*evaluated.values()] if isinstance(evaluated, dict) else [evaluated] if evaluated else []
+        held = [False]
+        if self.is_world_process_zero():
+            switched = policies.is_peft_model(model)
+            with policies.as_reference(model) if switched else contextlib.nullcontext():
+                datasets = (self.train_dataset, *evaluated)
+                held = [holds(datasets, model, folder=folder, autocast=options_of(args)["autocast"])]
+        broadcast_object_list(held)  # where another process lacks them, it computes them
+        if held[0]:
+            logger.info(
+                "reference: log-probs of all rows are in %s, so no reference model is kept; "
+                "precompute_ref_log_probs=False would not look",
+                folder,
+            )
+        return held[0]
 
     def _precompute(self, ref_model: PreTrainedModel | None) -> None:
         """Add the reference's log-probs to the datasets, from the cache as far as it has them."""

@@ -23,6 +23,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def no_reference_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the home folder must not decide whether a test's run has a reference model."""
+    if "FASTDPO_CACHE" not in os.environ:
+        monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> Iterator[None]:
     """torch.empty() comes back as NaN, so a kernel that skips an output element fails."""
     torch.manual_seed(0)

@@ -29,6 +29,42 @@ def test_precomputed_equals_online_bit_for_bit(make: Callable[..., Any], tmp_pat
     assert len(list((tmp_path / "cache").rglob("shard-*.safetensors"))) == 2  # train and eval, once
 
 
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_what_was_precomputed_is_found_unasked(
+    make: Callable[..., Any],  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    peft: bool,
+) -> None:
+    """Where all of it is there: not for more data, or where it is off."""
+    config = {"init_lora_weights": False} if peft else None
+    folder = {"reference_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
+
+    def run(n: int = 32, **settings: Any) -> Any:
+        caplog.clear()
+        with caplog.at_level("INFO", "fastdpo"):
+            return make(peft_config=config and lora(**config), data=rows(n), **folder | settings)
+
+    assert not (tmp_path / "cache").exists()
+    online = run()
+    assert not (tmp_path / "cache").exists()
+    run(precompute_ref_log_probs=True)
+    files = sorted((tmp_path / "cache").rglob("*"))
+    found = run()
+    assert "reference: log-probs of all rows are in" in caplog.text
+    assert found.ref_model is None
+    assert "ref_token_logps" in found.train_dataset.column_names
+    others: list[dict[str, Any]] = [{"n": 40}, {"precompute_ref_log_probs": False}, {"eval_dataset": rows(6, seed=5)}]
+    for settings in others[: 1 if peft else 3]:
+        other = run(**settings)
+        assert "ref_token_logps" not in other.train_dataset.column_names
+        assert (other.ref_model is None) == peft
+    assert sorted((tmp_path / "cache").rglob("*")) == files
+    for trainer in (online, found):
+        trainer.train()
+    assert losses(online) == losses(found)
+
+
 def test_without_a_reference_new_data_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
     trainer = make(precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), max_steps=1)
     trainer.train()

@@ -8,7 +8,7 @@ would have computed, bit for bit, however either was batched; `tests/test_refere
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,31 @@ def token_logps(
     return [[cache[key] for key in item.keys] for item in items]
 
 
+def holds(datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: torch.dtype | None) -> bool:
+    """Whether the cache has every value that `token_logps` would return of each of `datasets`.
+
+    Nothing is computed or written; weights are hashed only where the folder holds some model's values.
+
+    Args:
+        datasets: tokenised; one that is streamed is never held.
+        model: as in `token_logps`.
+        folder: the cache.
+        autocast: as in `token_logps`.
+    """
+    folder, datasets = Path(folder), list(datasets)
+    if (
+        not all(isinstance(dataset, Dataset) for dataset in datasets)
+        or not folder.is_dir()
+        or not any(folder.iterdir())
+    ):
+        return False
+    home = folder / fingerprint(model, autocast=autocast)[0][:32]
+    if not home.is_dir():
+        return False
+    cache = TokenCache(home)
+    return all(key in cache for dataset in datasets for item in _items(dataset) for key in item.keys)
+
+
 def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -> TokenCache:
     if folder is None:
         return TokenCache(None)
@@ -276,7 +301,7 @@ def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, opti
             raise ValueError(
                 f"reference cache {cache.folder}: cached log-probs are {error:.2g} nats per token from what the model "
                 "says now, with the same weights and config; was another version of transformers or of the model's "
-                "code at work? Remove that folder and they are computed anew."
+                "code at work? Remove that folder and they are computed anew, or set precompute_ref_log_probs=False."
             )
 
 
