@@ -185,13 +185,7 @@ class DPOConfig(TrainingArguments):
         self._check_reference(settings)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "tokens_per_batch",
-            "ref_model_sync_steps",
-            "precompute_ref_batch_size",
-        ):
+        for name in AT_LEAST_ONE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.tokens_per_batch or self.longest_first:
@@ -240,6 +234,9 @@ class DPOConfig(TrainingArguments):
             )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not self.sync_ref_model and (value := getattr(self, name)) != getattr(DPOConfig, name):
+                raise ValueError(f"{name}={value} has no effect without sync_ref_model=True; set that, or leave it out")
 
     def _resolve_checkpointing(self) -> None:
         """On unless switched off, under TRL's name for it and under the one newer transformers give it."""
