@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -206,6 +207,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "RemBertForCausalLM": ("RemBertConfig", DECODER),
 }
 MUST_RUN = MODELS.keys() - {"ElectraForCausalLM", "RemBertForCausalLM"}  # these two have an embedding in their head
+LOOKED_AHEAD = {"BigBirdForCausalLM", "MegatronBertForCausalLM", "RemBertForCausalLM", "RoFormerForCausalLM"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -223,6 +225,8 @@ def test_a_model_is_right_or_refused(name: str, make: Callable[..., Any]) -> Non
         trainer = make(model)
     except ValueError as error:
         refusal = str(error)
+    if name in LOOKED_AHEAD and Version(transformers.__version__) < Version("5.23") and "it looks ahead" in refusal:
+        pytest.skip(f"{name} of transformers {transformers.__version__} looks ahead, and is refused for that")
     if refusal:
         assert refusal.startswith(f"{name} cannot ")
         assert name not in MUST_RUN
