@@ -29,6 +29,8 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
         return model
     assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
     options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    if "torch_dtype" in options:  # its old name, which from_pretrained would pass over beside the new one
+        options["dtype"] = options.pop("torch_dtype")
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
