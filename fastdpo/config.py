@@ -208,6 +208,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "logging_nan_inf_filter must be False: it would log a loss that is not finite as a plausible number"
             )
+        self.bf16_is_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if not torch.accelerator.is_available():

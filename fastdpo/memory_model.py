@@ -7,7 +7,7 @@ bytes alive as a straight line in the rows of the batch:
     alive[i](T) = fixed[i] + per_row[i] * T        peak(T) = max over i of alive[i](T) + what is always there
 
 So gradient checkpointing, autocast's copies, tied embeddings and adapters need no formulas of their own. Attention and
-head are stand-ins that keep what the real ones keep, and the head's workspace is the bound it promises. Not counted:
+head are stand-ins (`fastdpo.memory_parts`), and the head's workspace is the bound it promises. Not counted:
 what the device's context and its matmul library take, and memory lost between allocations.
 
 Shapes: T rows of the packed batch, K key-path entries, M targets, D hidden size, V vocabulary.
@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from fastdpo.attention_backends import Usable
 from fastdpo.impl.interface import WORKSPACE_BYTES
+from fastdpo.memory_parts import NAME, HeadMemory
 from fastdpo.model import find_head
 
-NAME = "fastdpo_memory"
 TRACED_ROWS = (1024, 2048)
+ANY_BACKEND = Usable("auto", {})
 
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
 """Numbers that an optimizer keeps for each parameter; Adafactor's are too few to count."""
@@ -76,6 +78,8 @@ class Memory:
     """Bytes of logits for each row of the batch; the head's workspace is as large as all, up to its bound."""
     timeline: tuple["Moment", ...]
     """The operations that could be the worst moment of a step."""
+    attention: tuple[str, ...] = ()
+    """Backends that the layers would have."""
 
     @property
     def persistent(self) -> int:
@@ -116,7 +120,8 @@ def memory_model(
     runs_reference: bool = True,
     optimizer: str = "adamw_torch_fused",
     peft_config: Any | None = None,
-    varlen: bool = True,
+    reference_config: Any | None = None,
+    backends: Usable = ANY_BACKEND,
     trust_remote_code: bool = False,
 ) -> Memory:
     """Compute the memory of a training step of the model that `config` describes; no weights are loaded.
@@ -131,11 +136,13 @@ def memory_model(
         runs_reference: the reference is computed in the step, not read from a cache.
         optimizer: `TrainingArguments.optim`; what its name does not tell counts as Adam.
         peft_config: adapter that is trained instead of the weights.
-        varlen: attention has a variable-length kernel (CUDA, 16 bits); else paths are padded to a grid.
+        reference_config: of that second model, where it is another than the policy.
+        backends: of attention, that the device can have.
         trust_remote_code: for models that come with their own code.
 
     Raises:
-        ValueError: packed batches are not exact on the model, or it can't run without its weights' values.
+        ValueError: packed batches are not exact on the model, it can't have the attention backend asked for, or it
+            can't run without its weights' values.
     """
     model = meta_model(config, precision.weights, trust_remote_code)
     find_head(model)
@@ -151,26 +158,34 @@ def memory_model(
         enable({"use_reentrant": False, "preserve_rng_state": False})
         if peft_config is not None:
             model.enable_input_require_grads()
+    reference = None
+    if has_reference and reference_config is not None:
+        reference = meta_model(reference_config, precision.weights, trust_remote_code).requires_grad_(False)
+        weights = _bytes([*reference.parameters(), *reference.buffers()])
+    chosen: set[str] = set()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(model)
-        setting = _Setting(ratios, precision, accumulates, runs_reference, varlen)
+        for each in filter(None, (model, reference)):
+            _make_fake(each)
+        setting = _Setting(ratios, precision, accumulates, runs_reference, backends, chosen)
         try:
-            small, large = (_trace(model, rows, setting) for rows in TRACED_ROWS)
+            traces = (_trace(model, reference, rows, setting) for rows in TRACED_ROWS)
+            (small, small_kept), (large, large_kept) = traces
         except (RuntimeError, NotImplementedError) as error:  # what depends on values: some routers, some RoPE
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without its weights' values: {why}") from error
         trained = [p for p in model.parameters() if p.requires_grad]
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
-        if len(small.moments) != len(large.moments):
+        if len(small) != len(large):
             raise ValueError(f"{type(model).__name__} does not run the same operations on batches of different sizes")
         return Memory(
             weights=_bytes([*model.parameters(), *model.buffers()]),
             reference=weights if has_reference else 0,
             gradients=_bytes(trained),
             optimizer=_optimizer_bytes(optimizer, _bytes(trained), precision.weights.itemsize),
-            kept_per_row=(large.kept - small.kept) / (TRACED_ROWS[1] - TRACED_ROWS[0]),
+            kept_per_row=(large_kept - small_kept) / (TRACED_ROWS[1] - TRACED_ROWS[0]),
             workspace_per_row=ratios.targets * vocabulary * precision.compute.itemsize,
-            timeline=_upper_envelope({_line(*pair) for pair in zip(small.moments, large.moments, strict=True)}),
+            timeline=_upper_envelope({_line(*pair) for pair in zip(small, large, strict=True)}),
+            attention=tuple(sorted(chosen)),
         )
 
 
@@ -202,7 +217,8 @@ class _Setting(NamedTuple):
     precision: Precision
     accumulates: bool
     runs_reference: bool
-    varlen: bool
+    backends: Usable
+    chosen: set[str]
 
 
 class Moment(NamedTuple):
@@ -243,15 +259,10 @@ class _Live(TorchDispatchMode):
         self.alive -= size
 
 
-class _Trace(NamedTuple):
-    moments: list[tuple[int, int]]
-    kept: int
-
-
-def _trace(model: Any, rows: int, setting: "_Setting") -> _Trace:
-    """Run one step on fake tensors."""
+def _trace(model: Any, reference: Any | None, rows: int, setting: _Setting) -> tuple[list[tuple[int, int]], int]:
+    """Run one step on fake tensors: bytes and workspaces alive after each operation, bytes that the body keeps."""
     ratios, precision = setting.ratios, setting.precision
-    known = [*model.parameters(), *model.buffers()]
+    known = [x for each in (model, reference) if each is not None for x in (*each.parameters(), *each.buffers())]
     alive = 0
     for parameter in model.parameters():
         parameter.grad = None
@@ -261,113 +272,38 @@ def _trace(model: Any, rows: int, setting: "_Setting") -> _Trace:
             alive += parameter.grad.nbytes
     layer = {
         "memory_paths": torch.zeros(round(rows * ratios.paths), dtype=torch.int64),
-        "memory_grid": None if setting.varlen else torch.zeros(round(rows * ratios.grid), dtype=torch.int64),
+        "memory_grid": torch.zeros(round(rows * ratios.grid), dtype=torch.int64),
+        "memory_backends": setting.backends,
+        "memory_chosen": setting.chosen,
     }
-    head = find_head(model)
-    linear: Any = head.linears[-1]  # with PEFT's modules_to_save the trained one
-    lm_head = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
     with _Live(iter(known), alive) as live:
         ids = torch.zeros(1, rows, dtype=torch.int64)
         index = torch.zeros(round(rows * ratios.targets), dtype=torch.int64)
 
-        def body() -> Tensor:
-            mask = torch.ones_like(ids)
+        def body(scored: Any) -> tuple[Tensor, nn.Linear]:
+            head, mask = find_head(scored), torch.ones_like(ids)
+            linear: Any = head.linears[-1]  # with PEFT's modules_to_save the trained one
             out = head.decoder(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, **layer)
-            hidden: Tensor = out[0][0]
-            return hidden
+            return out[0][0], linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
 
         with torch.autocast("cpu", precision.autocast) if precision.autocast else nullcontext():
-            hidden = body()
+            hidden, lm_head = body(model)
             kept = live.alive
             scores = _score(hidden, index, lm_head, precision, live)
             del hidden
             if setting.runs_reference:
                 with torch.no_grad():
-                    _score(body(), index, lm_head, precision, live)
+                    hidden, lm_head = body(model if reference is None else reference)
+                    _score(hidden, index, lm_head, precision, live)
+                    del hidden
         scores.sum().backward()
-    return _Trace(live.moments, kept)
+    return live.moments, kept
 
 
 def _score(hidden: Tensor, index: Tensor, lm_head: nn.Linear, precision: Precision, live: _Live) -> Tensor:
     weight = lm_head.weight.to(precision.compute)
-    scores: Tensor = _HeadMemory.apply(hidden.index_select(0, index).to(precision.compute), weight, live)
+    scores: Tensor = HeadMemory.apply(hidden.index_select(0, index).to(precision.compute), weight, live)
     return scores
-
-
-class _HeadMemory(torch.autograd.Function):
-    """What the fused head keeps and allocates."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, live: _Live) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        keeps = live.workspaces
-        live.workspaces += 1
-        scores = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        if needs_weight:  # probabilities, as many as fit
-            keeps += 1
-            ctx.save_for_backward(hidden, weight)
-        elif needs_hidden:  # the mean of weight that attention over the vocabulary leaves
-            ctx.save_for_backward(torch.empty_like(hidden, dtype=torch.float32), weight)
-        live.workspaces = keeps
-        ctx.live = live
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, dscores: Tensor) -> Any:
-        hidden, weight = ctx.saved_tensors
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        ctx.live.workspaces += 1
-        dhidden = torch.empty_like(hidden, dtype=torch.float32) if needs_hidden else None
-        dweight = torch.empty_like(weight) if needs_weight else None
-        ctx.live.workspaces = 0
-        return None if dhidden is None else dhidden.to(weight.dtype), dweight, None
-
-
-class _AttentionMemory(torch.autograd.Function):
-    """What a flash kernel keeps and allocates, whatever the layout of its arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        sums = None if query.dtype == torch.float32 else torch.empty_like(query, dtype=torch.float32)  # of dquery
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
-        del sums
-        return grads
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    memory_paths: Tensor,
-    memory_grid: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    rows = query.shape[2]
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if memory_grid is None:
-        key, value = key.index_select(0, memory_paths), value.index_select(0, memory_paths)
-        return _AttentionMemory.apply(query, key, value)[None], None
-    query, key, value = (x.index_select(0, memory_grid) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # grouped heads are written out
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = _AttentionMemory.apply(query, key, value).clone()  # the buckets' results put together
-    return out.index_select(0, torch.zeros(rows, dtype=torch.int64))[None], None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 
 def _bytes(tensors: Any) -> int:

@@ -6,7 +6,9 @@ The tokens are counted, exactly. The memory is computed, see `fastdpo.memory_mod
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from fastdpo.attention_backends import Usable
 from fastdpo.config import DPOConfig, RunConfig
 from fastdpo.loading import choose_layout, disable_dropout, lora
 from fastdpo.memory_model import Memory, Precision, Ratios, memory_model, meta_model
@@ -43,7 +46,7 @@ class Plan:
     steps: int
     """Optimizer steps of an epoch."""
     memory: dict[bool, Memory]
-    """By whether gradient checkpointing is on."""
+    """By whether gradient checkpointing is on; empty where batches are padded, of which there is no model."""
     checkpointing: bool
     """Whether the config has it on."""
     assumed: tuple[str, ...]
@@ -89,20 +92,24 @@ def make_plan(
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
-    config = AutoConfig.from_pretrained(run.model_name_or_path or run.config_name, trust_remote_code=code)
-    model = meta_model(config, trust_remote_code=code)
+    config, adapter = _described(run.model_name_or_path or run.config_name, code)
+    if adapter is not None and run.use_peft:
+        raise ValueError(f"use_peft=True would put an adapter on {run.model_name_or_path}, which is one already")
+    adapter = adapter or lora(run)
+    own_reference = run.ref_model_name_or_path and _described(run.ref_model_name_or_path, code)[0]
+    models = [meta_model(each, trust_remote_code=code) for each in (config, own_reference) if each]
     if args.disable_dropout:
-        disable_dropout(model)
-    layout = choose_layout([model], args.prefix_sharing)
-    stats = token_stats(dataset, tokenizer, args, model.get_input_embeddings().weight.shape[0], layout)
+        for model in models:
+            disable_dropout(model)
+    layout = choose_layout(models, args.prefix_sharing)
+    stats = token_stats(dataset, tokenizer, args, models[0].get_input_embeddings().weight.shape[0], layout)
     batches = epoch(stats, args, processes)
 
-    precision = _precision(args, on_gpu=gpu_memory is not None)
-    varlen = gpu_memory is not None and precision.compute != torch.float32
-    adapter = lora(run)
+    precision = _precision(run, args, config, on_gpu=gpu_memory is not None)
     needs_reference = from_config(args).needs_reference
     runs_reference = needs_reference and not args.precompute_ref_log_probs
-    has_reference = runs_reference and adapter is None
+    has_reference = runs_reference and bool(adapter is None or own_reference)
+    kinds = () if layout == "padded" else (True, False)
     memory = {
         on: memory_model(
             config,
@@ -114,16 +121,17 @@ def make_plan(
             runs_reference=runs_reference,
             optimizer=str(getattr(args.optim, "value", args.optim)),
             peft_config=adapter,
-            varlen=varlen,
+            reference_config=own_reference,
+            backends=_backends(args, on_gpu=gpu_memory is not None),
             trust_remote_code=code,
         )
-        for on in (True, False)
+        for on in kinds
     }
     cast = f", autocast to {_name(precision.autocast)}" if precision.autocast else ""
     assumed = (
         f"{layout} batches",
         f"weights in {_name(precision.weights)}{cast}",
-        "attention of variable length" if varlen else "attention padded to a grid",
+        *(f"attention by {' and '.join(each.attention)}" for each in list(memory.values())[:1]),
         "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
         f"optimizer {getattr(args.optim, 'value', args.optim)}",
     )
@@ -144,13 +152,38 @@ def ratios(batches: Batches) -> Ratios:
     return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
 
 
-def _precision(args: DPOConfig, *, on_gpu: bool) -> Precision:
+def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
+    """The config of the model that `load_policy` would load, and that of its adapter where `path` is an adapter's."""
+    adapter = None
+    if (Path(path or "") / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(path)
+        adapter.inference_mode = False
+        path = adapter.base_model_name_or_path
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
+
+
+def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
+    """Attention backends of the device planned for, which may be another machine's."""
+    refused = {}
+    for name, module in (("varlen", "torch.nn.attention.varlen"), ("flash", "flash_attn")):
+        if not on_gpu:
+            refused[name] = "there is no GPU"
+        elif name != args.attention_backend and find_spec(module) is None:
+            refused[name] = f"there is no {module}"
+    return Usable(args.attention_backend, refused)
+
+
+def _precision(run: RunConfig, args: DPOConfig, config: Any, *, on_gpu: bool) -> Precision:
     """Dtypes as the trainer will choose them; here there may be no GPU, for which bf16 would be the default."""
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    weights = options.get("dtype", "float32")
+    # random weights are in the config's dtype
+    weights: Any = options.get("torch_dtype", options.get("dtype", "float32" if run.model_name_or_path else "auto"))
+    weights = (config.dtype or "float32") if weights == "auto" else weights
     weights = getattr(torch, weights) if isinstance(weights, str) else weights
     autocast = torch.float16 if args.fp16 else torch.bfloat16
-    planned_elsewhere = on_gpu and not torch.cuda.is_available()
+    planned_elsewhere = on_gpu and not torch.cuda.is_available() and args.bf16_is_default
     return Precision(weights, autocast if args.fp16 or args.bf16 or planned_elsewhere else None)
 
 
@@ -178,6 +211,13 @@ def tables(plan: Plan) -> str:
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
         ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
     ]
+    title = "memory (computed, not measured)"
+    shown = [
+        summary_table(lengths, ("tokens", "min", "median", "p95", "max", "mean")),
+        summary_table(counted, ("data (counted)", "")),
+    ]
+    if not plan.memory:
+        return "\n".join([*shown, "memory: there is no memory model for padded batches"])
     on, off = plan.memory[True], plan.memory[False]
     constant = [
         ("weights", on.weights),
@@ -194,12 +234,10 @@ def tables(plan: Plan) -> str:
     if plan.gpu_memory is not None:
         label = f"largest tokens_per_batch in {plan.gpu_memory:.0f} GiB"
         needed.append((label, *(f"{plan.fits[kind]:,}" if plan.fits[kind] else "none" for kind in (True, False))))
-    title = "memory (computed, not measured)"
     kind = {True: "with gradient checkpointing", False: "without"}
     return "\n".join(
         [
-            summary_table(lengths, ("tokens", "min", "median", "p95", "max", "mean")),
-            summary_table(counted, ("data (counted)", "")),
+            *shown,
             summary_table(needed, (title, kind[True], kind[False])),
             f"memory assumes: {'; '.join(plan.assumed)}; the config has gradient checkpointing "
             f"{'on' if plan.checkpointing else 'off'}",

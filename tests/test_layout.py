@@ -22,7 +22,7 @@ FLOORS = [
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"model", "packing", "metrics", "report"},
     {"config", "data", "reference", "sampler"},
-    {"loading", "selfcheck", "parallel"},
+    {"loading", "selfcheck", "parallel", "memory_parts"},
     {"memory_model", "token_stats"},
     {"plan", "scoring"},
     {"trainer"},

@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from benchmarks import lengths
-from fastdpo import DPOConfig, memory_model, plan, shared_prefix_batch
+from fastdpo import DPOConfig, attention_backends, memory_model, plan, shared_prefix_batch
 from fastdpo.attention import METADATA
+from fastdpo.attention_backends import Usable
 from fastdpo.attention_paths import key_paths
 from fastdpo.config import RunConfig
 from fastdpo.data import prepare_dataset
@@ -203,7 +204,7 @@ def batch_of(pairs: int) -> tuple[dict[str, Any], int, Ratios]:
 def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
     """Every storage that a real step allocates outside of kernels is counted, and the prediction is within 10 %."""
     batch, T, ratios = batch_of(8)
-    predicted = memory_model.memory_model(CONFIG, ratios, checkpointing=checkpointing, varlen=False)
+    predicted = memory_model.memory_model(CONFIG, ratios, checkpointing=checkpointing)  # in float32: the grid
     step, known = real_step(CONFIG, batch, checkpointing)
     with memory_model._Live(iter(known), 0) as live:
         step()
@@ -227,10 +228,11 @@ def test_memory_of_other_setups() -> None:
     deeper = memory_model.memory_model(LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 4}), ratios)
     assert deeper.kept_per_row - plain.kept_per_row == 2 * 4 * CONFIG.hidden_size  # of a layer only its input
     assert keeping.kept_per_row > 3 * plain.kept_per_row
-    grid = memory_model.memory_model(CONFIG, ratios._replace(grid=3.0), checkpointing=False, varlen=False)
-    assert grid.kept_per_row > keeping.kept_per_row
+    wide = memory_model.memory_model(CONFIG, ratios._replace(grid=3.0), checkpointing=False)
+    assert (keeping.attention, wide.kept_per_row > keeping.kept_per_row) == (("grid",), True)
 
     half = memory_model.memory_model(CONFIG, ratios, precision=Precision(torch.bfloat16), optimizer="sgd")
+    assert half.attention == ("varlen",)
     assert half.optimizer == 0
     assert half.weights < 0.51 * plain.weights
     mixed = memory_model.memory_model(CONFIG, ratios, precision=Precision(autocast=torch.bfloat16), checkpointing=False)
@@ -239,6 +241,38 @@ def test_memory_of_other_setups() -> None:
     assert adds_up.peak(4096) >= plain.peak(4096)
     cached = memory_model.memory_model(CONFIG, ratios, has_reference=False, runs_reference=False)
     assert cached.persistent == plain.persistent - plain.reference
+
+
+BF16 = Precision(torch.bfloat16)
+
+
+def test_memory_knows_which_attention_a_layer_can_have() -> None:
+    def memory(config: Any, backend: str = "auto") -> Memory:
+        options: Any = {"precision": BF16, "backends": Usable(backend, {}), "checkpointing": False}
+        return memory_model.memory_model(config, Ratios(1.4, 0.5, 3.0), **options)
+
+    plain, grid = memory(CONFIG), memory(CONFIG, "grid")
+    assert (plain.attention, grid.attention) == (("varlen",), ("grid",))
+    assert grid.kept_per_row > plain.kept_per_row
+    small = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    capped, uncapped = (Gemma2Config(**small, **heads, attn_logit_softcapping=cap) for cap in (50.0, None))
+    assert (memory(capped).attention, memory(uncapped).attention) == (("grid",), ("varlen",))
+    # the scores that are computed at a time
+    assert memory(capped).peak(1024) - memory(uncapped).peak(1024) > 4 * attention_backends.SCORES
+    with pytest.raises(ValueError, match="attention_backend='varlen' cannot be used: it does not know soft-caps"):
+        memory(capped, "varlen")
+
+
+def test_memory_with_another_model_as_reference() -> None:
+    from peft import LoraConfig
+
+    deeper = LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 4})
+    ratios, alone = Ratios(1.4, 0.5, 1.6), memory_model.memory_model(deeper, Ratios(1.4, 0.5, 1.6))
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for peft_config in (None, adapter):
+        memory = memory_model.memory_model(CONFIG, ratios, peft_config=peft_config, reference_config=deeper)
+        assert memory.reference == alone.weights
 
 
 def test_memory_with_an_adapter() -> None:
@@ -257,6 +291,48 @@ def test_a_model_that_cannot_be_packed_has_no_plan() -> None:
     small = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(ValueError, match="MambaForCausalLM"):
         memory_model.memory_model(small, Ratios(1.5, 0.5, 2.0))
+
+
+def test_a_plan_reads_what_the_trainer_would_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig
+
+    LlamaConfig(**CONFIG.to_dict() | {"dtype": "bfloat16"}).save_pretrained(tmp_path / "policy")
+    LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 4}).save_pretrained(tmp_path / "ref")
+    policy, ref, adapter = (str(tmp_path / name) for name in ("policy", "ref", "adapter"))
+    LoraConfig(r=4, task_type="CAUSAL_LM", base_model_name_or_path=policy).save_pretrained(adapter)
+    memory = Memory(1, 1, 1, 1, 1.0, 1.0, (Moment(1.0, 1.0, 0),))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(plan, "memory_model", lambda config, ratios, **options: asked.update(options) or memory)
+    rows = Dataset.from_list(ROWS[:2])
+
+    def planned(path: str, run: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+        made = RunConfig(dataset_name="unused", model_name_or_path=path, **(run or {}))
+        plan.make_plan(made, settings(tmp_path, max_length=10, **options), rows, TOKENIZER, gpu_memory=4)
+        return asked
+
+    assert planned(policy)["precision"] == Precision(torch.float32, torch.bfloat16)
+    assert planned(policy, bf16=False)["precision"] == Precision(torch.float32, None)
+    for kwargs in ({"dtype": "auto"}, {"torch_dtype": "bfloat16"}):
+        assert planned(policy, bf16=False, model_init_kwargs=kwargs)["precision"] == Precision(torch.bfloat16, None)
+    assert planned(policy, attention_backend="grid")["backends"].backend == "grid"
+    referred = planned(policy, {"ref_model_name_or_path": ref, "use_peft": True})
+    assert (referred["has_reference"], referred["reference_config"].num_hidden_layers) == (True, 4)
+    adapted = planned(adapter)
+    assert (adapted["has_reference"], adapted["peft_config"].r) == (False, 4)
+    with pytest.raises(ValueError, match=r"use_peft=True would put an adapter on .*adapter, which is one already"):
+        planned(adapter, {"use_peft": True})
+
+
+def test_padded_batches_have_no_memory_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "fastdpo")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    LlamaConfig(**CONFIG.to_dict() | {"rope_parameters": rope}).save_pretrained(tmp_path)
+    run = RunConfig(dataset_name="unused", config_name=str(tmp_path))
+    made = plan.make_plan(run, settings(tmp_path, max_length=10), Dataset.from_list(ROWS[:2]), TOKENIZER, gpu_memory=4)
+    assert (made.memory, made.fits) == ({}, {})
+    text = plan.tables(made)
+    assert "there is no memory model for padded batches" in text
+    assert "peak" not in text
 
 
 def test_peak_and_the_largest_batch_agree() -> None:
