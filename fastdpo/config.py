@@ -130,6 +130,14 @@ class DPOConfig(TrainingArguments):
         default=True, metadata={"help": "Set every dropout of policy and reference to 0, as DPO assumes."}
     )
 
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of a mixture's balancing loss, added to the objective. Unset: the model config's; 0: "
+            "none. Micro-batches' are averaged by their examples."
+        },
+    )
+
     # The data
     max_length: int | None = field(
         default=1024,
@@ -183,6 +191,8 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         settings = from_config(self)
         self._check_reference(settings)
+        if (coef := self.router_aux_loss_coef) is not None and not 0 <= coef < float("inf"):
+            raise ValueError(f"router_aux_loss_coef must be finite and at least 0 (0: no such loss), got {coef}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
         for name in AT_LEAST_ONE:

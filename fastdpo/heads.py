@@ -191,7 +191,9 @@ def own_scores(
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]
-    """A decoder's outputs of which only the hidden states are known."""
+    """A decoder's outputs of which only the hidden states are known, and the router's logits where given."""
+
+    router_logits: tuple[Tensor, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -201,21 +203,36 @@ class _Hidden(tuple):  # type: ignore[type-arg]
 
 def own_logits(forward: Callable[..., Any], decoder: nn.Module, hidden: Tensor) -> Tensor:
     """`[M, V]`: what the model's own forward makes of hidden states `[M, D]`."""
+    output = own_outputs(forward, decoder, hidden)
+    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
+    if logits.ndim != 3 or logits.shape[:2] != (1, hidden.shape[0]):
+        raise ValueError(f"its forward answers {tuple(logits.shape)} to {(1, hidden.shape[0])} tokens")
+    return logits[0]
+
+
+def own_outputs(
+    forward: Callable[..., Any],
+    decoder: nn.Module,
+    hidden: Tensor,
+    *,
+    router_logits: tuple[Tensor, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """What the model's own forward returns where its decoder answers `hidden` `[M, D]` and `router_logits`."""
     calls = []
 
     def answer(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return _Hidden((hidden[None],))
+        outputs = _Hidden((hidden[None],))
+        outputs.router_logits = router_logits
+        return outputs
 
     ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
     with _computing((decoder,), answer):
-        output = forward(input_ids=ids)
+        output = forward(input_ids=ids, **options)
     if len(calls) != 1:
         raise ValueError(f"its forward calls its decoder {len(calls)} times")
-    logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
-    if logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        raise ValueError(f"its forward answers {tuple(logits.shape)} to {tuple(ids.shape)} tokens")
-    return logits[0]
+    return output
 
 
 @torch.no_grad()

@@ -234,8 +234,8 @@ def _responses(batch: Mapping[str, Any], kept: Tensor, R: int) -> tuple[Tensor, 
 
 
 def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
-    """Count in numbers that a micro-batch has one of each, as `aux_loss` and KTO's `kl`: means over micro-batches."""
-    sums.add_ratios({name: (x.detach()[None], torch.full_like(x[None], weight)) for name, x in values.items()})
+    """Count in numbers that a micro-batch has one of each, as `aux_loss`: means over micro-batches, by their weight."""
+    sums.add_ratios({name: (weight * x.detach()[None], torch.full_like(x[None], weight)) for name, x in values.items()})
 
 
 def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:

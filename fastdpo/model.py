@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo import attention, heads, hybrid
+from fastdpo import attention, heads, hybrid, router
 from fastdpo.eager import Stats
 from fastdpo.heads import Head
 
@@ -52,6 +52,8 @@ class TokenScores(NamedTuple):
     """`[M]` float32, nats."""
     stats: Stats | None
     """Statistics of each target's distribution, `[M]` each, detached, where `with_stats` asked for them."""
+    aux_loss: Tensor | None = None
+    """Scalar: the balancing loss of a mixture's router, where `with_aux_loss` asked for it; see `fastdpo.router`."""
 
 
 class _Patch(NamedTuple):
@@ -110,9 +112,9 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
     """Let `model(**batch)` score a batch of `fastdpo.shared_prefix_batch`, and leave every other call as it was.
 
     A call with `logit_index` runs the batch without a cache and returns `TokenScores`; `with_stats=True` adds the
-    statistics. Fields that only the loss needs may be passed and are ignored. All other calls, `generate()` included,
-    run the model's own forward. Where batches can be packed, it is on transformers' SDPA attention from now on, else
-    on the attention it came with.
+    statistics, `with_aux_loss=True` a mixture's balancing loss. Fields that only the loss needs may be passed and are
+    ignored. All other calls, `generate()` included, run the model's own forward. Where batches can be packed, it is on
+    transformers' SDPA attention from now on, else on the attention it came with.
 
     A `copy.deepcopy` of a patched model is patched too and independent of it. Patching again changes the options.
 
@@ -177,7 +179,7 @@ def _own_forward(model: Any) -> Callable[..., Any]:
     return own or MethodType(type(model).forward, model)
 
 
-def _score(model: nn.Module, *, with_stats: bool = False, **batch: Any) -> TokenScores:
+def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = False, **batch: Any) -> TokenScores:
     """Run a batch through body and head."""
     patch = vars(model)["_fastdpo"]
     head = heads.locate(model, patch.place)
@@ -191,23 +193,27 @@ def _score(model: nn.Module, *, with_stats: bool = False, **batch: Any) -> Token
     extra = {name for name, value in batch.items() if value is not None and value is not False}
     if extra := extra.difference(inputs, _NOT_FOR_THE_MODEL):
         raise ValueError(f"a {'packed' if packed else 'padded'} batch takes no {', '.join(sorted(extra))}")
-    hidden = (_packed_hidden if packed else _padded_hidden)(model, head.decoder, batch)
+    options: dict[str, Any] = {"output_router_logits": True} if with_aux_loss else {}
+    hidden, outputs = (_packed_hidden if packed else _padded_hidden)(model, head.decoder, batch, options)
+    forward = _own_forward(model)
+    aux_loss = router.balancing_loss(forward, head.decoder, outputs, batch, hidden) if with_aux_loss else None
     hidden = hidden.index_select(0, batch["logit_index"])
 
     if patch.own or head.own:
-        forward = _own_forward(model)
         scores = heads.own_scores(model, forward, head.decoder, hidden, batch["target_ids"], with_stats)
     else:
         options = {"impl": patch.impl, "backward": patch.backward}
         scores = heads.fused_scores(head, hidden, batch["target_ids"], with_stats, **options)
     if not with_stats:
-        return TokenScores(scores, None)
+        return TokenScores(scores, None, aux_loss)
     logps, stats = scores
-    return TokenScores(logps, stats._replace(entropy=stats.entropy.detach()))
+    return TokenScores(logps, stats._replace(entropy=stats.entropy.detach()), aux_loss)
 
 
-def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """`[T, D]` of one row of tokens."""
+def _packed_hidden(
+    model: Any, decoder: nn.Module, batch: dict[str, Any], options: dict[str, Any]
+) -> tuple[Tensor, list[Any]]:
+    """`[T, D]` of one row of tokens, and what the decoder returned."""
     input_ids = batch["input_ids"]
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"input_ids of a packed batch must be [1, T], got {tuple(input_ids.shape)}")
@@ -225,10 +231,10 @@ def _packed_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
             attention_mask=torch.ones_like(input_ids),
             position_ids=batch["position_ids"],
             use_cache=False,
+            **options,
             **attention.layer_kwargs(batch, vars(model)["_fastdpo"].attention),
         )
-    hidden: Tensor = outputs[0][0]
-    return hidden
+    return outputs[0][0], [outputs]
 
 
 def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
@@ -240,22 +246,24 @@ def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
     return bool(kv > T and segments < batch["cu_target"].shape[0])
 
 
-def _padded_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """`[R L, D]` of rows padded on the right, as an ordinary call of the decoder."""
+def _padded_hidden(
+    model: Any, decoder: nn.Module, batch: dict[str, Any], options: dict[str, Any]
+) -> tuple[Tensor, list[Any]]:
+    """`[R L, D]` of rows padded on the right, as an ordinary call of the decoder, and what that returned."""
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
         shapes = tuple(input_ids.shape), tuple(attention_mask.shape)
         raise ValueError(f"input_ids and attention_mask of a padded batch must be [R, L], got {shapes[0]}, {shapes[1]}")
     # positions are the model's own, which need not begin with 0 (RoBERTa), and right for right padding
-    options: dict[str, Any] = {"use_cache": False}
+    options = {"use_cache": False, **options}
     accepted = inspect.signature(decoder.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options = {name: value for name, value in options.items() if name in accepted}
 
     limit, rope_type = _rope_limit(model.config)
     if limit is None or input_ids.shape[1] <= limit:
-        hidden: Tensor = decoder(input_ids=input_ids, attention_mask=attention_mask, **options)[0]
-        return hidden.flatten(0, 1)
+        outputs = decoder(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return outputs[0].flatten(0, 1), [outputs]
     if rope_type != "longrope":
         raise _refusal(
             model,
@@ -264,7 +272,8 @@ def _padded_hidden(model: Any, decoder: nn.Module, batch: dict[str, Any]) -> Ten
     # the longest row of a call chooses the frequencies for all
     position_ids = batch["position_ids"] * attention_mask
     rows = zip(input_ids.split(1), attention_mask.split(1), position_ids.split(1), strict=True)
-    return torch.cat([decoder(input_ids=i, attention_mask=m, position_ids=p, **options)[0][0] for i, m, p in rows])
+    each = [decoder(input_ids=i, attention_mask=m, position_ids=p, **options) for i, m, p in rows]
+    return torch.cat([outputs[0][0] for outputs in each]), each
 
 
 # What is exact
@@ -337,8 +346,6 @@ def _only_padded(model: PreTrainedModel) -> str | None:
     limit, rope_type = _rope_limit(config)
     if limit is not None:
         return f"its {rope_type} RoPE depends on the longest sequence in the batch"
-    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0:
-        return "its router's balancing loss would count shared tokens once; set output_router_logits=False"
     return hybrid.follows_trees(model) if _has_state(model) else None
 
 

@@ -36,6 +36,7 @@ from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
 from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
+from fastdpo.router import coefficient
 from fastdpo.sampler import rebatch
 from fastdpo.selfcheck import checked_layout
 from fastdpo.settings import from_config
@@ -141,10 +142,8 @@ class DPOTrainer(Trainer):
                 )
             self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
-        if router_loss := getattr(model.config, "router_aux_loss_coef", 0):
-            logger.warning(
-                "the router's balancing loss (router_aux_loss_coef=%s) is not part of the objective", router_loss
-            )
+        base = model.get_base_model() if policies.is_peft_model(model) else model
+        self._aux_coef = coefficient(base, args.router_aux_loss_coef)
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
                 disable_dropout(policy)
@@ -287,10 +286,13 @@ class DPOTrainer(Trainer):
         with_stats = not training or self._settings.needs_token_stats or self._is_logging_step()
         # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
         with self.accelerator.autocast():
-            scores: TokenScores = model(**inputs, with_stats=with_stats)
+            scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
         ref_logps = self._reference_logps(inputs)
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
-        loss = step_mean(out, num_items_in_batch or step_totals([inputs]))
+        totals = num_items_in_batch or step_totals([inputs])
+        loss = step_mean(out, totals)
+        if scores.aux_loss is not None:  # no mean over examples: micro-batches weigh by how many they hold
+            loss = loss + self._aux_coef * scores.aux_loss * (len(out.losses) / totals.examples)
         if num_items_in_batch:  # gradients are averaged over processes: each gives its share times their number
             loss = loss * self.args.world_size
         if training:
@@ -306,6 +308,8 @@ class DPOTrainer(Trainer):
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
         keep = None if training else metrics.distinct_examples(self.accelerator, len(out.losses))
         metrics.add_examples(self._sums, inputs, out, keep=keep, stats=scores.stats)
+        if scores.aux_loss is not None:
+            metrics.add_scalars(self._sums, {"aux_loss": scores.aux_loss}, len(out.losses) if keep is None else keep)
         if training:
             metrics.add_tokens(self._sums, inputs)
         return (loss, out) if return_outputs else loss
@@ -443,6 +447,8 @@ class DPOTrainer(Trainer):
         training_sums, self._sums = self._sums, metrics.RunningSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         numbers, histograms = metrics.results(self._sums.read(self.accelerator))
+        if "aux_loss" in numbers:
+            numbers["loss"] += self._aux_coef * numbers["aux_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
         self._keep_histograms(histograms, f"{metric_key_prefix}_")
         self._sums = training_sums

@@ -20,6 +20,7 @@ FLOORS = [
     {"settings", "step"},
     {"loss"},
     {"attention", "heads", "hybrid", "plots", "formats"},
+    {"router"},
     {"model", "packing", "metrics", "report"},
     {"config", "data", "reference", "sampler"},
     {"loading", "selfcheck", "parallel", "memory_parts"},

@@ -405,6 +405,13 @@ def test_sums_of_16_bit_values_are_exact(accelerator: Accelerator, device: torch
     assert sums.read(accelerator)["n"] == [512.0]
 
 
+def test_scalars_are_means_by_weight(accelerator: Accelerator, device: torch.device) -> None:
+    sums = RunningSums()
+    for value, weight in ((2.0, 3), (7.0, 1), (100.0, 0)):
+        metrics.add_scalars(sums, {"x": torch.tensor(value, device=device)}, weight)
+    assert metrics.results(sums.read(accelerator))[0] == {"x": 13 / 4}
+
+
 def test_sums_hold_no_graph() -> None:
     batch, out, stats = batch_of("preference", make_examples("preference", 3))
     sums = RunningSums()

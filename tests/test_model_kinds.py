@@ -96,7 +96,6 @@ PADDED = [
     pytest.param(lambda: make_llama4("chunked_attention"), "layers of type chunked_attention", id="chunked"),
     pytest.param(lambda: make_model("llama", **rope("dynamic")), "dynamic RoPE depends on the", id="dynamic-rope"),
     pytest.param(lambda: make_model("llama", **rope("longrope")), "longrope RoPE depends on the", id="longrope"),
-    pytest.param(lambda: make_model("mixtral", output_router_logits=True), "its router's balancing", id="router-loss"),
     pytest.param(make_bloom, "its attention does not go through", id="own-attention"),
     pytest.param(make_recurrent, "its layers carry a state", id="recurrent"),
     pytest.param(lambda: make_model("llama", attention_dropout=0.1), "mask of its attention", id="dropout"),
@@ -275,6 +274,6 @@ def test_hybrids_are_exact_padded(family, monkeypatch):
     torch.testing.assert_close(score_after_pairs(model, PAIRS), expected, rtol=0, atol=1e-5)
 
 
-def test_a_router_without_its_loss_is_no_reason():
-    find_head(make_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.0))
-    find_head(make_model("mixtral", router_aux_loss_coef=0.1))
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_router_with_a_balancing_loss_shares(asks):
+    assert layout_of(make_model("mixtral", output_router_logits=asks, router_aux_loss_coef=0.1))[0] == "shared"

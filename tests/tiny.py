@@ -51,6 +51,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phimoe": ("Phimoe", {"num_local_experts": 4}),
     "gemma": ("Gemma", {"head_dim": 8}),
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
