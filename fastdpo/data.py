@@ -15,7 +15,7 @@ and `pair_index`, the row it came from. Completions end with EOS unless they wer
 import difflib
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
@@ -396,3 +396,10 @@ def _report_streamed(row: dict[str, Any], name: str, on_bad_row: str, said: set[
         said.add(key)
         logger.warning("%s dataset: rows %s; row %d is the first, others are not named", name, _NOTES[key], index)
     return not problem
+
+
+def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
+    """`function(rows, name)` of one dataset, called "eval", or of each in a dict of them; None of None."""
+    if isinstance(datasets, dict):
+        return {name: function(rows, name) for name, rows in datasets.items()}
+    return None if datasets is None else function(datasets, "eval")

@@ -1,6 +1,5 @@
 """`DPOTrainer`: transformers' Trainer with packed pairs, the fused head and the DPO objective wired in."""
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -24,17 +23,16 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import data, metrics
+from fastdpo import data, metrics, precomputed
 from fastdpo.attention_backends import usable
 from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
-from fastdpo.loss import compute, step_mean, step_values
+from fastdpo.loss import LossOutput, compute, step_mean, step_values
 from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
-from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.router import coefficient
 from fastdpo.sampler import rebatch
@@ -117,9 +115,9 @@ class DPOTrainer(Trainer):
         )
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
             train_dataset = self._prepare_dataset(train_dataset)
-            eval_dataset = _each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+            eval_dataset = data.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
         columns = [set(train_dataset.column_names or ())]
-        _each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
+        data.each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:
             self._settings.check_columns(names)
             data.check_reference_columns(names, self._settings.kind, args.ld_alpha)
@@ -176,10 +174,10 @@ class DPOTrainer(Trainer):
         self.ref_model = None
         precompute = args.precompute_ref_log_probs
         if precompute is None and is_own_reference and data_collator is None:
-            precompute = self._is_precomputed()
+            precompute = precomputed.is_complete(self)
             ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
         if precompute:
-            self._precompute(ref_model)
+            precomputed.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
@@ -207,49 +205,6 @@ class DPOTrainer(Trainer):
             layout = [checked_layout(models, examples, self._layout, fallback=self.args.self_check == "fallback")]
         broadcast_object_list(layout)  # or rounding might let processes differ
         return layout[0]
-
-    def _is_precomputed(self) -> bool:
-        """Whether the cache holds all that the policy, which is its own reference, says of the datasets."""
-        args, model = self.args, self.model
-        if self.is_fsdp_enabled or args.sync_ref_model:
-            return False
-        folder, evaluated = reference_folder(args.reference_cache_dir), self.eval_dataset
-        evaluated = [*evaluated.values()] if isinstance(evaluated, dict) else [evaluated] if evaluated else []
-        held = [False]
-        if self.is_world_process_zero():
-            switched = policies.is_peft_model(model)
-            with policies.as_reference(model) if switched else contextlib.nullcontext():
-                datasets = (self.train_dataset, *evaluated)
-                held = [holds(datasets, model, folder=folder, autocast=options_of(args)["autocast"])]
-        broadcast_object_list(held)  # where another process lacks them, it computes them
-        if held[0]:
-            logger.info(
-                "reference: log-probs of all rows are in %s, so no reference model is kept; "
-                "precompute_ref_log_probs=False would not look",
-                folder,
-            )
-        return held[0]
-
-    def _precompute(self, ref_model: PreTrainedModel | None) -> None:
-        """Add the reference's log-probs to the datasets, from the cache as far as it has them."""
-        args, accelerator = self.args, self.accelerator
-        options = options_of(args) | {
-            "folder": reference_folder(args.reference_cache_dir),
-            "layout": self._layout,
-            "model": self.model if ref_model is None else ref_model.to(accelerator.device),
-            "process_index": args.process_index,
-            "num_processes": args.world_size,
-            "wait_for_everyone": accelerator.wait_for_everyone,
-        }
-
-        def score(rows: Any, name: str) -> Any:
-            given = not data.REFERENCES.keys().isdisjoint(rows.column_names or ())
-            return rows if given else with_reference(rows, name=name, **options)
-
-        switched = ref_model is None and policies.is_peft_model(self.model)
-        with policies.as_reference(self.model, args.ref_adapter_name) if switched else contextlib.nullcontext():
-            self.train_dataset = score(self.train_dataset, "train")
-            self.eval_dataset = _each(self.eval_dataset, score)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -297,12 +252,7 @@ class DPOTrainer(Trainer):
             loss = loss * self.args.world_size
         if training:
             if self._first_loss_is_known and self.state.global_step == 0:
-                mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
-                dtype = mixed or next(self.model.parameters()).dtype
-                beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
-                numbers = torch.stack((out.losses.detach().mean(), (beta * out.sequence_logps.abs().max()).float()))
-                first, largest = numbers.tolist()  # waits for the device, once
-                check_first_loss(first, dtype, precomputed=ref_logps is None, largest_reward=largest)
+                self._check_first_loss(inputs, out, precomputed=ref_logps is None)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
@@ -313,6 +263,14 @@ class DPOTrainer(Trainer):
         if training:
             metrics.add_tokens(self._sums, inputs)
         return (loss, out) if return_outputs else loss
+
+    def _check_first_loss(self, inputs: dict[str, Any], out: LossOutput, *, precomputed: bool) -> None:
+        mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
+        beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
+        numbers = torch.stack((out.losses.detach().mean(), (beta * out.sequence_logps.abs().max()).float()))
+        loss, largest = numbers.tolist()  # waits for the device, once
+        dtype = mixed or next(self.model.parameters()).dtype
+        check_first_loss(loss, dtype, precomputed=precomputed, largest_reward=largest)
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """The reference's log-probs of the completion tokens `[M]`; None where none are read, or the batch has them."""
@@ -466,10 +424,3 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*data.COLUMNS]
-
-
-def _each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
-    """`function(rows, name)` of one dataset, called "eval", or of each in a dict of them; None of None."""
-    if isinstance(datasets, dict):
-        return {name: function(rows, name) for name, rows in datasets.items()}
-    return None if datasets is None else function(datasets, "eval")
