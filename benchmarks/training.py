@@ -21,7 +21,6 @@ were measured. Needs torch; `fastdpo[bench]` for TRL.
 import argparse
 import functools
 import gc
-import inspect
 import json
 import logging
 import math
@@ -127,23 +126,12 @@ def _fastdpo(layout: str = "shared", **options: Any) -> Trainer:
             model=model,
             ref_model=ref_model,
             args=DPOConfig(**settings, **options),
-            data_collator=collator(layout),
+            data_collator=functools.partial(shared_prefix_batch, layout=layout),
             train_dataset=dataset(case),
             processing_class=tokenizer,
         )
 
     return make
-
-
-def collator(layout: str) -> Callable[..., Any]:
-    """Batches of fastdpo, laid out in the way that is named."""
-    if "layout" in inspect.signature(shared_prefix_batch).parameters:
-        options: dict[str, Any] = {"layout": layout}
-    elif layout == "padded":
-        raise NotImplementedError("this version of fastdpo has no padded batches")
-    else:
-        options = {"prefix_sharing": layout == "shared"}
-    return functools.partial(shared_prefix_batch, **options)
 
 
 def _trl(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
