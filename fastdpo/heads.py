@@ -36,7 +36,7 @@ class Head(NamedTuple):
     lm_head: nn.Module | None
     """The module to call: a Linear, or PEFT's wrapper around copies of one. None: only the model's forward knows."""
     linears: tuple[nn.Module, ...]
-    """The Linears, or LoRA's wrappers of one, that calling `lm_head` may end in; empty where `own` says why."""
+    """The Linears, or an adapter's wrappers of one, that calling `lm_head` may end in; empty where `own` says why."""
     logit_scale: float
     """Factor of the raw logits."""
     softcap: float | None
@@ -93,13 +93,15 @@ def _linears(lm_head: Any) -> tuple[tuple[nn.Module, ...], str | None]:
     if not isinstance(lm_head, nn.Linear) and is_peft_available():
         from peft.tuners import lora
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
+        from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
         if isinstance(lm_head, lora.Linear) and not lm_head.lora_variant and not any(lm_head.lora_bias.values()):
             linears, found = [lm_head.get_base_layer()], (lm_head,)
         elif isinstance(lm_head, BaseTunerLayer):
             name = type(lm_head).__name__
-            return (), f"its output embeddings have an adapter ({name}) that is not plain LoRA"
+            return (), f"its output embeddings have an adapter ({name}) that is neither plain LoRA nor trained tokens"
+        elif isinstance(lm_head, TrainableTokensWrapper):  # tied to embeddings of which some rows are trained
+            linears, found = [lm_head.original_module], (lm_head.token_adapter,)
         elif isinstance(lm_head, ModulesToSaveWrapper):
             linears = [lm_head.original_module, *lm_head.modules_to_save.values()]
     for linear in linears:
@@ -319,13 +321,33 @@ def _leaves(linears: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _low_rank(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return LoRA's part of the head, `scaling * A(dropout(hidden)) [N, R]` and `B [V, R]`, of all active adapters."""
+    """What active adapters add to the head, as `hidden2 [N, R]` and `weight2 [V, R]` in the dtype of `hidden`."""
     if isinstance(linear, nn.Linear) or linear.disable_adapters or linear.merged:
         return None
-    names = [name for name in linear.active_adapters if name in linear.lora_A]
-    if not names:
+    add, names = (_lora, "lora_A") if hasattr(linear, "lora_A") else (_trained_tokens, "trainable_tokens_delta")
+    parts = [add(linear, name, hidden) for name in linear.active_adapters if name in getattr(linear, names)]
+    if not parts:
         return None
-    a = [linear.lora_A[n](linear.lora_dropout[n](hidden.to(linear.lora_A[n].weight.dtype))) for n in names]
-    hidden2 = torch.cat([linear.scaling[n] * x for n, x in zip(names, a, strict=True)], 1)
-    weight2 = torch.cat([linear.lora_B[n].weight for n in names], 1)
-    return hidden2.to(hidden.dtype), weight2.to(hidden.dtype)
+    hidden2, weight2 = (torch.cat(factors, 1).to(hidden.dtype) for factors in zip(*parts, strict=True))
+    return hidden2, weight2
+
+
+def _lora(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`scaling * A(dropout(hidden))` and `B`."""
+    a = linear.lora_A[name]
+    return linear.scaling[name] * a(linear.lora_dropout[name](hidden.to(a.weight.dtype))), linear.lora_B[name].weight
+
+
+def _trained_tokens(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the new rows of some tokens add to their logits, and which tokens they are.
+
+    The addition and what rounding it left, so that the logits of these tokens are as exact as the others in 16 bits.
+    """
+    weight, new = linear.get_base_layer().weight, linear.trainable_tokens_delta[name]
+    tokens = torch.tensor(linear.token_indices[name]).to(weight.device, non_blocking=True)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    added = hidden.to(exact) @ (new.to(exact) - weight[tokens].to(exact)).T
+    rounded = added.to(hidden.dtype)
+    rest = (added - rounded.to(exact)).to(hidden.dtype)
+    which = hidden.new_zeros(len(weight), len(tokens)).scatter_(0, tokens[None], 1.0)
+    return torch.cat([rounded, rest], 1), torch.cat([which, which], 1)

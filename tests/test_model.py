@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from fastdpo import attention
+from fastdpo.heads import fused_scores
 from fastdpo.model import TokenScores, find_head, layout_of, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from tests.tiny import (
@@ -244,6 +245,41 @@ def test_lora_on_the_head(when):
     torch.testing.assert_close(score(model), logps.detach(), rtol=0, atol=1e-4)
 
 
+def make_with_trained_tokens(dtype=torch.float32):
+    """A model whose head is tied to embeddings of which three rows are trained."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4, 90]})
+    model = peft.get_peft_model(make_model("llama", tie_word_embeddings=True), config).to(dtype)
+    (rows,) = (p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+    with torch.no_grad():
+        rows.add_(torch.randn(rows.shape))
+    return model
+
+
+def test_trained_tokens_of_a_tied_head():
+    model = make_with_trained_tokens()
+    reference = copy.deepcopy(model)
+    patch_forward(model)
+    assert find_head(model).own is None
+    logps, expected = score(model), stock_logps(reference, PAIRS)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+    with model.disable_adapter(), reference.disable_adapter():
+        without = score(model)
+        torch.testing.assert_close(without, stock_logps(reference, PAIRS), rtol=0, atol=1e-5)
+    assert (without - logps).abs().max() > 0.5
+    model.merge_adapter()
+    torch.testing.assert_close(score(model), logps.detach(), rtol=0, atol=1e-4)
+
+
+def test_logits_of_trained_tokens_are_not_rounded_to_16_bits():
+    model = make_with_trained_tokens(torch.bfloat16)
+    hidden, targets = torch.randn(64, 32).bfloat16(), torch.tensor([3, 4, 90, 5]).repeat(16)
+    logps = fused_scores(find_head(model), hidden, targets, False)
+    weight = model.get_output_embeddings().weight.double()
+    exact = (hidden.double() @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert (logps - exact).abs().max() < 1e-3  # where bfloat16 logits are off by 1/32
+
+
 def test_other_adapters_of_the_head_leave_it_to_the_model():
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)
     model = peft.get_peft_model(make_model("llama"), config)
@@ -251,7 +287,7 @@ def test_other_adapters_of_the_head_leave_it_to_the_model():
         model.get_output_embeddings().lora_B["default"].weight.normal_()
     reference = copy.deepcopy(model)
     patch_forward(model)
-    assert "not plain LoRA" in find_head(model).own
+    assert "neither plain LoRA nor trained tokens" in find_head(model).own
     logps, expected = score(model), stock_logps(reference, PAIRS)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
     assert_same_gradients(gradients(model, logps), gradients(reference, expected))
