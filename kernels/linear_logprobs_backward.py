@@ -32,12 +32,12 @@ from fastdpo.kernels.logits_tile import (
     Config,
     Configs,
     add_low_rank,
-    contiguous_pair,
     default_config,
     fold_transform,
     grouped_program_ids,
     interpreted,
     loads_vectors,
+    low_rank_operands,
     raw_logits_tile,
     store_dlogits_tile,
 )
@@ -150,8 +150,8 @@ def linear_logprobs_backward(
     vectors = loads_vectors(hidden) and loads_vectors(weight)
     config = config or default_config(hidden, *default_configs(vectors, softcap is not None, entropy is not None))
     scale, cap = fold_transform(logit_scale, softcap, temperature)
-    hidden2, weight2 = contiguous_pair(low_rank)
-    dentropy, entropy_value = contiguous_pair(entropy)
+    hidden2, weight2, R = low_rank_operands(low_rank)
+    dentropy, entropy_value = (None, None) if entropy is None else (x.contiguous() for x in entropy)
     # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
     out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
     with torch.cuda.device_of(hidden):
@@ -159,7 +159,7 @@ def linear_logprobs_backward(
             out, hidden, weight, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), others.contiguous(), dtarget.contiguous(), dothers.contiguous(),
             dentropy, entropy_value,
-            out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, 0 if hidden2 is None else hidden2.shape[1],
+            out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, R,
             scale, cap, HAS_SOFTCAP=softcap is not None, UPCAST=interpreted(kernel),
             ACC=tl.float64 if others.dtype == torch.float64 else tl.float32, GROUP_N=GROUP_N,
             enable_fp_fusion=True, **config._asdict(),

@@ -38,12 +38,12 @@ from fastdpo.kernels.logits_tile import (
     Config,
     Configs,
     add_low_rank,
-    contiguous_pair,
     default_config,
     fold_transform,
     grouped_program_ids,
     interpreted,
     loads_vectors,
+    low_rank_operands,
     processors,
     raw_logits_tile,
 )
@@ -66,7 +66,7 @@ def default_configs(
         return {}, SMALL
     if stats or softcapped_masses:
         return TMA_TWO_TILE_CONFIGS if use_tma else TWO_TILE_CONFIGS, SMALL
-    return TMA_CONFIGS if use_tma else CONFIGS, FALLBACK
+    return TMA_CONFIGS if use_tma and not low_rank else CONFIGS, FALLBACK
 
 
 @cache
@@ -190,7 +190,7 @@ def linear_logprobs_forward(
     row_blocks, tiles = triton.cdiv(N, config.BLOCK_N), triton.cdiv(V, config.BLOCK_V)
     splits = splits or default_splits(row_blocks, tiles, processors(hidden))
     scale, cap = fold_transform(logit_scale, softcap, temperature)
-    hidden2, weight2 = contiguous_pair(low_rank)
+    hidden2, weight2, R = low_rank_operands(low_rank)
 
     kernel = linear_logprobs_forward_tma_kernel if use_tma else _linear_logprobs_forward_kernel
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -201,7 +201,7 @@ def linear_logprobs_forward(
         kernel[(min(row_blocks * splits, processors(hidden)) if use_tma else row_blocks * splits,)](
             partials, masses, *operands, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), *(() if use_tma else (*hidden.stride(), *weight.stride())),
-            N, V, D, 0 if hidden2 is None else hidden2.shape[1], splits, scale, cap,
+            N, V, D, R, splits, scale, cap,
             HAS_SOFTCAP=softcap is not None, HAS_STATS=stats, UPCAST=interpreted(kernel),
             ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, GROUP_N=GROUP_N,
             enable_fp_fusion=True, **config._asdict(),

@@ -12,6 +12,7 @@ Shapes: N rows, D hidden size, V vocabulary, R rank.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -67,9 +68,13 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
-def contiguous_pair(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Make both contiguous; twice None for None."""
-    return (None, None) if pair is None else (pair[0].contiguous(), pair[1].contiguous())
+def low_rank_operands(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Make both contiguous, with zeros up to a rank that Triton sees to load in vectors, and that rank; 0 for None."""
+    if pair is None:
+        return None, None, 0
+    R = triton.cdiv(pair[0].shape[1], 16) * 16
+    hidden2, weight2 = (x.contiguous() if x.shape[1] == R else F.pad(x, (0, R - x.shape[1])) for x in pair)
+    return hidden2, weight2, R
 
 
 @triton.jit

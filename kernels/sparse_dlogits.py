@@ -19,11 +19,11 @@ from fastdpo.kernels.logits_tile import (
     Config,
     Configs,
     add_low_rank,
-    contiguous_pair,
     default_config,
     fold_transform,
     interpreted,
     loads_vectors,
+    low_rank_operands,
     raw_logits_tile,
     store_dlogits_tile,
 )
@@ -148,14 +148,14 @@ def sparse_dlogits(
     tiles = triton.cdiv(V, config.BLOCK_V)
     assert rows.shape == (tiles, N)
     scale, cap = fold_transform(logit_scale, softcap, temperature)
-    hidden2, weight2 = contiguous_pair(low_rank)
+    hidden2, weight2, R = low_rank_operands(low_rank)
     # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
     out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
     with torch.cuda.device_of(hidden):
         kernel[(tiles * triton.cdiv(N, config.BLOCK_N),)](
             out, rows, counts, hidden, weight, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), others.contiguous(), dtarget.contiguous(), dothers.contiguous(),
-            out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, 0 if hidden2 is None else hidden2.shape[1],
+            out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, R,
             scale, cap,
             HAS_SOFTCAP=softcap is not None, UPCAST=interpreted(kernel),
             ACC=tl.float64 if others.dtype == torch.float64 else tl.float32,
