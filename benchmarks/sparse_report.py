@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastdpo.impl.sparsity import ROW
 from fastdpo.plots import BLUE, GREEN, GREY, GRID, VERMILION
 
 Study = dict[str, Any]
@@ -45,31 +46,42 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['kind']}, T = {row['tile']}"
 
 
+def _swept(study: Study) -> list[dict[str, Any]]:
+    """Rows of the sweep that skip something with the limit as it is shipped."""
+    return [row for row in study["cells"] if row["limit"] == ROW and row["density"] < 1]
+
+
 def _cells(study: Study) -> str:
     rows = []
-    for row in study["cells"]:
-        if row["exponent"] in (7, 8) and (row["tile"] != 128 or row["exponent"] == 7) and row["density"] < 1:
-            both = row["conserved"], row["dropped"]
-            rows.append([
-                _name(row), f"2^-{row['exponent']}", percent(row["density"]),
-                *(f"{scheme[name]:.1e}" for name in ("dhidden", "dweight") for scheme in both),
-                f"{row['predicted']['sum']['all']:.2f}",
-            ])  # fmt: skip
+    for row in _swept(study):
+        both = row["conserved"], row["dropped"]
+        rows.append([
+            _name(row), percent(row["density"]),
+            *(f"{scheme[name]:.1e}" for name in ("dhidden", "dweight") for scheme in both),
+            f"{row['predicted']['sum']['all']:.2f}",
+        ])  # fmt: skip
     return markdown(
-        "rows, tile | mass skipped, up to | cells computed | dhidden, conserved | dropped | dweight, conserved | "
-        "dropped | error / bound",
+        "rows, tile | cells computed | dhidden, conserved | dropped | dweight, conserved | dropped | error / bound",
         rows,
     )
 
 
+def _rules(study: Study) -> str:
+    rows = []
+    for kind in dict.fromkeys(row["kind"] for row in study["rules"]):
+        some = [row for row in study["rules"] if row["kind"] == kind]
+        if some[0]["density"] < 1:
+            rows.append([_name(some[0]), *(f"{percent(row['density'])}, {row['dhidden']:.1e}" for row in some)])
+    return markdown("rows, tile | both limits | row alone | row alone, half | cell alone", rows)
+
+
 def _rare(study: Study) -> str:
     rows = []
-    for row in study["cells"]:
-        if row["exponent"] == 7 and row["tile"] != 128 and row["density"] < 1:
-            names = ("rare_cosine", "rare_cosine_5", "rare_norm")
-            rows.append([
-                _name(row), *(f"{row[scheme][name]:.2f}" for scheme in ("conserved", "dropped") for name in names),
-            ])  # fmt: skip
+    for row in _swept(study):
+        names = ("rare_cosine", "rare_cosine_5", "rare_norm")
+        rows.append([
+            _name(row), *(f"{row[scheme][name]:.2f}" for scheme in ("conserved", "dropped") for name in names),
+        ])  # fmt: skip
     return markdown(
         "rows, tile | median cosine | 5 % are below | norm ratio | dropped: median cosine | 5 % are below | norm ratio",
         rows,
@@ -79,28 +91,24 @@ def _rare(study: Study) -> str:
 def _shipped(study: Study) -> str:
     rows = []
     for row in study["shipped"]:
-        dhidden, dweight, density = row["dhidden"], row["dweight"], row["density"]
-        names = ("bf16 logits", "exact", "auto", "sparse", "auto, forced", "sparse, forced")
+        names = ("bf16 logits", "exact", "auto", "sparse")
         rows.append([
-            _name(row), f"{row['nll']:.1f}", f"{percent(density['auto'])}, {percent(density['sparse'])}",
-            *(f"{dhidden[name]:.1e}" for name in names), *(f"{dweight[name]:.1e}" for name in (names[0], names[5])),
+            _name(row), f"{row['nll']:.1f}", percent(row["confident"]), percent(row["density"]),
+            *(f"{row['dhidden'][name]:.1e}" for name in names),
+            *(f"{row['dweight'][name]:.1e}" for name in (names[0], names[1], names[3])),
         ])  # fmt: skip
     return markdown(
-        "rows, tile | nll | density: auto, sparse | dhidden: bf16 logits | exact | auto | sparse | auto, forced | "
-        "sparse, forced | dweight: bf16 logits | sparse, forced",
+        "rows, tile | nll | rows with p > 0.9 | density | dhidden: bf16 logits | exact | auto | sparse | "
+        "dweight: bf16 logits | exact | sparse",
         rows,
     )
 
 
 def _bound(study: Study) -> str:
     rows = []
-    for row in study["cells"]:
-        if row["exponent"] == 7 and row["tile"] != 128 and row["density"] < 1:
-            said = [row["predicted"][name] for name in ("sum", "squares", "residual")]
-            rows.append([
-                _name(row),
-                *(f"{one[where]:.2f}" for one in said for where in ("all", "worst")),
-            ])  # fmt: skip
+    for row in _swept(study):
+        said = [row["predicted"][name] for name in ("sum", "squares", "residual")]
+        rows.append([_name(row), *(f"{one[where]:.2f}" for one in said for where in ("all", "worst"))])
     return markdown(
         "rows, tile | sum of mass: all rows | worst row | squares: all rows | worst row | "
         "residual: all rows | worst row",
@@ -140,7 +148,8 @@ def _training(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
-    "machine": _machine, "cells": _cells, "rare": _rare, "shipped": _shipped, "bound": _bound, "training": _training,
+    "machine": _machine, "shipped": _shipped, "cells": _cells, "rules": _rules, "bound": _bound, "rare": _rare,
+    "training": _training,
 }  # fmt: skip
 
 
@@ -154,15 +163,16 @@ def draw(study: Study, folder: Path) -> None:
         tiles = sorted({row["tile"] for row in rows})
         for T, colour in zip(tiles, (BLUE, GREEN, VERMILION), strict=False):
             some = [row for row in rows if row["tile"] == T]
-            x = [row["exponent"] for row in some]
+            x = [row["limit"] for row in some]
             for scheme, line in (("conserved", "-"), ("dropped", ":")):
                 errors = [row[scheme]["dhidden"] for row in some]
                 above.plot(x, errors, line, color=colour, marker="o", markersize=3, label=f"T = {T}, {scheme}")
             below.plot(x, [row["density"] for row in some], color=colour, marker="o", markersize=3, label=f"T = {T}")
         above.set_yscale("log")
+        above.set_xscale("log")
         _style(above, f"{kind}", "relative error of dhidden")
         _style(below, "", "share of cells computed")
-        below.set_xlabel("mass skipped, up to 2^-x")
+        below.set_xlabel("limit of a row")
     figure.savefig(folder / "errors.png", facecolor="white")
 
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")

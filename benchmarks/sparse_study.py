@@ -1,11 +1,11 @@
 """What a sparse backward costs in accuracy: the study behind docs/sparse_backward.md, its tables and its figures.
 
-    python -m benchmarks.sparse_study            # a few minutes on 2 cores, no GPU; rewrites docs/sparse_backward*
+    python -m benchmarks.sparse_study         # half an hour on 2 cores, no GPU; rewrites docs/sparse_backward*
 
 Truth is float64 on the same rounded inputs. A sweep isolates what skipping cells does: with E the difference of the
 sparse and the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. What
 fastdpo computes, rounding included, is measured beside it, and what that does to a training run. Rows skip their
-smallest cells up to a total mass, as `fastdpo.impl.sparsity` has it.
+smallest cells as `fastdpo.impl.sparsity` has it.
 
 Shapes: N rows, D hidden size, V vocabulary, T columns of a tile, J = V / T tiles.
 """
@@ -13,6 +13,7 @@ Shapes: N rows, D hidden size, V vocabulary, T columns of a tile, J = V / T tile
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,27 +46,30 @@ class Sizes:
     N: int = 128
     D: int = 256
     V: int = 32768
-    lm_V: int = 4096
-    lm_D: int = 128
-    lm_layers: int = 2
-    lm_steps: int = 300
-    characters: int = 300_000
-    """Of each package's docstrings."""
-    exponents: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 9, 10)
-    """Of the mass that a row may skip: 2^-3 and so on."""
+    lm_V: int = 16384
+    lm_D: int = 256
+    lm_layers: int = 4
+    lm_steps: int = 2000
+    lm_rows: int = 512
+    characters: int = 8_000_000
+    """Of text."""
+    limits: tuple[float, ...] = (0.04, 0.02, 0.01, 0.005, 0.0025)
+    """Of the mass that a row may skip, in terms of the root mean square of the rows' gradients."""
     seeds: tuple[int, ...] = (1, 2, 3, 4)
     steps: int = 30
 
 
 SMOKE = Sizes(
-    N=24, D=32, V=1024, lm_V=512, lm_D=32, lm_layers=1, lm_steps=3, characters=60_000,
-    exponents=(6, 7), seeds=(1, 2), steps=2,
+    N=24, D=32, V=1024, lm_V=512, lm_D=32, lm_layers=1, lm_steps=3, lm_rows=64, characters=60_000,
+    limits=(0.02, 0.005), seeds=(1, 2), steps=2,
 )  # fmt: skip
 LM = ("LM, held out", "LM, seen")
-SMALL = 4
-"""Columns of a small tile, for the LM: of V = 4096 they make the 1024 cells that V = 65536 has with tiles of 64."""
+SMALL = 16
+"""Columns of a small tile, for the LM: of V = 16384 they make the 1024 cells that V = 131072 has with tiles of 128."""
 TILES = dict.fromkeys(LM, (SMALL, 64, 128))
 """Tiles studied, where they are not 64 and 128."""
+NO_LIMIT = {"row": 1e9, "cell": 2.0**-4}
+"""Limits that are none: a cell with so much mass is computed for the row's sake."""
 
 
 class Cells(NamedTuple):
@@ -79,12 +83,14 @@ def probabilities(rows: Rows) -> Tensor:
     return torch.softmax(rows.hidden.double() @ rows.weight.double().T, -1)
 
 
-def cells(rows: Rows, probs: Tensor, T: int, tolerance: float) -> Cells:
+def cells(rows: Rows, probs: Tensor, T: int, row: float = sparsity.ROW, cell: float = sparsity.CELL) -> Cells:
     """Let `sparsity.select` choose the cells."""
     index = rows.targets[:, None]
     mass = probs.scatter(1, index, 0.0).unflatten(1, (-1, T)).sum(2)
-    selection = sparsity.select(mass, torch.ones(len(mass)), tolerance)
-    return Cells(mass, (mass > selection.threshold[:, None]).scatter_(1, index // T, True))
+    rest = mass.sum(1)
+    shares = mass / rest[:, None]
+    selection = sparsity.select(shares, rest * rows.dlogps.abs(), row, cell)
+    return Cells(mass, (shares > selection.threshold[:, None]).scatter_(1, index // T, True))
 
 
 def skip(rows: Rows, probs: Tensor, chosen: Cells, *, conserve: bool) -> Tensor:
@@ -128,18 +134,18 @@ def predictions(rows: Rows, chosen: Cells, difference: Tensor) -> dict[str, dict
     }
 
 
-def sweep(kind: str, rows: Rows, true: Exact, exponents: tuple[int, ...]) -> Table:
-    """Errors and density for every tile and tolerance, the mass of skipped cells conserved and dropped."""
+def sweep(kind: str, rows: Rows, true: Exact, limits: tuple[float, ...]) -> Table:
+    """Errors and density for every tile and limit of a row's mass, the mass of skipped cells conserved and dropped."""
     hidden, weight = rows.hidden.float(), rows.weight.float()
     probs = probabilities(rows)
     rare = torch.ones(weight.shape[0], dtype=torch.bool)
     rare[rows.targets] = False
     table: Table = []
     for T in TILES.get(kind, (64, 128)):
-        for exponent in exponents:
-            chosen = cells(rows, probs, T, 2.0**-exponent)
+        for limit in limits:
+            chosen = cells(rows, probs, T, limit)
             row: dict[str, Any] = {
-                "kind": kind, "tile": T, "exponent": exponent, "density": float(chosen.active.double().mean()),
+                "kind": kind, "tile": T, "limit": limit, "density": float(chosen.active.double().mean()),
             }  # fmt: skip
             for scheme in ("dropped", "conserved"):
                 difference = skip(rows, probs, chosen, conserve=scheme == "conserved")
@@ -154,6 +160,30 @@ def sweep(kind: str, rows: Rows, true: Exact, exponents: tuple[int, ...]) -> Tab
                     "rare_norm": float((ours.norm(dim=1) / theirs.norm(dim=1)).median()),
                 }
             table.append(row | {"predicted": predictions(rows, chosen, difference)})
+    return table
+
+
+RULES = {
+    "both limits": (sparsity.ROW, sparsity.CELL),
+    "row alone": (sparsity.ROW, NO_LIMIT["cell"]),
+    "row alone, half": (sparsity.ROW / 2, NO_LIMIT["cell"]),
+    "cell alone": (NO_LIMIT["row"], sparsity.CELL),
+}
+"""Limits of the mass that a row may skip, in all and in a cell."""
+
+
+def compared(kind: str, rows: Rows, true: Exact) -> Table:
+    """Density and errors under every rule, with the smallest tile."""
+    probs, T = probabilities(rows), TILES.get(kind, (64,))[0]
+    table: Table = []
+    for name, limits in RULES.items():
+        chosen = cells(rows, probs, T, *limits)
+        difference = skip(rows, probs, chosen, conserve=True)
+        table.append({
+            "kind": kind, "tile": T, "rule": name, "density": float(chosen.active.double().mean()),
+            "dhidden": float((difference @ rows.weight.float()).norm() / true.dhidden.norm()),
+            "dweight": float((difference.T @ rows.hidden.float()).norm() / true.dweight.norm()),
+        })  # fmt: skip
     return table
 
 
@@ -181,19 +211,17 @@ def shipped(kind: str, rows: Rows, true: Exact, T: int) -> dict[str, Any]:
     hidden, weight = rows.hidden.detach().requires_grad_(), rows.weight.detach().requires_grad_()
     logps = F.linear(hidden, weight).float().log_softmax(-1).gather(1, rows.targets[:, None]).squeeze(1)
     variants = {"bf16 logits": torch.autograd.grad(logps, [hidden, weight], rows.dlogps)}
-    densities = {}
     for backward in ("exact", "auto", "sparse"):
         with setting(T, sparsity.DENSE):
             variants[backward] = grads(rows, backward, torch.bfloat16)
-        if backward != "exact":
-            with setting(T, 1.0):
-                variants[f"{backward}, forced"] = grads(rows, backward, torch.bfloat16)
-                densities[backward] = float(sparsity._densities[density_key(rows.hidden, rows.weight)][-1][0])
+            history = sparsity._densities.get(density_key(rows.hidden, rows.weight))
+    assert history is not None
     return {
         "kind": kind,
         "tile": T,
         "nll": float(-true.logps.mean()),
-        "density": densities,
+        "confident": float((true.logps > math.log(0.9)).double().mean()),
+        "density": float(history[-1][0]),
         "dhidden": {name: error(g[0], true.dhidden) for name, g in variants.items()},
         "dweight": {name: error(g[1], true.dweight) for name, g in variants.items()},
     }
@@ -222,10 +250,10 @@ def training(base: Any, text: small_lm.Text, sizes: Sizes, T: int, noise: float)
     return table
 
 
-def lm_rows(model: Any, tokens: Tensor) -> Rows:
+def lm_rows(model: Any, tokens: Tensor, most: int) -> Rows:
     """Rows of a batch of text."""
     with torch.no_grad():
-        hidden, targets = small_lm.rows(model, next(small_lm.batches(tokens, seed=0)))
+        hidden, targets = (x[:most] for x in small_lm.rows(model, next(small_lm.batches(tokens, seed=0))))
     weight = model.lm_head.weight.detach()
     return Rows(hidden.bfloat16(), weight.bfloat16(), targets, torch.randn(len(targets)))
 
@@ -248,23 +276,26 @@ def study(sizes: Sizes) -> dict[str, Any]:
     print(f"small LM: {base.held_out:.3f} nats per token on held-out text", flush=True)
 
     swept: Table = []
+    rules: Table = []
     as_shipped: Table = []
     for kind in (*KINDS, *LM):
         torch.manual_seed(0)
         if kind in LM:
-            rows = lm_rows(model, text.held_out if kind == LM[0] else text.train)
+            rows = lm_rows(model, text.held_out if kind == LM[0] else text.train, sizes.lm_rows)
         else:
             rows = make_rows(kind, sizes.N, sizes.D, sizes.V, torch.bfloat16, device)
         true = exact(rows)
-        swept += sweep(kind, rows, true, sizes.exponents)
+        swept += sweep(kind, rows, true, sizes.limits)
+        rules += compared(kind, rows, true)
         as_shipped += [shipped(kind, rows, true, T) for T in TILES.get(kind, (64,)) if T <= 64]
         print(f"{kind} rows: done", flush=True)
-    noise = next(row["dhidden"]["sparse, forced"] for row in as_shipped if (row["kind"], row["tile"]) == (LM[1], SMALL))
+    noise = next(row["dhidden"]["sparse"] for row in as_shipped if (row["kind"], row["tile"]) == (LM[1], SMALL))
     return {
         "provenance": provenance() | {name: version(name) for name in ("numpy", "tokenizers", "transformers")},
         "sizes": sizes.__dict__,
         "lm": {"train_tokens": len(text.train), "held_out": base.held_out},
         "cells": swept,
+        "rules": rules,
         "shipped": as_shipped,
         "noise": noise,
         "training": training(model, text, sizes, SMALL, noise),

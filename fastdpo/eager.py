@@ -26,9 +26,10 @@ class Stats(NamedTuple):
     is_top1: Tensor
     """bool: the target is the first maximum of the logits, as argmax."""
     density: Tensor | None = None
-    """Share of (row, vocabulary tile) cells that a sparse backward computes. None where the backward is dense."""
+    """Share of (row, vocabulary tile) cells that a sparse backward computes, where the upstream gradients of all rows
+    are of one size. None where the backward is dense."""
     bound: Tensor | None = None
-    """Probability that a sparse backward spreads evenly over the tokens of its tile; see `fastdpo.impl.sparsity`."""
+    """Probability that it spreads evenly over the tokens of its tile, likewise; see `fastdpo.impl.sparsity`."""
 
 
 def transform_logits(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:

@@ -66,10 +66,10 @@ def linear_logprobs(
             the inputs, for tests) or "auto": on CUDA the faster of triton and blas, measured on the first calls of a
             shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); torch elsewhere, and without Triton.
         backward: which cells (a row by some neighbouring tokens) of the gradient of the logits to compute. "exact":
-            all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, up to 2^-8 of
-            it in a row, which then act as their average, where that is quicker; all other gradients are exact.
-            "sparse": so may all gradients, in every dtype, up to 2^-7. See docs/sparse_backward.md for what that
-            costs, and `Stats` to watch it.
+            all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, up to 0.005
+            of the rows' root mean square, which then act as their average, where that is quicker; all other gradients
+            are exact. "sparse": so may all gradients, in every dtype. See docs/sparse_backward.md for what that costs,
+            and `Stats` to watch it.
         workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
         accumulate_grad: add the gradient of `weight`, a leaf, to its `.grad` in the backward, if it has one, so that no
             second `[V, D]` exists. Hooks on the gradient do not see it: not for DDP or FSDP.
@@ -180,10 +180,10 @@ def _compute(
         target, others = vocab_parallel.merge(target, others, group)
     valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
     logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
-    return logps, _merge_stats(logps, result, V, backward) if stats else None
+    return logps, _merge_stats(logps, result, V) if stats else None
 
 
-def _merge_stats(logps: Tensor, result: Forward, V: int, backward: str) -> Stats:
+def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
     """Put the statistics of the other tokens, q, and the target's p together: all is p and (1 - p) q."""
     stats, kept = result.stats, result.kept
     assert stats is not None
@@ -195,7 +195,7 @@ def _merge_stats(logps: Tensor, result: Forward, V: int, backward: str) -> Stats
         is_top1 = (result.target >= stats.top) & (result.target > stats.top_before)
         density = bound = None
         if kept.shares is not None:
-            _, bound, density = sparsity.select(kept.shares, rest, sparsity.TOLERANCE[backward])
+            _, bound, density = sparsity.select(kept.shares, rest)
     return Stats(
         entropy=rest * (stats.entropy - log_rest.clamp(min=lowest)) - p * logps.clamp(min=lowest),
         log_sum_sq_probs=log_sum_sq,

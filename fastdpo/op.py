@@ -141,9 +141,7 @@ def _gradients(*args: Any, weight_grad: Tensor | None = None) -> tuple[Tensor, .
         result = result._replace(kept=Kept())
     selection = None
     if result.kept.shares is not None:
-        tolerance = sparsity.TOLERANCE["auto" if a.exact_weight else "sparse"]
-        rest = torch.sigmoid(result.others - result.target)
-        selection = sparsity.select(result.kept.shares, rest, tolerance)
+        selection = sparsity.select(result.kept.shares, dothers)
         sparsity.remember(density_key(a.hidden, a.weight), selection)
         if sparsity.too_dense(selection):
             selection = None

@@ -16,17 +16,20 @@ class Rows(NamedTuple):
     dlogps: Tensor
 
 
-KINDS = ("peaked", "sharp", "anisotropic", "flat")
+KINDS = ("peaked", "sharp", "anisotropic", "confident", "flat")
 
 
 def make_rows(kind: str, N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Rows:
-    """Peaked: a power-law rank curve over Zipf-distributed candidates. Anisotropic: embeddings with a common mean."""
+    """Peaked: a power-law rank curve over Zipf-distributed candidates. Anisotropic: embeddings with a common mean.
+
+    Confident: nearly all probability is the first candidate's, as of a model that knows its text.
+    """
     weight = torch.randn(V, D) / math.sqrt(D)
     hidden = torch.randn(N, D)
     if kind != "flat":
         zipf = 1 / (torch.arange(V) + 10.0)
         candidates = torch.multinomial(zipf, N * 24, replacement=True).view(N, 24)
-        height = (17 if kind == "peaked" else 20) + torch.randn(N, 1)
+        height = {"peaked": 17, "confident": 30}.get(kind, 20) + torch.randn(N, 1)
         slope = 2 + 4 * torch.rand(N, 1)
         for rank in range(24):
             hidden += (height - slope * math.log(rank + 1)) * weight[candidates[:, rank]]

@@ -57,7 +57,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Stats | None]:
     inputs, options, stats = Inputs(*arguments[:4]), Options(*arguments[4:7]), arguments[7]
     result, logps = run(inputs, options, stats)
     lse = torch.logaddexp(result.target, result.others)
-    return logps, lse, _merge_stats(logps, result, len(inputs.weight), "exact") if stats else None
+    return logps, lse, _merge_stats(logps, result, len(inputs.weight)) if stats else None
 
 
 def backward(dlogps: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:

@@ -7,10 +7,12 @@ gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass
     |error of dhidden[n]| <= |dlogps[n]| * sum over the skipped cells j of mass[n, j] * radius[j]
 
 with radius[j] the largest distance between a row of weight in tile j and their mean: the error of a cell is its mass
-times the difference of two points in the convex hull of the tile's embeddings. (The root of the sum of squares would
-assume that the errors of cells point in random directions. In a trained model they do not: p grows along hidden.)
-So each row skips its smallest cells up to a mass, for an upstream gradient of 1: small gradients, of confident targets,
-may lose as much as large ones.
+times the difference of two points in the convex hull of the tile's embeddings. In a trained model p grows along hidden,
+so the errors of many small cells point the same way and do add up like that; those of a few large ones do not cancel
+either. So a row skips only cells of little mass, and only as many as have little mass together; little beside the root
+mean square of the rows' |dlogps| * (1 - p), which is the size of their gradients. Of all rows together it follows that
+
+    |error of dhidden| <= ROW * max radius * |dlogps * (1 - p)|                                   (Frobenius norms)
 
 Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
 """
@@ -23,10 +25,11 @@ from torch import Tensor
 from fastdpo.impl.interface import Head, result_dtype
 from fastdpo.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 
-TOLERANCE = {"auto": 2.0**-8, "sparse": 2.0**-7}
-"""Largest mass that a row may skip, by `backward`. docs/sparse_backward.md has the errors and densities."""
-LARGEST, STEPS = 6, 5
-"""Thresholds are 2^-7 to 2^-38, found in 5 bisections of the exponent."""
+ROW, CELL = 0.005, 2.0**-12
+"""Largest mass that a row may skip, in all and in a cell, in terms of the root mean square of the rows' gradients.
+docs/sparse_backward.md has the errors and densities."""
+STEPS = 5
+"""Thresholds are CELL / sqrt(2)^k for k < 2^STEPS, found by bisection."""
 DENSE = 0.4
 """Density from which computing all cells with large matmuls is cheaper."""
 
@@ -39,30 +42,37 @@ class Selection(NamedTuple):
     active: Tensor  # share of the row's cells that is computed
 
 
-def select(shares: Tensor, rest: Tensor, tolerance: float) -> Selection:
-    """Choose the largest threshold of each row, a power of two of mass, below which lies no more than `tolerance`.
+def select(shares: Tensor, weight: Tensor, row: float = ROW, cell: float = CELL) -> Selection:
+    """Choose the largest threshold of each row that skips no more than `row` in all, and `cell` in a cell.
 
     Args:
-        shares: `[N, J]`: a cell's mass is its share of `rest`.
-        rest: `[N]`: probability of all tokens but the target.
-        tolerance: mass that may be skipped.
+        shares: `[N, J]`: a cell's mass is its share of `weight`.
+        weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
+        row: in terms of the root mean square of `weight`.
+        cell: likewise.
     """
-    rows = [_select(*block, tolerance) for block in zip(shares.split(1024), rest.split(1024), strict=True)]
+    weight = weight.abs().float()
+    finite = weight.nan_to_num(0.0, 0.0).double()
+    scale = (finite.square().sum() / finite.count_nonzero().clamp(min=1)).sqrt().float()
+    blocks = zip(shares.split(1024), weight.split(1024), strict=True)
+    rows = [_select(*block, row * scale, cell * scale) for block in blocks]
     return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
 
 
-def _select(shares: Tensor, rest: Tensor, tolerance: float) -> Selection:
-    mass = shares.float() * rest.float().unsqueeze(1)
+def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Selection:
+    mass = shares.float() * weight.unsqueeze(1)
 
-    def skipped(exponent: Tensor) -> Tensor:
-        return torch.where(mass <= torch.exp2(-exponent).unsqueeze(1), mass, 0.0).sum(1)
+    def limit(k: Tensor) -> Tensor:
+        return cell * torch.exp2(-k / 2)
 
-    exponent = torch.full_like(rest, LARGEST + 2**STEPS, dtype=torch.float32)  # where it skips next to nothing
+    def skipped(k: Tensor) -> Tensor:
+        return torch.where(mass <= limit(k).unsqueeze(1), mass, 0.0).sum(1)
+
+    k = torch.full_like(weight, 2**STEPS - 1)  # where it skips next to nothing
     for step in reversed(range(STEPS)):
-        larger = exponent - 2**step
-        exponent = torch.where(skipped(larger) <= tolerance, larger, exponent)
-    threshold = torch.exp2(-exponent) / rest
-    return Selection(threshold, skipped(exponent), (shares > threshold.unsqueeze(1)).float().mean(1))
+        k = torch.where(skipped(k - 2**step) <= row, k - 2**step, k)
+    threshold = limit(k) / weight
+    return Selection(threshold, skipped(k), (shares > threshold.unsqueeze(1)).float().mean(1))
 
 
 def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
