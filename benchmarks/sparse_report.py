@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastdpo.impl.sparsity import ROW
+from fastdpo.impl.sparsity import MAX_ROW_MASS
 from fastdpo.plots import BLUE, GREEN, GREY, GRID, VERMILION
 
 Study = dict[str, Any]
@@ -48,7 +48,7 @@ def _name(row: dict[str, Any]) -> str:
 
 def _swept(study: Study) -> list[dict[str, Any]]:
     """Rows of the sweep that skip something with the limit as it is shipped."""
-    return [row for row in study["cells"] if row["limit"] == ROW and row["density"] < 1]
+    return [row for row in study["cells"] if row["limit"] == MAX_ROW_MASS and row["density"] < 1]
 
 
 def _cells(study: Study) -> str:

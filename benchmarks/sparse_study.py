@@ -83,7 +83,9 @@ def probabilities(rows: Rows) -> Tensor:
     return torch.softmax(rows.hidden.double() @ rows.weight.double().T, -1)
 
 
-def cells(rows: Rows, probs: Tensor, T: int, row: float = sparsity.ROW, cell: float = sparsity.CELL) -> Cells:
+def cells(
+    rows: Rows, probs: Tensor, T: int, row: float = sparsity.MAX_ROW_MASS, cell: float = sparsity.MAX_CELL_MASS
+) -> Cells:
     """Let `sparsity.select` choose the cells."""
     index = rows.targets[:, None]
     mass = probs.scatter(1, index, 0.0).unflatten(1, (-1, T)).sum(2)
@@ -164,10 +166,10 @@ def sweep(kind: str, rows: Rows, true: Exact, limits: tuple[float, ...]) -> Tabl
 
 
 RULES = {
-    "both limits": (sparsity.ROW, sparsity.CELL),
-    "row alone": (sparsity.ROW, NO_LIMIT["cell"]),
-    "row alone, half": (sparsity.ROW / 2, NO_LIMIT["cell"]),
-    "cell alone": (NO_LIMIT["row"], sparsity.CELL),
+    "both limits": (sparsity.MAX_ROW_MASS, sparsity.MAX_CELL_MASS),
+    "row alone": (sparsity.MAX_ROW_MASS, NO_LIMIT["cell"]),
+    "row alone, half": (sparsity.MAX_ROW_MASS / 2, NO_LIMIT["cell"]),
+    "cell alone": (NO_LIMIT["row"], sparsity.MAX_CELL_MASS),
 }
 """Limits of the mass that a row may skip, in all and in a cell."""
 

@@ -42,7 +42,6 @@ def linear_logprobs(
     impl: Impl = "auto",
     backward: Backward = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
-    accumulate_grad: bool = False,
     shard: tuple[ProcessGroup, int, int] | None = None,
 ) -> Tensor:
     """Compute the log-probability of every row's target, without ever holding `[N, V]` logits.
@@ -71,8 +70,6 @@ def linear_logprobs(
             are exact. "sparse": so may all gradients, in every dtype. See docs/sparse_backward.md for what that costs,
             and `Stats` to watch it.
         workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
-        accumulate_grad: add the gradient of `weight`, a leaf, to its `.grad` in the backward, if it has one, so that no
-            second `[V, D]` exists. Hooks on the gradient do not see it: not for DDP or FSDP.
         shard: `(group, start, V)` where a process group shares the vocabulary: `weight`, `bias` and `weight2` are this
             rank's part, which begins with token `start` of V; `hidden` and `targets` are the same on all ranks, and so
             are the result and the gradient of `hidden`.
@@ -84,21 +81,20 @@ def linear_logprobs(
         ValueError: an argument breaks a rule above. On CUDA a target outside [0, V) cannot be seen without waiting for
             the device: there its row, and every gradient it takes part in, is NaN.
     """
-    transform = Transform(logit_scale, softcap, temperature)
-    return _compute(
+    logps, _ = _compute(
         hidden,
         weight,
         targets,
         bias,
-        low_rank,
-        transform,
-        impl,
-        backward,
-        workspace_bytes,
-        accumulate_grad,
-        shard,
-        False,
-    )[0]
+        low_rank=low_rank,
+        transform=_checked_transform(logit_scale, softcap, temperature),
+        impl=impl,
+        backward=backward,
+        workspace=workspace_bytes,
+        shard=shard,
+        with_stats=False,
+    )
+    return logps
 
 
 def linear_logprobs_with_stats(
@@ -124,9 +120,18 @@ def linear_logprobs_with_stats(
         log-probabilities, is_top1 bool; density and bound are None where the backward is dense. The log-probabilities
         and the entropy are differentiable, the rest is not. A backward through the entropy is exact.
     """
-    transform = Transform(logit_scale, softcap, temperature)
     logps, stats = _compute(
-        hidden, weight, targets, bias, low_rank, transform, impl, backward, workspace_bytes, False, None, True
+        hidden,
+        weight,
+        targets,
+        bias,
+        low_rank=low_rank,
+        transform=_checked_transform(logit_scale, softcap, temperature),
+        impl=impl,
+        backward=backward,
+        workspace=workspace_bytes,
+        shard=None,
+        with_stats=True,
     )
     assert stats is not None
     return logps, stats
@@ -137,26 +142,24 @@ def _compute(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    *,
     low_rank: tuple[Tensor, Tensor] | None,
     transform: Transform,
     impl: str,
     backward: str,
     workspace: int,
-    accumulate: bool,
     shard: tuple[ProcessGroup, int, int] | None,
-    stats: bool,
+    with_stats: bool,
 ) -> tuple[Tensor, Stats | None]:
     """Check, compute, and put the target and the other tokens together."""
     hidden2, weight2 = low_rank or (None, None)
     hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
-    if accumulate and (not weight.is_leaf or torch.compiler.is_compiling()):
-        raise ValueError("weight must be a leaf with accumulate_grad, not cast by autocast, and the call not compiled")
     _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
-    transform = _check_options(transform, impl, backward, workspace)
+    _check_options(impl, backward, workspace)
     if impl == "eager":
         if shard is not None or low_rank is not None:
             raise ValueError("impl must be other than 'eager' with shard or low_rank, got 'eager'")
-        return _eager(hidden, weight, targets, bias, transform, stats)
+        return _eager(hidden, weight, targets, bias, transform, with_stats)
 
     group, start, V = shard or (None, 0, weight.shape[0])
     if not 0 <= start <= V - weight.shape[0]:
@@ -171,16 +174,16 @@ def _compute(
         sparse = not sparsity.expect_dense(density_key(hidden, weight))
     impl, trial = choose(impl, hidden, weight, needs, sparse)
     outputs = linear_logprobs_op(
-        hidden, weight, targets, bias, hidden2, weight2, *transform, impl, stats, needs, sparse, backward != "sparse",
-        start, V, workspace, accumulate, trial,
+        hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
+        backward != "sparse", start, V, workspace, trial,
     )  # fmt: skip
-    result = results_of(outputs, stats)
+    result = results_of(outputs, with_stats)
     target, others = result.target, result.others
     if group is not None:
         target, others = vocab_parallel.merge(target, others, group)
     valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
     logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
-    return logps, _merge_stats(logps, result, V) if stats else None
+    return logps, _merge_stats(logps, result, V) if with_stats else None
 
 
 def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
@@ -207,11 +210,13 @@ def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
 
 
 def _eager(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, stats: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, with_stats: bool
 ) -> tuple[Tensor, Stats | None]:
     if not torch.compiler.is_compiling():
         check_targets(targets, weight.shape[0])
-    logps, _, values = eager.linear_logprobs(hidden, weight, targets, bias, *transform, stats)
+    logps, _, values = eager.linear_logprobs(
+        hidden, weight, targets, bias, transform.slope, transform.cap, stats=with_stats
+    )
     dtype = result_dtype(hidden)
     if values is None:
         return logps.to(dtype), None
@@ -274,19 +279,20 @@ def _check_tensors(
         raise ValueError(f"weight must have at least one vocabulary entry, got shape {tuple(weight.shape)}")
 
 
-def _check_options(transform: Transform, impl: str, backward: str, workspace: int) -> Transform:
-    """Check everything that is not a tensor."""
-    logit_scale, softcap, temperature = transform
+def _checked_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None, or finite and above 0, got {softcap}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    return Transform.of(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+
+def _check_options(impl: str, backward: str, workspace: int) -> None:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if backward not in BACKWARDS:
         raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
     if workspace < 2**20:
         raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")
-    return Transform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))

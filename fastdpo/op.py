@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdpo import choice
 from fastdpo.impl import sparsity
-from fastdpo.impl.interface import Forward, Grads, Head, Keep, Kept, Needs, OtherStats, Transform, result_dtype
+from fastdpo.impl.interface import Forward, Grads, Keep, Kept, LinearHead, Needs, OtherStats, Transform, result_dtype
 
 logger = logging.getLogger("fastdpo")
 
@@ -32,9 +32,8 @@ class Arguments(NamedTuple):
     bias: Tensor | None  # [V]
     hidden2: Tensor | None  # [N, R]
     weight2: Tensor | None  # [V, R]
-    logit_scale: float
-    softcap: float | None
-    temperature: float
+    scale: float  # fields of Transform
+    cap: float | None
     impl: str
     stats: bool
     needs: list[bool]  # fields of Needs: decide what is kept; autograd decides what is computed
@@ -43,7 +42,6 @@ class Arguments(NamedTuple):
     vocab_start: int  # weight is this part of a vocabulary
     vocab_size: int  # of so many tokens
     workspace: int
-    accumulate: bool  # add the gradient of weight to weight.grad, if there is one, and return none
     trial: str  # key of the choice of `impl` that this call helps to make; or nothing
 
     @property
@@ -51,9 +49,8 @@ class Arguments(NamedTuple):
         return self.targets - self.vocab_start if self.vocab_start else self.targets
 
     @property
-    def head(self) -> Head:
-        transform = Transform(self.logit_scale, self.softcap, self.temperature)
-        return Head(self.weight, self.bias, self.weight2, transform)
+    def head(self) -> LinearHead:
+        return LinearHead(self.weight, self.bias, self.weight2, Transform(self.scale, self.cap))
 
     @property
     def module(self) -> ModuleType:
@@ -78,9 +75,9 @@ class Arguments(NamedTuple):
 
 
 ARGUMENTS = (
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? hidden2, Tensor? weight2, float logit_scale, "
-    "float? softcap, float temperature, str impl, bool stats, bool[] needs, bool sparse, bool exact_weight, "
-    "int vocab_start, int vocab_size, int workspace, bool accumulate, str trial"
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? hidden2, Tensor? weight2, float scale, "
+    "float? cap, str impl, bool stats, bool[] needs, bool sparse, bool exact_weight, "
+    "int vocab_start, int vocab_size, int workspace, str trial"
 )
 STATS = len(OtherStats._fields)
 RESULTS = 2 + STATS + len(Kept._fields)
@@ -129,11 +126,6 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 )
 def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `needs`; those not needed are empty."""
-    return _gradients(*args)
-
-
-def _gradients(*args: Any, weight_grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Compute the op's results; the gradient of weight is added to `weight_grad`, if given, and empty."""
     *forward_args, results, dtarget, dothers, dentropy = args
     a = Arguments(*forward_args)
     result = results_of(results, a.stats)
@@ -148,7 +140,7 @@ def _gradients(*args: Any, weight_grad: Tensor | None = None) -> tuple[Tensor, .
     with choice.timed(a.trial, a.impl, "backward"):
         grads = a.module.backward(
             Grads(dtarget, dothers, dentropy), a.hidden, a.hidden2, a.local_targets, a.head, result, Needs(*a.needs),
-            selection, a.exact_weight, a.workspace, weight_grad,
+            selection, a.exact_weight, a.workspace,
         )  # fmt: skip
     return tuple(dtarget.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
@@ -188,14 +180,12 @@ def _backward(ctx: Any, dtarget: Tensor | None, dothers: Tensor | None, dentropy
     if not any(needs) or (dtarget is None and dothers is None and dentropy is None):
         return (None,) * len(Arguments._fields)
     zero = torch.zeros_like(results[0])
-    weight_grad = a.weight.grad if a.accumulate and needs.weight else None
     args = (
         *a._replace(needs=list(needs)), list(results), zero if dtarget is None else dtarget,
         zero if dothers is None else dothers, dentropy,
     )  # fmt: skip
-    grads = linear_logprobs_backward_op(*args) if weight_grad is None else _gradients(*args, weight_grad=weight_grad)
-    returned = needs._replace(weight=needs.weight and weight_grad is None)
-    dhidden, dweight, dbias, dhidden2, dweight2 = (g if n else None for g, n in zip(grads, returned, strict=True))
+    grads = linear_logprobs_backward_op(*args)
+    dhidden, dweight, dbias, dhidden2, dweight2 = (g if n else None for g, n in zip(grads, needs, strict=True))
     return dhidden, dweight, None, dbias, dhidden2, dweight2, *(None for _ in others)
 
 

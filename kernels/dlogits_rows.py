@@ -1,6 +1,6 @@
 """Gradient of a block of logits that a vendor matmul made, row by row.
 
-z are alpha times the raw logits of C columns of the vocabulary, x = z or, with a soft-cap, beta * tanh(z). With
+z are scale times the raw logits of C columns of the vocabulary, x = z or, with a soft-cap, cap * tanh(z). With
 q = exp(x - others) and slope = 1, or 1 - tanh^2,
 
     dlogits[n, v] = q * (dothers[n] - dentropy[n] * (log q + entropy[n])) * slope        v != targets[n]
@@ -32,7 +32,7 @@ def _dlogits_rows_kernel(
     stride_dn,
     stride_zn,
     C,
-    beta: tl.float64,
+    cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -43,7 +43,7 @@ def _dlogits_rows_kernel(
     slope = tl.full((BLOCK,), 1.0, x.dtype)
     if HAS_SOFTCAP:
         x, slope = tanh_and_slope(x)
-        x = tl.full((), beta, x.dtype) * x
+        x = tl.full((), cap, x.dtype) * x
     log_q = x - tl.load(others_ptr + n)
     q = tl.exp(log_q)
     dx = q * tl.load(dothers_ptr + n)
@@ -63,7 +63,7 @@ def dlogits_rows(
     dothers: Tensor,
     dentropy: Tensor | None,
     entropy: Tensor | None,
-    beta: float | None,
+    cap: float | None,
 ) -> None:
     """Fill `dlogits`.
 
@@ -76,7 +76,7 @@ def dlogits_rows(
         dothers: `[N]`, gradient of `others`, times that scale.
         dentropy: `[N]`, gradient of the entropy of q, times that scale; None for none.
         entropy: `[N]`, or None.
-        beta: factor of the soft-cap's tanh; None for no soft-cap.
+        cap: factor of the soft-cap's tanh; None for no soft-cap.
     """
     N, C = z.shape
     kernel = _dlogits_rows_kernel
@@ -84,8 +84,8 @@ def dlogits_rows(
     rows = (t if t is None else t.contiguous() for t in (targets, others, dtarget, dothers, dentropy, entropy))
     with torch.cuda.device_of(z):
         kernel[(N, triton.cdiv(C, BLOCK))](
-            out, z, *rows, out.stride(0), z.stride(0), C, 0.0 if beta is None else beta,
-            HAS_SOFTCAP=beta is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+            out, z, *rows, out.stride(0), z.stride(0), C, cap or 0.0,
+            HAS_SOFTCAP=cap is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     if out is not dlogits:
         dlogits.copy_(out)

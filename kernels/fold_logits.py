@@ -1,6 +1,6 @@
 """Folding a block of logits, made by a vendor matmul, into the running log-sum-exp of its rows.
 
-z are alpha times the raw logits of C columns of the vocabulary. With x = z or, with a soft-cap, beta * tanh(z), over
+z are scale times the raw logits of C columns of the vocabulary. With x = z or, with a soft-cap, cap * tanh(z), over
 the tokens other than the target,
 
     m' = max(m, max x)      decay = exp(m - m')      e = exp(x - m') * slope      s' = decay * s + sum exp(x - m')
@@ -24,13 +24,13 @@ BLOCK = 1024  # tests/test_aot.py compiles it: no spilled register
 
 
 @triton.jit
-def _transformed(z_ptrs, offs_c, C, target, beta, HAS_SOFTCAP: tl.constexpr):
+def _transformed(z_ptrs, offs_c, C, target, cap, HAS_SOFTCAP: tl.constexpr):
     """x, its slope, and whether it is one of the other tokens."""
     x = tl.load(z_ptrs, mask=offs_c < C, other=0.0)
     slope = tl.full(x.shape, 1.0, x.dtype)
     if HAS_SOFTCAP:
         x, slope = tanh_and_slope(x)
-        x = beta * x
+        x = cap * x
     return x, slope, (offs_c < C) & (offs_c != target)
 
 
@@ -52,7 +52,7 @@ def _fold_logits_kernel(
     stride_zn,
     C,
     J,
-    beta: tl.float64,
+    cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
     T: tl.constexpr,
@@ -61,7 +61,7 @@ def _fold_logits_kernel(
     n = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + n)
     m_old = tl.load(m_ptr + n)
-    beta = tl.full((), beta, m_old.dtype)
+    cap = tl.full((), cap, m_old.dtype)
 
     m = m_old
     if HAS_STATS:
@@ -69,7 +69,7 @@ def _fold_logits_kernel(
         top_before = tl.load(top_before_ptr + n)
     for start in range(0, C, BLOCK):
         offs_c = start + tl.arange(0, BLOCK)
-        x, _, is_other = _transformed(z_ptr + n * stride_zn + offs_c, offs_c, C, target, beta, HAS_SOFTCAP)
+        x, _, is_other = _transformed(z_ptr + n * stride_zn + offs_c, offs_c, C, target, cap, HAS_SOFTCAP)
         m = tl.maximum(m, tl.max(tl.where(is_other, x, float("-inf")), axis=0))
         if HAS_STATS:
             sum_z += tl.sum(tl.where(offs_c < C, x, 0.0), axis=0)
@@ -83,7 +83,7 @@ def _fold_logits_kernel(
         sum_sq = decay * decay * tl.load(sum_sq_ptr + n)
     for start in range(0, C, BLOCK):
         offs_c = start + tl.arange(0, BLOCK)
-        x, slope, is_other = _transformed(z_ptr + n * stride_zn + offs_c, offs_c, C, target, beta, HAS_SOFTCAP)
+        x, slope, is_other = _transformed(z_ptr + n * stride_zn + offs_c, offs_c, C, target, cap, HAS_SOFTCAP)
         e = tl.where(is_other, tl.exp(x - m), 0.0)
         s += tl.sum(e, axis=0)
         if HAS_STATS:
@@ -96,7 +96,7 @@ def _fold_logits_kernel(
         tl.store(masses_ptr + n * J + offs_j, masses, mask=offs_j < J)
 
     if (target >= 0) & (target < C):
-        x, _, _ = _transformed(z_ptr + n * stride_zn + target, target, C, target, beta, HAS_SOFTCAP)
+        x, _, _ = _transformed(z_ptr + n * stride_zn + target, target, C, target, cap, HAS_SOFTCAP)
         tl.store(target_ptr + n, x)
     tl.store(decay_ptr + n, decay)
     tl.store(m_ptr + n, m)
@@ -113,7 +113,7 @@ def fold_logits(
     z: Tensor,
     targets: Tensor,
     state: tuple[Tensor | None, ...],
-    beta: float | None,
+    cap: float | None,
     T: int,
 ) -> tuple[Tensor, Tensor]:
     """Fold `z` into the state of its rows.
@@ -123,7 +123,7 @@ def fold_logits(
         z: `[N, C]` float32 (float64 for float64 inputs), rows contiguous.
         targets: `[N]` int64, counted from the first column.
         state: target, m, s, sum_dz, sum_sq, sum_z, top_before, `[N]` contiguous, in and out; the last four may be None.
-        beta: factor of the soft-cap's tanh; None for no soft-cap.
+        cap: factor of the soft-cap's tanh; None for no soft-cap.
         T: columns of a cell, a power of two.
 
     Returns:
@@ -137,7 +137,7 @@ def fold_logits(
     with torch.cuda.device_of(z):
         kernel[(N,)](
             out, masses, decay, z, targets.contiguous(), *state, out.stride(0), z.stride(0), C, masses.shape[1],
-            0.0 if beta is None else beta, HAS_SOFTCAP=beta is not None, HAS_STATS=state[-1] is not None, T=T,
+            cap or 0.0, HAS_SOFTCAP=cap is not None, HAS_STATS=state[-1] is not None, T=T,
             BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     if out is not e:

@@ -33,7 +33,6 @@ from fastdpo.kernels.logits_tile import (
     Configs,
     add_low_rank,
     default_config,
-    fold_transform,
     grouped_program_ids,
     interpreted,
     loads_vectors,
@@ -118,9 +117,8 @@ def linear_logprobs_backward(
     others: Tensor,
     dtarget: Tensor,
     dothers: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    scale: float,
+    cap: float | None,
     *,
     low_rank: tuple[Tensor, Tensor] | None = None,
     entropy: tuple[Tensor, Tensor] | None = None,
@@ -137,9 +135,8 @@ def linear_logprobs_backward(
         others: `[N]` float32 (float64 for float64 inputs): log-sum-exp of the vocabulary without the target.
         dtarget: `[N]`, gradient of the target's transformed logit, the dtype of `others`.
         dothers: `[N]`, gradient of `others`; NaN in it fills the row.
-        logit_scale: factor of the logits.
-        softcap: bound of the soft-capped logits, or None.
-        temperature: divisor of the logits.
+        scale: factor of the raw logits.
+        cap: factor of the soft-cap's tanh; None for no soft-cap.
         low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`; None for none.
         entropy: `(dentropy [N], entropy [N])`, gradient and value of the entropies of whole rows of q, in the dtype of
             `others`; None for none.
@@ -148,8 +145,7 @@ def linear_logprobs_backward(
     (N, D), V = hidden.shape, weight.shape[0]
     kernel = _linear_logprobs_backward_kernel
     vectors = loads_vectors(hidden) and loads_vectors(weight)
-    config = config or default_config(hidden, *default_configs(vectors, softcap is not None, entropy is not None))
-    scale, cap = fold_transform(logit_scale, softcap, temperature)
+    config = config or default_config(hidden, *default_configs(vectors, cap is not None, entropy is not None))
     hidden2, weight2, R = low_rank_operands(low_rank)
     dentropy, entropy_value = (None, None) if entropy is None else (x.contiguous() for x in entropy)
     # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
@@ -160,7 +156,7 @@ def linear_logprobs_backward(
             targets.contiguous(), others.contiguous(), dtarget.contiguous(), dothers.contiguous(),
             dentropy, entropy_value,
             out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, R,
-            scale, cap, HAS_SOFTCAP=softcap is not None, UPCAST=interpreted(kernel),
+            scale, cap or 0.0, HAS_SOFTCAP=cap is not None, UPCAST=interpreted(kernel),
             ACC=tl.float64 if others.dtype == torch.float64 else tl.float32, GROUP_N=GROUP_N,
             enable_fp_fusion=True, **config._asdict(),
         )  # fmt: skip

@@ -39,7 +39,6 @@ from fastdpo.kernels.logits_tile import (
     Configs,
     add_low_rank,
     default_config,
-    fold_transform,
     grouped_program_ids,
     interpreted,
     loads_vectors,
@@ -137,7 +136,7 @@ def _linear_logprobs_forward_kernel(
     store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS)
 
 
-class Forward(NamedTuple):
+class ForwardOutput(NamedTuple):
     """What the forward knows of each row; float32, or float64 for float64 inputs."""
 
     target_logits: Tensor
@@ -155,16 +154,15 @@ def linear_logprobs_forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    scale: float,
+    cap: float | None,
     stats: bool,
     *,
     tile_masses: bool = False,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
     splits: int | None = None,
-) -> Forward:
+) -> ForwardOutput:
     """Launch the kernel that suits chip and inputs, and merge the shares.
 
     Args:
@@ -172,9 +170,8 @@ def linear_logprobs_forward(
         weight: `[V, D]`, any strides, the dtype and device of `hidden`.
         targets: `[N]` int64; outside [0, V) for a target in another shard.
         bias: `[V]`, or None.
-        logit_scale: factor of the logits.
-        softcap: bound of the soft-capped logits, or None.
-        temperature: divisor of the logits.
+        scale: factor of the raw logits.
+        cap: factor of the soft-cap's tanh; None for no soft-cap.
         stats: compute the statistics too.
         tile_masses: store the tile masses too.
         low_rank: `(hidden2 [N, R], weight2 [V, R])`, whose product is added to the raw logits, in the dtype of
@@ -185,11 +182,10 @@ def linear_logprobs_forward(
     (N, D), V = hidden.shape, weight.shape[0]
     use_tma = fits_tma(hidden, weight)
     vectors = loads_vectors(hidden) and loads_vectors(weight)
-    configs = default_configs(use_tma, vectors, stats, tile_masses and softcap is not None, low_rank is not None)
+    configs = default_configs(use_tma, vectors, stats, tile_masses and cap is not None, low_rank is not None)
     config = config or default_config(hidden, *configs)
     row_blocks, tiles = triton.cdiv(N, config.BLOCK_N), triton.cdiv(V, config.BLOCK_V)
     splits = splits or default_splits(row_blocks, tiles, processors(hidden))
-    scale, cap = fold_transform(logit_scale, softcap, temperature)
     hidden2, weight2, R = low_rank_operands(low_rank)
 
     kernel = linear_logprobs_forward_tma_kernel if use_tma else _linear_logprobs_forward_kernel
@@ -201,10 +197,10 @@ def linear_logprobs_forward(
         kernel[(min(row_blocks * splits, processors(hidden)) if use_tma else row_blocks * splits,)](
             partials, masses, *operands, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), *(() if use_tma else (*hidden.stride(), *weight.stride())),
-            N, V, D, R, splits, scale, cap,
-            HAS_SOFTCAP=softcap is not None, HAS_STATS=stats, UPCAST=interpreted(kernel),
+            N, V, D, R, splits, scale, cap or 0.0,
+            HAS_SOFTCAP=cap is not None, HAS_STATS=stats, UPCAST=interpreted(kernel),
             ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, GROUP_N=GROUP_N,
             enable_fp_fusion=True, **config._asdict(),
         )  # fmt: skip
     merged = merge(partials, (targets >= 0) & (targets < V))
-    return Forward(*merged, None if masses is None else masses.T)
+    return ForwardOutput(*merged, None if masses is None else masses.T)

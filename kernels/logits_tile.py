@@ -56,13 +56,6 @@ def interpreted(kernel: object) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
-def fold_transform(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """Return `scale` and `cap` of the module's docstring; `cap` means nothing without a soft-cap."""
-    if softcap is None:
-        return logit_scale / temperature, 1.0
-    return logit_scale / softcap, softcap / temperature
-
-
 def processors(x: Tensor) -> int:
     """Count the multiprocessors of the device of `x`; 1 without a GPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

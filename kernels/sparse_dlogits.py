@@ -20,7 +20,6 @@ from fastdpo.kernels.logits_tile import (
     Configs,
     add_low_rank,
     default_config,
-    fold_transform,
     interpreted,
     loads_vectors,
     low_rank_operands,
@@ -114,9 +113,8 @@ def sparse_dlogits(
     others: Tensor,
     dtarget: Tensor,
     dothers: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    scale: float,
+    cap: float | None,
     *,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
@@ -134,20 +132,18 @@ def sparse_dlogits(
         others: `[N]` float32 (float64 for float64 inputs): log-sum-exp of the vocabulary without the target.
         dtarget: `[N]`, gradient of the target's transformed logit, the dtype of `others`.
         dothers: `[N]`, gradient of `others`; NaN in it fills the row's active cells.
-        logit_scale: factor of the logits.
-        softcap: bound of the soft-capped logits, or None.
-        temperature: divisor of the logits.
+        scale: factor of the raw logits.
+        cap: factor of the soft-cap's tanh; None for no soft-cap.
         low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`; None for none.
         config: tile sizes, BLOCK_V that of the cells; chosen by device and dtype, and TILE, if None.
     """
     (N, D), V = hidden.shape, weight.shape[0]
     kernel = _sparse_dlogits_kernel
     vectors = loads_vectors(hidden) and loads_vectors(weight)
-    configs = default_configs(vectors, softcap is not None)
+    configs = default_configs(vectors, cap is not None)
     config = config or default_config(hidden, *configs)._replace(BLOCK_V=TILE)
     tiles = triton.cdiv(V, config.BLOCK_V)
     assert rows.shape == (tiles, N)
-    scale, cap = fold_transform(logit_scale, softcap, temperature)
     hidden2, weight2, R = low_rank_operands(low_rank)
     # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
     out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
@@ -156,8 +152,8 @@ def sparse_dlogits(
             out, rows, counts, hidden, weight, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), others.contiguous(), dtarget.contiguous(), dothers.contiguous(),
             out.stride(0), *hidden.stride(), *weight.stride(), N, V, D, R,
-            scale, cap,
-            HAS_SOFTCAP=softcap is not None, UPCAST=interpreted(kernel),
+            scale, cap or 0.0,
+            HAS_SOFTCAP=cap is not None, UPCAST=interpreted(kernel),
             ACC=tl.float64 if others.dtype == torch.float64 else tl.float32,
             enable_fp_fusion=True, **config._asdict(),
         )  # fmt: skip

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import eager
+from fastdpo.impl.interface import Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
-from fastdpo.kernels.linear_logprobs_forward import MAX_SPLITS, Forward, default_splits, linear_logprobs_forward
+from fastdpo.kernels.linear_logprobs_forward import MAX_SPLITS, ForwardOutput, default_splits, linear_logprobs_forward
 from fastdpo.kernels.linear_logprobs_forward_tma import aligned
 from fastdpo.kernels.logits_tile import Config
 from tests.accuracy import assert_as_accurate
@@ -83,7 +84,7 @@ def reference(
 
 
 def check(inputs: Inputs, options: Options = PLAIN, low_rank: LowRank | None = None) -> None:
-    actual = linear_logprobs_forward(*inputs, *options, False, tile_masses=True, low_rank=low_rank)
+    actual = linear_logprobs_forward(*inputs, *Transform.of(*options), False, tile_masses=True, low_rank=low_rank)
     wide = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
     same_dtype, exact = (reference(inputs, options, low_rank, dtype) for dtype in (wide, torch.float64))
     assert actual.stats is None
@@ -104,7 +105,7 @@ def backward(
     dlogits: Tensor,
     dlogps: Tensor,
     inputs: Inputs,
-    forward: Forward,
+    forward: ForwardOutput,
     options: Options,
     low_rank: LowRank | None = None,
     entropy: tuple[Tensor, Tensor] | None = None,
@@ -112,7 +113,7 @@ def backward(
     """Fill `dlogits`; `entropy` is the gradient and the value of the entropy of the tokens that are not the target."""
     dtarget = (forward.others - forward.target_logits).sigmoid() * dlogps
     linear_logprobs_backward(
-        dlogits, *inputs, forward.others, dtarget, -dtarget, *options, low_rank=low_rank, entropy=entropy
+        dlogits, *inputs, forward.others, dtarget, -dtarget, *Transform.of(*options), low_rank=low_rank, entropy=entropy
     )
 
 
@@ -157,7 +158,7 @@ def test_both_kernels_agree(device: torch.device, set_tiles: Any) -> None:
         if tma and device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             pytest.skip("needs a chip with TMA")
         set_tiles(tma=tma)
-        results.append(linear_logprobs_forward(*inputs, *PLAIN, True, tile_masses=True))
+        results.append(linear_logprobs_forward(*inputs, *Transform(), True, tile_masses=True))
     (*pointers, stats, masses), (*tma_pointers, tma_stats, tma_masses) = results
     for ours, theirs in zip((*pointers, *stats, masses), (*tma_pointers, *tma_stats, tma_masses), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -165,7 +166,7 @@ def test_both_kernels_agree(device: torch.device, set_tiles: Any) -> None:
 
 def test_masses_add_up_to_the_others(kernel: str, device: torch.device) -> None:
     inputs = make_inputs(torch.float32, device, bias=True, shape=SHAPE)
-    forward = linear_logprobs_forward(*inputs, *PLAIN, False, tile_masses=True)
+    forward = linear_logprobs_forward(*inputs, *Transform(), False, tile_masses=True)
     assert forward.tile_masses is not None
     torch.testing.assert_close(forward.tile_masses.logsumexp(1), forward.others, rtol=1e-6, atol=1e-6)
 
@@ -173,7 +174,7 @@ def test_masses_add_up_to_the_others(kernel: str, device: torch.device) -> None:
 def test_masses_change_nothing_else(kernel: str, device: torch.device) -> None:
     inputs = make_inputs(torch.bfloat16, device, shape=SHAPE)
     without, with_masses = (
-        linear_logprobs_forward(*inputs, *PLAIN, True, tile_masses=tile_masses) for tile_masses in (False, True)
+        linear_logprobs_forward(*inputs, *Transform(), True, tile_masses=tile_masses) for tile_masses in (False, True)
     )
     assert without.tile_masses is None
     assert torch.equal(without.target_logits, with_masses.target_logits)
@@ -190,7 +191,7 @@ def test_mass_of_a_tile_of_nothing(kernel: str, device: torch.device) -> None:
     inputs.targets[:] = torch.tensor([2 * TILE, 0, -1])
     inputs.bias[TILE : 2 * TILE] = torch.tensor([-torch.inf], device=device)
     inputs.bias[2 * TILE] = -99.0
-    masses = linear_logprobs_forward(*inputs, *PLAIN, False, tile_masses=True).tile_masses
+    masses = linear_logprobs_forward(*inputs, *Transform(), False, tile_masses=True).tile_masses
     assert masses is not None
     assert masses[:, 0].isfinite().all()
     assert (masses[:, 1] == -torch.inf).all()
@@ -204,7 +205,12 @@ def test_shards_of_the_vocabulary_add_up(kernel: str, device: torch.device) -> N
     assert inputs.bias is not None
     shards = [
         linear_logprobs_forward(
-            inputs.hidden, inputs.weight[columns], inputs.targets - columns.start, inputs.bias[columns], *PLAIN, False
+            inputs.hidden,
+            inputs.weight[columns],
+            inputs.targets - columns.start,
+            inputs.bias[columns],
+            *Transform(),
+            False,
         )
         for columns in (slice(0, 20), slice(20, V))
     ]
@@ -225,7 +231,7 @@ def test_bitwise_repeatable_by_any_number_of_programs(device: torch.device, set_
     results = []
     for programs in (1, 2, 5, 100):
         set_tiles(programs=programs, tma=device.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
-        forward = linear_logprobs_forward(*inputs, *PLAIN, True, tile_masses=True)
+        forward = linear_logprobs_forward(*inputs, *Transform(), True, tile_masses=True)
         assert forward.stats is not None
         results.append((forward.target_logits, forward.others, forward.tile_masses, *forward.stats))
     for again in results[1:]:
@@ -254,7 +260,7 @@ def test_tma_is_for_16_byte_rows(device: torch.device) -> None:
 def test_dlogits_are_rounded_to_nearest(device: torch.device) -> None:
     """Triton's interpreter would truncate them, and a truncated P is a biased one."""
     hidden, weight, targets, _ = inputs = make_inputs(torch.bfloat16, device)
-    forward = linear_logprobs_forward(*inputs, *PLAIN, False)
+    forward = linear_logprobs_forward(*inputs, *Transform(), False)
     dlogits = hidden.new_empty(N, V)
     backward(dlogits, torch.ones(N, device=device), inputs, forward, PLAIN)
     exact = torch.nn.functional.one_hot(targets, V) - (hidden.double() @ weight.double().T).softmax(-1)
@@ -270,21 +276,21 @@ def test_offsets_pass_2_to_the_31(which: str, device: torch.device) -> None:
         "weight-columns": lambda: Inputs(hidden, far_apart(weight.T).T, targets),
     }[which]()
     dlogps = torch.ones(5, device=device)
-    lse = linear_logprobs_forward(*far, *PLAIN, False)[1]
-    assert torch.equal(lse, linear_logprobs_forward(hidden, weight, targets, None, *PLAIN, False)[1])
+    lse = linear_logprobs_forward(*far, *Transform(), False)[1]
+    assert torch.equal(lse, linear_logprobs_forward(hidden, weight, targets, None, *Transform(), False)[1])
     dlogits = hidden.new_empty(2, 5, 5)
     for out, (h, w, _, _) in zip(dlogits, (far, (hidden, weight, targets, None)), strict=True):
-        linear_logprobs_backward(out, h, w, targets, None, lse, dlogps, dlogps, *PLAIN)
+        linear_logprobs_backward(out, h, w, targets, None, lse, dlogps, dlogps, *Transform())
     assert torch.equal(dlogits[0], dlogits[1])
 
 
 def test_dlogits_pass_2_to_the_31(device: torch.device) -> None:
     hidden, weight, targets, _ = make_inputs(torch.float16, device, shape=(5, 5, 5))
-    lse = linear_logprobs_forward(hidden, weight, targets, None, *PLAIN, False)[1]
+    lse = linear_logprobs_forward(hidden, weight, targets, None, *Transform(), False)[1]
     dlogps = torch.ones(5, device=device)
     near, far = hidden.new_empty(5, 5), far_apart(hidden.new_zeros(5, 5))
     for out in (near, far):
-        linear_logprobs_backward(out, hidden, weight, targets, None, lse, dlogps, dlogps, *PLAIN)
+        linear_logprobs_backward(out, hidden, weight, targets, None, lse, dlogps, dlogps, *Transform())
     assert torch.equal(near, far)
 
 
@@ -332,7 +338,7 @@ def exact_dlogits(
 def test_backward(options: Options, rank: int, has_entropy: bool, dtype: torch.dtype, device: torch.device) -> None:
     inputs = make_inputs(dtype, device, bias=True)
     low_rank = make_low_rank(inputs, rank) if rank else None
-    forward = linear_logprobs_forward(*inputs, *options, True, low_rank=low_rank)
+    forward = linear_logprobs_forward(*inputs, *Transform.of(*options), True, low_rank=low_rank)
     assert forward.stats is not None
     dlogps, dentropy = torch.randn(2, N, dtype=forward.others.dtype, device=device)
     entropy = (dentropy, forward.stats[0]) if has_entropy else None
@@ -353,7 +359,7 @@ def test_impossible_tokens_have_no_entropy_gradient(device: torch.device) -> Non
     assert inputs.bias is not None
     inputs.bias[:20] = -torch.inf
     inputs.targets[:] = 30
-    forward = linear_logprobs_forward(*inputs, *PLAIN, True)
+    forward = linear_logprobs_forward(*inputs, *Transform(), True)
     assert forward.stats is not None
     zero, one = torch.zeros_like(forward.others), torch.ones_like(forward.others)
     dlogits = inputs.hidden.new_empty(N, V)
@@ -372,7 +378,7 @@ def test_gradcheck_with_low_rank_and_entropy(options: Options, device: torch.dev
         def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             hidden, weight, hidden2, weight2, targets = tensors
             forward = linear_logprobs_forward(
-                hidden, weight, targets, None, *options, True, low_rank=(hidden2, weight2)
+                hidden, weight, targets, None, *Transform.of(*options), True, low_rank=(hidden2, weight2)
             )
             assert forward.stats is not None
             ctx.forward = forward

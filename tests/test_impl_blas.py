@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastdpo.impl import blas
 from fastdpo.impl import torch as torch_impl
-from fastdpo.impl.interface import NOTHING, Grads, Head, Keep, Needs, Transform
+from fastdpo.impl.interface import NOTHING, Grads, Keep, LinearHead, Needs, Transform
 from fastdpo.kernels import dlogits_rows, fold_logits
 
 N, D, V, R = 21, 7, 139, 2  # three tiles of rows, three of the vocabulary, the last ragged
-OPTIONS = [pytest.param(Transform(), id="plain"), pytest.param(Transform(1.7, 5.0, 0.6), id="all-options")]
+OPTIONS = [pytest.param(Transform(), id="plain"), pytest.param(Transform.of(1.7, 5.0, 0.6), id="all-options")]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def arguments(request: pytest.FixtureRequest, device: torch.device) -> tuple[Any
     targets[::2] = (hidden @ weight.T).argmax(1)[::2]
     targets[1::8] = 63  # last column of a tile
     hidden, hidden2, weight, bias, weight2 = (t.to(device).double() for t in (hidden, hidden2, weight, bias, weight2))
-    return hidden, hidden2, targets.to(device), Head(weight, bias, weight2, request.param)
+    return hidden, hidden2, targets.to(device), LinearHead(weight, bias, weight2, request.param)
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -69,6 +69,6 @@ def test_first_of_equal_maxima_is_the_top_one(device: torch.device) -> None:
     weight = torch.zeros(V, 1, device=device)
     weight[[3, 5, 40, 130]] = 2.0  # twice in a block, in another, in another tile
     targets = torch.tensor([3, 5, 40, 130, 7], device=device)
-    result = blas.forward(torch.ones(5, 1, device=device), None, targets, Head(weight), True, NOTHING, 2**20)
+    result = blas.forward(torch.ones(5, 1, device=device), None, targets, LinearHead(weight), True, NOTHING, 2**20)
     is_top1 = (result.target >= result.stats.top) & (result.target > result.stats.top_before)
     assert is_top1.tolist() == [True, False, False, False, False]

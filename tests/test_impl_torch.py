@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo import eager, op
 from fastdpo.eager import Stats
 from fastdpo.impl import torch as impl
-from fastdpo.impl.interface import Head, Keep
+from fastdpo.impl.interface import Keep, LinearHead
 from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
 from tests.accuracy import assert_as_accurate
 
@@ -358,7 +358,7 @@ def test_tiles_stay_within_the_workspace(mib: int, dtype: torch.dtype, device: t
     """At the largest head there is: a tile and two more; rows of hidden, a slice of weight and of dweight."""
     D, V = 16384, 262144
     hidden = torch.empty(65536, D, dtype=dtype, device="meta")
-    rows, cols = impl._tile_shape(hidden, Head(torch.empty(V, D, dtype=dtype, device="meta")), mib * 2**20)
+    rows, cols = impl._tile_shape(hidden, LinearHead(torch.empty(V, D, dtype=dtype, device="meta")), mib * 2**20)
     size = 8 if dtype == torch.float64 else 4
     assert size * (3 * rows * cols + rows * D + 2 * cols * D) <= mib * 2**20
     assert rows >= 256
@@ -371,7 +371,7 @@ def test_what_is_kept_stays_within_the_workspace(shares: bool, dtype: torch.dtyp
     """Probabilities fill what a tile and the shares leave, in whole columns of tiles."""
     N, D, V, workspace = 4096, 1024, 128256, 256 * 2**20
     hidden, weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, V))
-    head = Head(weight)
+    head = LinearHead(weight)
     kept = impl.kept_like(hidden, head, Keep(shares=shares, probs=True), workspace)
     rows, cols = impl._tile_shape(hidden, head, workspace)
     taken = sum(t.nbytes for t in (kept.shares, kept.probs) if t is not None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo import eager
 from fastdpo.eager import Stats
 from fastdpo.impl import triton as impl
-from fastdpo.impl.interface import Forward, Grads, Head, Needs, Transform
+from fastdpo.impl.interface import Forward, Grads, LinearHead, Needs, Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
 from fastdpo.kernels.logits_tile import Config
@@ -47,7 +47,7 @@ workspace = 0
 def run(inputs: Inputs, options: Options, stats: bool) -> tuple[Forward, Tensor]:
     """The forward, and the log-probabilities; NaN where the target is no token."""
     hidden, weight, targets, bias = inputs
-    result = impl.forward(hidden, None, targets, Head(weight, bias, None, Transform(*options)), stats)
+    result = impl.forward(hidden, None, targets, LinearHead(weight, bias, None, Transform.of(*options)), stats)
     valid = (targets >= 0) & (targets < len(weight)) & (result.target < torch.inf)
     return result, F.logsigmoid(result.target - result.others) * torch.where(valid, 1.0, torch.nan).to(result.target)
 
@@ -65,7 +65,7 @@ def backward(dlogps: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     inputs, options, needs = Inputs(*arguments[:4]), Options(*arguments[4:7]), Needs(*arguments[7:])
     result, logps = run(inputs, options, False)
     dtarget = -logps.expm1() * dlogps.to(logps.dtype)
-    head = Head(inputs.weight, inputs.bias, None, Transform(*options))
+    head = LinearHead(inputs.weight, inputs.bias, None, Transform.of(*options))
     grads = Grads(dtarget, -dtarget)
     return impl.backward(grads, inputs.hidden, None, inputs.targets, head, result, needs, workspace=workspace)[:3]
 

@@ -106,13 +106,13 @@ def launch(
 
     from fastdpo.impl import blas, sparsity
     from fastdpo.impl import triton as impl
-    from fastdpo.impl.interface import Grads, Head, Keep, Needs, Transform
+    from fastdpo.impl.interface import Grads, Keep, LinearHead, Needs, Transform
 
     def make(*shape: int) -> Any:
         return torch.randn(*shape).to(getattr(torch, dtype))
 
     hidden2, weight2 = (make(n, rank) if rank else None for n in (N, V))
-    head = Head(make(V, D), make(V) if bias else None, weight2, Transform(1.0, softcap))
+    head = LinearHead(make(V, D), make(V) if bias else None, weight2, Transform.of(softcap=softcap))
     inputs = make(N, D), hidden2, torch.randint(V, (N,)), head
     result = impl.forward(*inputs, stats, Keep(shares=True))
     shares = torch.rand(N, -(-V // impl.TILE)).to(inputs[0].dtype)

@@ -314,28 +314,6 @@ def test_trainable_token_rows(head: Head) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backward", ["exact", "sparse"])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_of_weight_goes_to_where_it_is_summed(impl: Any, backward: Any, head: Head) -> None:
-    head(impl=impl, backward=backward).sum().backward()
-    once = head.grads()
-    head(impl=impl, backward=backward, accumulate_grad=True).sum().backward()  # there is no .grad yet
-    buffer = head.weight.grad
-    head(impl=impl, backward=backward, accumulate_grad=True).sum().backward()
-    assert head.weight.grad is buffer
-    for actual, grad in zip(head.grads(), once, strict=True):
-        assert grad is not None
-        torch.testing.assert_close(actual, 2 * grad)
-
-
-def test_only_a_leaf_has_a_gradient_to_add_to(head: Head) -> None:
-    with pytest.raises(ValueError, match="weight must be a leaf with accumulate_grad"):
-        linear_logprobs(head.hidden, 2 * head.weight, head.targets, accumulate_grad=True)
-    autocast = torch.autocast(head.hidden.device.type, torch.bfloat16)
-    with autocast, pytest.raises(ValueError, match="not cast by autocast"):
-        head(accumulate_grad=True)
-
-
 def test_zero_upstream_gradient_gives_zeros(head: Head) -> None:
     (0 * head(impl="torch")).sum().backward()
     for grad in head.grads():
@@ -404,11 +382,11 @@ def test_opcheck(impl: str, bias: bool, device: torch.device) -> None:
     head = Head(device, torch.float32, bias)
     if not bias:
         head.hidden.data, head.weight.data = (t.data.T.contiguous().T for t in (head.hidden, head.weight))
-    options = (1.7, 5.0, 0.6, impl, bias, [True] * 5, True, bias, 0, V, 2**20, False, "")
+    options = (0.3, 8.0, impl, bias, [True] * 5, True, bias, 0, V, 2**20, "")
     low_rank = (torch.randn(N, 3, device=device).requires_grad_(), torch.randn(V, 3, device=device).requires_grad_())
     torch.library.opcheck(op.linear_logprobs_op, (*head.tensors, *low_rank, *options))
     tensors = [t if t is None else t.detach() for t in (*head.tensors, None, None)]
-    options = (1.7, None, 0.6, impl, False, [True, True, bias, False, False], False, True, 0, V, 2**20, False, "")
+    options = (2.8, None, impl, False, [True, True, bias, False, False], False, True, 0, V, 2**20, "")
     results = op.linear_logprobs_op(*tensors, *options)
     arguments = (*tensors, *options, results, torch.ones_like(results[0]), -torch.ones_like(results[0]), None)
     torch.library.opcheck(op.linear_logprobs_backward_op, arguments)

@@ -77,7 +77,7 @@ def test_the_error_is_small_beside_the_gradient(rows: Rows, true: Exact, monkeyp
     rows = rows._replace(hidden=rows.hidden.float(), weight=rows.weight.float(), dlogps=dlogps)
     error = (grads(rows, "sparse", frozen=True)[0].double() - exact(rows).dhidden).norm()
     size = (dlogps * true.logps.expm1()).norm()
-    assert error <= (sparsity.ROW * radius(rows) + 1e-5) * size
+    assert error <= (sparsity.MAX_ROW_MASS * radius(rows) + 1e-5) * size
 
 
 def test_small_gradients_are_as_exact_as_large_ones(rows: Rows) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdpo.impl.interface import Transform
 from fastdpo.kernels import row_lists as row_lists_module
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.logits_tile import Config
@@ -89,7 +90,7 @@ def dlogits_arguments(dtype: torch.dtype, device: torch.device) -> tuple[tuple[A
     targets = torch.randint(-V, 2 * V, (N,), device=device)
     targets[::2] %= V
     others, dtarget, dothers = torch.randn(3, N, device=device).to(accumulator(dtype))
-    return (hidden, weight, targets, bias, others + 4, dtarget, dothers, 0.7, 8.0, 1.3), low_rank
+    return (hidden, weight, targets, bias, others + 4, dtarget, dothers, *Transform.of(0.7, 8.0, 1.3)), low_rank
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,7 +173,7 @@ def test_offsets_past_2_to_the_31(device: torch.device) -> None:
 
     near = torch.zeros(rows, columns, device=device)
     far = far_apart(near)
-    rest = torch.arange(rows, device=device) % columns, None, *torch.randn(3, rows, device=device), 1.0, None, 1.0
+    rest = torch.arange(rows, device=device) % columns, None, *torch.randn(3, rows, device=device), *Transform()
     sparse_dlogits(near, *lists, hidden, weight, *rest, config=CONFIG)
     sparse_dlogits(far, *lists, far_apart(hidden), far_apart(weight), *rest, config=CONFIG)
     assert near[0].all()

@@ -31,7 +31,7 @@ def test_another_study_changes_every_table() -> None:
 
 
 def test_the_constants_are_the_studied_ones() -> None:
-    assert sparsity.ROW in {row["limit"] for row in STUDY["cells"]}
+    assert sparsity.MAX_ROW_MASS in {row["limit"] for row in STUDY["cells"]}
     assert STUDY["sizes"] == json.loads(json.dumps(sparse_study.Sizes().__dict__))
 
 

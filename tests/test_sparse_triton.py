@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdpo.impl import sparsity, tiles
 from fastdpo.impl import torch as torch_impl
 from fastdpo.impl import triton as impl
-from fastdpo.impl.interface import Grads, Head, Keep, Needs, Transform
+from fastdpo.impl.interface import Grads, Keep, LinearHead, Needs, Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
 from fastdpo.kernels import sparse_dhidden, sparse_dlogits, sparse_dweight
@@ -21,8 +21,8 @@ N, D, V, R = 50, 40, 205, 3  # ragged in every dimension
 SMALL = Config(BLOCK_N=32, BLOCK_V=T, BLOCK_D=32, num_warps=4, num_stages=2)
 OPTIONS = [
     pytest.param(Transform(), id="plain"),
-    pytest.param(Transform(logit_scale=-1.2), id="scale"),
-    pytest.param(Transform(0.7, 8.0, 0.6), id="softcap"),
+    pytest.param(Transform.of(logit_scale=-1.2), id="scale"),
+    pytest.param(Transform.of(0.7, 8.0, 0.6), id="softcap"),
 ]
 NEEDS = [
     pytest.param(Needs(True, True, True, True, True), False, id="all-sparse"),
@@ -53,7 +53,7 @@ def make_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
 def both(dtype: torch.dtype, transform: Transform, needs: Needs, exact_weight: bool, device: torch.device) -> Any:
     """Gradients from both implementations, with the selection of the first one, and the dense one in float64."""
     hidden, hidden2, weight, bias, weight2, targets, dlogps = make_inputs(dtype, device)
-    head = Head(weight, bias, weight2, transform)
+    head = LinearHead(weight, bias, weight2, transform)
     keep = Keep(shares=True)
     theirs = torch_impl.forward(hidden, hidden2, targets, head, keep=keep)
     ours = impl.forward(hidden, hidden2, targets, head, keep=keep, workspace=60_000)
@@ -83,7 +83,7 @@ def test_same_as_in_pytorch(transform: Transform, needs: Needs, exact_weight: bo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("exact_weight", [True, False], ids=["weights-exact", "all-sparse"])
 def test_every_dtype(exact_weight: bool, dtype: torch.dtype, device: torch.device) -> None:
-    check(dtype, Transform(0.7, 8.0, 0.6), Needs(True, True, True, True, True), exact_weight, device)
+    check(dtype, Transform.of(0.7, 8.0, 0.6), Needs(True, True, True, True, True), exact_weight, device)
 
 
 def check(dtype: torch.dtype, transform: Transform, needs: Needs, exact_weight: bool, device: torch.device) -> None:
@@ -116,7 +116,7 @@ def test_bitwise_repeatable(device: torch.device) -> None:
 
 def test_shares_add_up_to_one(device: torch.device) -> None:
     hidden, hidden2, weight, bias, weight2, targets, _ = make_inputs(torch.float32, device)
-    head = Head(weight, bias, weight2)
+    head = LinearHead(weight, bias, weight2)
     result = impl.forward(hidden, hidden2, targets, head, keep=Keep(shares=True), workspace=4 * 13 * 7 * 2)
     assert result.kept.shares is not None
     torch.testing.assert_close(result.kept.shares.sum(1), torch.ones(N, device=device))

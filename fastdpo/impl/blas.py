@@ -31,7 +31,7 @@ def forward(hidden: Tensor, *args: Any) -> Forward:
 
     def fold(state: Running, z: Tensor, targets: Tensor, transform: Transform, T: int, spare: Tensor) -> Folded:
         e = z.new_empty(z.shape, dtype=operand)
-        masses, decay = fold_logits(e, z, targets, state, _beta(transform), T)
+        masses, decay = fold_logits(e, z, targets, state, transform.cap, T)
         return Folded(e, e, masses, decay)
 
     return tiled.forward(hidden, *args, fold=fold)
@@ -43,11 +43,7 @@ def backward(grads: Any, hidden: Tensor, *args: Any) -> tuple[Tensor | None, ...
 
     def make_dlogits(z: Tensor, rows: Rows, vs: slice, transform: Transform) -> Tensor:
         dlogits = z.new_empty(z.shape, dtype=operand)
-        dlogits_rows(dlogits, z, rows.targets - vs.start, *rows[1:], _beta(transform))
+        dlogits_rows(dlogits, z, rows.targets - vs.start, *rows[1:], transform.cap)
         return dlogits
 
     return tiled.backward(grads, hidden, *args, make_dlogits=make_dlogits)
-
-
-def _beta(transform: Transform) -> float | None:
-    return None if transform.softcap is None else transform.folded[1]

@@ -24,21 +24,25 @@ WORKSPACE_BYTES = 256 * 2**20
 
 
 class Transform(NamedTuple):
-    """x = transform(z), in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature."""
+    """What makes the logits x of the raw ones z: x = scale * z, or cap * tanh(scale * z) with a soft-cap."""
 
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0) -> "Transform":
+        """Fold, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature."""
+        if softcap is None:
+            return cls(logit_scale / temperature)
+        return cls(logit_scale / softcap, softcap / temperature)
 
     @property
-    def folded(self) -> tuple[float, float]:
-        """alpha and beta: x is alpha * z, or beta * tanh(alpha * z) with a soft-cap."""
-        if self.softcap is None:
-            return self.logit_scale / self.temperature, 1.0
-        return self.logit_scale / self.softcap, self.softcap / self.temperature
+    def slope(self) -> float:
+        """dx / dz at z = 0: the largest with a soft-cap, and the only one without."""
+        return self.scale if self.cap is None else self.scale * self.cap
 
 
-class Head(NamedTuple):
+class LinearHead(NamedTuple):
     """z = hidden @ weight.T + bias + hidden2 @ weight2.T, and the transform."""
 
     weight: Tensor  # [V, D]

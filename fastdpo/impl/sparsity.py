@@ -12,7 +12,7 @@ so the errors of many small cells point the same way and do add up like that; th
 either. So a row skips only cells of little mass, and only as many as have little mass together; little beside the root
 mean square of the rows' |dlogps| * (1 - p), which is the size of their gradients. Of all rows together it follows that
 
-    |error of dhidden| <= ROW * max radius * |dlogps * (1 - p)|                                   (Frobenius norms)
+    |error of dhidden| <= MAX_ROW_MASS * max radius * |dlogps * (1 - p)|                 (Frobenius norms)
 
 Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
 """
@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.impl.interface import Head, result_dtype
+from fastdpo.impl.interface import LinearHead, result_dtype
 from fastdpo.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 
-ROW, CELL = 0.005, 2.0**-12
+MAX_ROW_MASS, MAX_CELL_MASS = 0.005, 2.0**-12
 """Largest mass that a row may skip, in all and in a cell, in terms of the root mean square of the rows' gradients.
 docs/sparse_backward.md has the errors and densities."""
 STEPS = 5
-"""Thresholds are CELL / sqrt(2)^k for k < 2^STEPS, found by bisection."""
+"""Thresholds are MAX_CELL_MASS / sqrt(2)^k for k < 2^STEPS, found by bisection."""
 DENSE = 0.4
 """Density from which computing all cells with large matmuls is cheaper."""
 
@@ -42,7 +42,7 @@ class Selection(NamedTuple):
     active: Tensor  # share of the row's cells that is computed
 
 
-def select(shares: Tensor, weight: Tensor, row: float = ROW, cell: float = CELL) -> Selection:
+def select(shares: Tensor, weight: Tensor, row: float = MAX_ROW_MASS, cell: float = MAX_CELL_MASS) -> Selection:
     """Choose the largest threshold of each row that skips no more than `row` in all, and `cell` in a cell.
 
     Args:
@@ -93,7 +93,7 @@ def spread_skipped(
     dhidden: Tensor | None,
     hidden: Tensor,
     hidden2: Tensor | None,
-    head: Head,
+    head: LinearHead,
     all_rows: Rows,
     shares: Tensor | None,
     selection: Selection,

@@ -86,16 +86,16 @@ def fold_tile(state: Running, z: Tensor, targets: Tensor, transform: Transform, 
 
     Args:
         state: updated in place.
-        z: `[R, C]`: alpha times the raw logits. Destroyed.
+        z: `[R, C]`: the scale of the transform times the raw logits. Destroyed.
         targets: `[R]`, counted from the tile's first column.
         transform: of the head.
         T: columns of a cell.
         spare: memory for another tile, used for statistics.
     """
     slope = None
-    if transform.softcap is not None:
+    if transform.cap is not None:
         slope = torch.square(z.tanh_()).neg_().add_(1)
-        z.mul_(transform.folded[1])
+        z.mul_(transform.cap)
     here, index = locate(targets, slice(0, z.shape[1]))
     picked = z.gather(1, index)
     state.target.copy_(torch.where(here, picked, state.target[:, None]).squeeze(1))
@@ -125,22 +125,21 @@ def fold_tile(state: Running, z: Tensor, targets: Tensor, transform: Transform, 
     return Folded(e, slope.mul_(e), cell_sums(slope, T), decay)
 
 
-def logits_tile(h: Tensor, w: Tensor, bias: Tensor | None, alpha: float, buffer: Tensor) -> Tensor:
-    """Compute alpha * (h @ w.T + bias) in `buffer`."""
+def logits_tile(h: Tensor, w: Tensor, bias: Tensor | None, scale: float, buffer: Tensor) -> Tensor:
+    """Compute scale * (h @ w.T + bias) in `buffer`."""
     z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
     if bias is not None:
         z.copy_(bias)
-    addmm(z, h, w.t(), alpha=alpha, beta=0.0 if bias is None else alpha)
+    addmm(z, h, w.t(), alpha=scale, beta=0.0 if bias is None else scale)
     return z
 
 
 def dlogits_tile(z: Tensor, rows: Rows, vs: slice, transform: Transform) -> Tensor:
-    """Turn `z`, alpha times the raw logits of the columns `vs`, into the gradient of the raw logits, in place."""
-    beta = transform.folded[1]
+    """Turn `z`, `transform.scale` times the raw logits of columns `vs`, into the gradient of the raw ones, in place."""
     slope = None
-    if transform.softcap is not None:
+    if transform.cap is not None:
         slope = torch.square(z.tanh_()).neg_().add_(1)
-        z.mul_(beta)
+        z.mul_(transform.cap)
     z.sub_(rows.others[:, None])
     if rows.dentropy is None or rows.entropy is None:
         z.exp_().mul_(rows.dothers[:, None])
@@ -159,9 +158,9 @@ def scatter_target(dz: Tensor, rows: Rows, vs: slice) -> None:
 
 def target_slope(target: Tensor, transform: Transform) -> Tensor | float:
     """Return the slope 1 - tanh^2 of the soft-cap at the transformed logits `target`; 1 without a soft-cap."""
-    if transform.softcap is None:
+    if transform.cap is None:
         return 1.0
-    return 1 - (target / transform.folded[1]).square()
+    return 1 - (target / transform.cap).square()
 
 
 def locate(targets: Tensor, vs: slice) -> tuple[Tensor, Tensor]:

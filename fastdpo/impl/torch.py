@@ -24,9 +24,9 @@ from fastdpo.impl.interface import (
     WORKSPACE_BYTES,
     Forward,
     Grads,
-    Head,
     Keep,
     Kept,
+    LinearHead,
     Needs,
     OtherStats,
     result_dtype,
@@ -59,14 +59,14 @@ def cell_columns(device: torch.device) -> int | None:
     return CELL if device.type == "cpu" else None
 
 
-def kept_like(hidden: Tensor, head: Head, keep: Keep, workspace: int) -> Kept:
+def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> Kept:
     """Allocate what `forward` keeps."""
     N, V, width = hidden.shape[0], head.weight.shape[0], _width(head)
     stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
     rows, cols = _tile_shape(hidden, head, workspace)
     shares = hidden.new_empty(N, -(-V // CELL), dtype=stored) if keep.shares else None
     blocks = 0  # of probs, as many as fit beside a tile and the shares
-    if keep.probs and head.transform.softcap is None:
+    if keep.probs and head.transform.cap is None:
         left = workspace - _tile_bytes(rows, cols, head, result_dtype(hidden))
         left -= 0 if shares is None else shares.nbytes
         blocks = min(-(-V // cols), max(0, left) // (stored.itemsize * cols * max(N, 1)))
@@ -84,7 +84,7 @@ def forward(
     hidden: Tensor,
     hidden2: Tensor | None,
     targets: Tensor,
-    head: Head,
+    head: LinearHead,
     stats: bool = False,
     keep: Keep = NOTHING,
     workspace: int = WORKSPACE_BYTES,
@@ -108,7 +108,7 @@ def forward(
             bias = None if head.bias is None else head.bias[vs].to(dtype)
             for rs in slices(N, rows):
                 h = side_by_side(hidden, hidden2, rs, operand)
-                z = logits_tile(h, w, bias, head.transform.folded[0], buffer)
+                z = logits_tile(h, w, bias, head.transform.scale, buffer)
                 tile = fold(running.at(rs), z, targets[rs] - vs.start, head.transform, CELL, spare)
                 maxima[rs, block] = running.m[rs]
                 if kept.probs is not None and vs.start >= first_kept:
@@ -150,13 +150,12 @@ def backward(
     hidden: Tensor,
     hidden2: Tensor | None,
     targets: Tensor,
-    head: Head,
+    head: LinearHead,
     result: Forward,
     needs: Needs,
     selection: Selection | None = None,
     exact_weight: bool = True,
     workspace: int = WORKSPACE_BYTES,
-    weight_grad: Tensor | None = None,
     *,
     make_dlogits: Callable[..., Tensor] = dlogits_tile,
 ) -> tuple[Tensor | None, ...]:
@@ -173,12 +172,11 @@ def backward(
         selection: the cells to compute, chosen from the kept shares; None for all.
         exact_weight: compute all cells for the gradients of weight, bias and weight2 even so.
         workspace: bound of temporary memory, in bytes.
-        weight_grad: `[V, D]`, to which the gradient of weight is added instead of being returned.
         make_dlogits: turns a tile of logits into their gradient.
     """
     (N, D), width = hidden.shape, _width(head)
     dtype = result_dtype(hidden)
-    scale = head.transform.logit_scale / head.transform.temperature
+    scale = head.transform.slope
     all_rows = Rows(
         targets, result.others, scale * grads.target, scale * grads.others,
         None if grads.entropy is None else scale * grads.entropy,
@@ -201,7 +199,6 @@ def backward(
                 selection,
                 exact_weight,
                 workspace,
-                weight_grad,
                 make_dlogits,
             )
     return (
@@ -212,7 +209,7 @@ def backward(
     )
 
 
-def _from_expected(dhidden: Tensor, rows: Rows, head: Head, result: Forward) -> None:
+def _from_expected(dhidden: Tensor, rows: Rows, head: LinearHead, result: Forward) -> None:
     """Fill `dhidden` from the mean of weight that forward kept, and the target's row of weight."""
     assert result.kept.expected is not None
     dtarget = rows.dtarget * target_slope(result.target, head.transform)
@@ -227,23 +224,21 @@ def _from_tiles(
     dhidden: Tensor | None,
     hidden: Tensor,
     hidden2: Tensor | None,
-    head: Head,
+    head: LinearHead,
     all_rows: Rows,
     kept: Kept,
     needs: Needs,
     selection: Selection | None,
     exact_weight: bool,
     workspace: int,
-    weight_grad: Tensor | None,
     make_dlogits: Callable[..., Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Add to `dhidden` and return dweight, dbias and dweight2, from tiles of dz: all of them, or the active cells."""
     (N, D), V, width = hidden.shape, head.weight.shape[0], _width(head)
     dtype, operand = result_dtype(hidden), operand_dtype(hidden)
-    alpha = head.transform.folded[0]
     rows, cols = _tile_shape(hidden, head, workspace)
     buffer = hidden.new_empty(rows * cols, dtype=dtype)
-    dweight = torch.empty_like(head.weight) if needs.weight and weight_grad is None else None
+    dweight = torch.empty_like(head.weight) if needs.weight else None
     dbias = head.weight.new_empty(V) if needs.bias else None
     dweight2 = torch.empty_like(head.weight2) if head.weight2 is not None and needs.weight2 else None
     trained = slice(0 if needs.weight else D, width if needs.weight2 else D)  # columns of (weight, weight2)
@@ -276,7 +271,7 @@ def _from_tiles(
             some, here = all_rows.at(at), slice(vs.start + cs.start, vs.start + cs.stop)
             h = side_by_side(hidden, hidden2, at, operand)
             if vs.start < first_kept:
-                dz = logits_tile(h, w[cs], None if bias is None else bias[cs], alpha, buffer)
+                dz = logits_tile(h, w[cs], None if bias is None else bias[cs], head.transform.scale, buffer)
                 dz = make_dlogits(dz, some, here, head.transform)
             else:
                 assert kept.probs is not None
@@ -305,8 +300,6 @@ def _from_tiles(
             db += every[:, -1]
         if dw is not None and dweight is not None:
             dweight[vs] = dw[:, :D]
-        if dw is not None and needs.weight and weight_grad is not None:
-            weight_grad[vs] += dw[:, :D]
         if dw is not None and dweight2 is not None:
             dweight2[vs] = dw[:, dw.shape[1] - dweight2.shape[1] :]
         if dbias is not None:
@@ -322,7 +315,7 @@ def _row_lists(active: Tensor, columns: int, most: int) -> Iterator[tuple[Tensor
             yield some, slice(j * CELL, min((j + 1) * CELL, columns))
 
 
-def _width(head: Head) -> int:
+def _width(head: LinearHead) -> int:
     return head.weight.shape[1] + (0 if head.weight2 is None else head.weight2.shape[1])
 
 
@@ -331,7 +324,7 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else result_dtype(hidden)
 
 
-def _tile_shape(hidden: Tensor, head: Head, workspace: int) -> tuple[int, int]:
+def _tile_shape(hidden: Tensor, head: LinearHead, workspace: int) -> tuple[int, int]:
     """Return the rows and columns of a tile: TILE, or less to stay within the workspace; whole cells."""
     N = hidden.shape[0]
     max_rows, max_cols = TILE.get(hidden.device.type, TILE["cpu"])
@@ -341,7 +334,7 @@ def _tile_shape(hidden: Tensor, head: Head, workspace: int) -> tuple[int, int]:
     return rows, max(CELL, min(max_cols, fitting) // CELL * CELL)
 
 
-def _tile_bytes(rows: int, cols: int, head: Head, dtype: torch.dtype) -> int:
+def _tile_bytes(rows: int, cols: int, head: LinearHead, dtype: torch.dtype) -> int:
     """Bytes of a tile, one beside it and one rounded, rows of hidden, and a slice of weight and of dweight."""
     return dtype.itemsize * (3 * rows * cols + (rows + 2 * cols) * _width(head))
 

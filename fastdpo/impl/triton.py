@@ -27,9 +27,9 @@ from fastdpo.impl.interface import (
     WORKSPACE_BYTES,
     Forward,
     Grads,
-    Head,
     Keep,
     Kept,
+    LinearHead,
     Needs,
     OtherStats,
     result_dtype,
@@ -49,7 +49,7 @@ def cell_columns(device: torch.device) -> int:
     return TILE
 
 
-def kept_like(hidden: Tensor, head: Head, keep: Keep, workspace: int) -> Kept:
+def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> Kept:
     """Allocate what `forward` keeps."""
     if not keep.shares:
         return Kept()
@@ -62,7 +62,7 @@ def forward(
     hidden: Tensor,
     hidden2: Tensor | None,
     targets: Tensor,
-    head: Head,
+    head: LinearHead,
     stats: bool = False,
     keep: Keep = NOTHING,
     workspace: int = WORKSPACE_BYTES,
@@ -90,13 +90,12 @@ def backward(
     hidden: Tensor,
     hidden2: Tensor | None,
     targets: Tensor,
-    head: Head,
+    head: LinearHead,
     result: Forward,
     needs: Needs,
     selection: Selection | None = None,
     exact_weight: bool = True,
     workspace: int = WORKSPACE_BYTES,
-    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of `Needs`, as `fastdpo.impl.torch.backward`."""
     N, V = hidden.shape[0], head.weight.shape[0]
@@ -113,8 +112,6 @@ def backward(
     rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, workspace)
     buffer = hidden.new_empty(rows, _aligned(columns))
     factors = [_Factor.of(hidden, head.weight, needs.hidden, needs.weight, sparse and needs.bias, columns, acc)]
-    if weight_grad is not None:
-        factors[0] = factors[0]._replace(dweight=None)
     if hidden2 is not None and head.weight2 is not None:
         factors.append(_Factor.of(hidden2, head.weight2, needs.hidden2, needs.weight2, False, columns, acc))
     dbias = head.weight.new_empty(V) if needs.bias else None
@@ -150,8 +147,6 @@ def backward(
 
             sums = [factor.dweight_sum for factor in factors] + [None if bias_sum is None else bias_sum[:, None]]
             results = [factor.dweight for factor in factors] + [None if dbias is None else dbias[:, None]]
-            if weight_grad is not None and needs.weight:
-                results[0] = weight_grad
             column = 0
             sizes = [*(factor.weight.shape[1] for factor in factors), 1]
             for accumulated, out, size in zip(sums, results, sizes, strict=True):
@@ -160,8 +155,7 @@ def backward(
                     if sparse and spread is not None:
                         cells = spread[vs.start // TILE : -(-vs.stop // TILE), column : column + size]
                         total += cells.repeat_interleave(TILE, 0)[: len(total)]
-                    total = _unboost(total, boost)
-                    out[vs] = total + weight_grad[vs] if out is weight_grad and weight_grad is not None else total
+                    out[vs] = _unboost(total, boost)
                 column += size
     dhidden = [None if f.dhidden is None else _unboost(f.dhidden, boost).to(hidden.dtype) for f in factors]
     second = (dhidden[1], factors[1].dweight) if len(factors) == 2 else (None, None)
@@ -225,14 +219,14 @@ def _spread_skipped(
     hidden: Tensor,
     hidden2: Tensor | None,
     targets: Tensor,
-    head: Head,
+    head: LinearHead,
     grads: Grads,
     result: Forward,
     selection: Selection,
     sparse: bool,
 ) -> Tensor:
     """Let the skipped cells act as their share, see `sparsity.spread_skipped`."""
-    scale = head.transform.logit_scale / head.transform.temperature
+    scale = head.transform.slope
     rows = Rows(targets, result.others, scale * grads.target, scale * grads.others, None, None)
     widths = [factor.weight.shape[1] for factor in factors]
     trained = slice(0, sum(widths) if sparse and any(f.dweight_sum is not None for f in factors) else 0)
@@ -249,7 +243,7 @@ def _spread_skipped(
     return spread
 
 
-def _low_rank(hidden2: Tensor | None, head: Head, rs: slice, vs: slice) -> tuple[Tensor, Tensor] | None:
+def _low_rank(hidden2: Tensor | None, head: LinearHead, rs: slice, vs: slice) -> tuple[Tensor, Tensor] | None:
     return None if hidden2 is None or head.weight2 is None else (hidden2[rs], head.weight2[vs])
 
 
@@ -276,12 +270,12 @@ def _aligned(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def _float16_boost(grads: Grads, head: Head) -> Tensor:
+def _float16_boost(grads: Grads, head: LinearHead) -> Tensor:
     """Return the power of two that brings the largest gradient of a logit to [2^14, 2^15), as a 0-dim tensor.
 
     Float16 ends at 2^16, and loses precision below 2^-14: a gradient of 1e-4 spread over 1e5 tokens would vanish.
     """
-    slope = head.transform.logit_scale / head.transform.temperature
+    slope = head.transform.slope
     largest = torch.cat([(g * slope).abs().nan_to_num(0.0, 0.0) for g in grads if g is not None])
     exponent = torch.cat([largest, largest.new_zeros(1)]).amax().frexp().exponent  # largest < 2^exponent
     return torch.ldexp(largest.new_ones(()), 15 - exponent.clamp(min=-100))
