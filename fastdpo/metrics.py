@@ -196,16 +196,22 @@ def _add_responses(
         responses["kl_per_token"] = ((out.ref_sequence_logps - out.sequence_logps) * both, lengths * both)
     if stats is not None:
         tokens = torch.stack([stats.entropy.float(), stats.is_top1.float(), stats.mean_logits.float()], 1)
-        totals = torch.segment_reduce(tokens, "sum", offsets=batch["cu_target"], unsafe=True)
+        totals = _sums(tokens, batch["cu_target"])
         entropy, is_top1, mean_logits = totals.unbind(1)
         responses["entropy"] = (entropy * both, lengths * both)
         responses["mean_token_accuracy"] = (is_top1 * chosen, lengths * chosen)
         responses["logits/chosen"] = (mean_logits * chosen, lengths * chosen)
         responses["logits/rejected"] = (mean_logits * rejected, lengths * rejected)
-        density = stats.density  # each process chooses its own backward, so the name is added without one too
-        add_scalars(sums, {"head/density": kept.new_zeros(()) if density is None else density}, density is not None)
+        # each process and micro-batch chooses its own backward, so the name is added without a density too
+        density = torch.zeros_like(entropy) if stats.density is None else _sums(stats.density, batch["cu_target"])
+        responses["head/density"] = (density * both, lengths * both * (stats.density is not None))
     if responses:
         sums.add_ratios(responses)
+
+
+def _sums(tokens: Tensor, bounds: Tensor) -> Tensor:
+    """Sums over each response's tokens, `[M, ...]` to `[R, ...]`."""
+    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: its checks wait for the device
 
 
 def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:

@@ -279,14 +279,33 @@ def test_the_estimate_of_the_divergence_is_its_mean_over_micro_batches() -> None
     assert metrics.results(sums.read(Ranks()))[0]["kl"] == 1.0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_is_the_mean_over_the_tokens_of_sparse_micro_batches(kind: str) -> None:
+    """Neither repeated examples count nor, where examples are unpaired, the responses of the KL term."""
+    sums, tokens = RunningSums(), []
+    for seed, is_sparse in ((1, True), (2, False), (3, True)):
+        examples = make_examples(kind, 4, seed)
+        batch, out, stats = batch_of(kind, examples)
+        density = torch.full_like(stats.entropy, math.inf)
+        for r, k in enumerate(_slots(kind, examples)):
+            rows = slice(batch["cu_target"][r], batch["cu_target"][r + 1])
+            density[rows] = torch.rand(density[rows].shape)
+            if is_sparse and k < 3:  # the example's number
+                tokens += density[rows].tolist()
+        density.nan_to_num_(posinf=1e6)
+        metrics.add_examples(sums, batch, out, stats=stats._replace(density=density if is_sparse else None), keep=3)
+    numbers = metrics.results(sums.read(Ranks()))[0]  # type: ignore[arg-type]
+    assert numbers["head/density"] == pytest.approx(np.mean(tokens), rel=1e-6)
+
+
+def _slots(kind: str, examples: list[Example]) -> list[int]:
+    """The example of each response, in the order of `batch_of`; the KL responses are left out."""
+    K = max(len(example.responses) for example in examples)
+    return [i for k in range(K) for i, example in enumerate(examples) if k < len(example.responses)]
+
+
 def test_density_is_left_out_where_no_process_skipped_anything() -> None:
-    examples = make_examples("preference", 2)
-    sums = RunningSums()
-    for density in (None, torch.tensor(0.25), torch.tensor(0.75)):
-        batch, out, stats = batch_of("preference", examples)
-        metrics.add_examples(sums, batch, out, stats=stats._replace(density=density))
-    assert metrics.results(sums.read(Ranks()))[0]["head/density"] == 0.5  # type: ignore[arg-type]
-    assert "head/density" not in counted("preference", [examples])
+    assert "head/density" not in counted("preference", [make_examples("preference", 2)])
 
 
 # Histograms

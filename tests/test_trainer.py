@@ -531,6 +531,37 @@ def test_metrics_reach_tensorboard_under_trl_names(make: Callable[..., Any], tmp
         assert name in logged
 
 
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (torch.float32, {"bf16": True}),
+        (torch.float32, {"head_backward": "sparse"}),
+        (torch.bfloat16, {"loss_type": "kto"}),
+    ],
+    ids=["bfloat16", "float16", "mixed", "sparse", "kto"],
+)
+def test_a_sparse_backward_of_the_head_is_logged(
+    make: Callable[..., Any], dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """One of a head that is almost sure of its tokens, so that skipping pays."""
+    model = tiny_llama(vocab_size=2048, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    data = rows(8)
+    if settings.get("loss_type") == "kto":
+        data = data.rename_column("chosen_ids", "completion_ids").remove_columns("rejected_ids")
+        data = data.add_column("label", [bool(i % 3) for i in range(8)])
+    trainer = make(model.to(dtype), data=data, max_steps=2, learning_rate=1e-5, eval_dataset=data, **settings)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 < entry["head/density"] < 0.4 for entry in logged)
+    assert all("head/density" not in entry for entry in trainer.state.log_history if "eval_loss" in entry)
+
+
 def test_the_state_on_disk_is_json(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make(max_steps=1)
     trainer.train()
