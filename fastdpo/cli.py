@@ -1,15 +1,12 @@
 """The command line: parse, call, print."""
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-logger = logging.getLogger("fastdpo")
 
 # what the final table shows of the held-out split: metric, label, format
 HELD_OUT = (
@@ -50,8 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     # OpenMP threads that wait for work spin, unless told not to before torch loads: beside other processes a run on
     # the CPU took five times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logger.setLevel(logging.INFO)
+    if not sys.stderr.isatty():  # in a file or a pipe, every redrawing of a progress bar would be a line
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from fastdpo import messages  # tqdm reads the environment when it is imported
+
+    messages.show()
     try:
         args.function(args.config, _overrides(rest), **options)
     except (ValueError, OSError) as error:  # the message says what to mend; -X dev shows where it was raised

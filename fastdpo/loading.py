@@ -102,8 +102,12 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
     found = [layout_of(model) for model in models]
     layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
     if not prefix_sharing and layout in ("shared", "tree"):
-        layout, reason = "packed", "prefix_sharing is off"
-    logger.info("batches of %s are %s: %s", type(models[0]).__name__, layout, reason)
+        layout, reason = "packed", "prefix_sharing=False"
+    padding = "batches are padded" if layout == "padded" else "batches hold no padding"
+    if layout in ("shared", "tree"):
+        logger.info("%s, and what an example's responses have in common, as the prompt, is computed once", padding)
+    else:
+        logger.info("%s, and a prompt is computed once for each of its responses, because %s", padding, reason)
     return layout
 
 

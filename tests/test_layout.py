@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import modules on lower floors only; a name covers all modules of its folder.
 FLOORS = [
-    {"kernels", "eager"},
+    {"kernels", "eager", "messages"},
     {"impl"},
     {"choice", "vocab_parallel", "attention_paths"},
     {"op", "attention_backends"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"loss"},
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"router"},
-    {"model", "packing", "metrics", "report"},
+    {"model", "packing", "metrics", "report", "checks", "console"},
     {"config", "data", "reference", "sampler"},
     {"loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
     {"memory_model", "token_stats"},

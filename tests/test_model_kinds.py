@@ -229,7 +229,10 @@ def test_dynamic_rope_beyond_its_limit_is_refused():
 
 def test_dropout_of_hidden_states_packs_without_sharing():
     model = make_model("gpt2", resid_pdrop=0.1)
-    assert layout_of(model) == ("packed", "what is shared could have only one dropout mask")
+    assert layout_of(model) == (
+        "packed",
+        "it uses dropout (disable_dropout=False), and a token computed once has one mask only",
+    )
 
 
 def test_dropout_beside_the_attention_weights_packs():

@@ -273,16 +273,17 @@ def test_trained_weights_outside_the_adapter_need_a_reference(make: Callable[...
     ("settings", "expected"),
     [
         ({"logging_steps": 2}, [2, 4, 6]),
-        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
-        ({"logging_strategy": "no"}, []),
-        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4, 6]),
+        ({"logging_steps": 100}, [6]),
+        ({"logging_strategy": "no"}, [6]),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1, 6]),
         ({"logging_strategy": "epoch"}, [4, 6]),
         ({"logging_strategy": "epoch", "tokens_per_batch": 10_000}, [1, 2, 3, 4, 5, 6]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
-def test_token_metrics_are_computed_on_logging_steps_alone(
+def test_token_metrics_are_computed_before_a_record_alone(
     make: Callable[..., Any], settings: dict[str, Any], expected: list[int], stream: bool
 ) -> None:
     if stream and "tokens_per_batch" in settings:
@@ -301,9 +302,12 @@ def test_token_metrics_are_computed_on_logging_steps_alone(
     trainer.train()
     by_epoch = stream and settings.get("logging_strategy") == "epoch"
     assert sorted(seen) == ([1, 2, 3, 4, 5, 6] if by_epoch else expected)
-    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == ([3, 6] if by_epoch else expected)
-    assert all(entry.keys() >= TOKEN_METRICS for entry in trainer.state.log_history if "loss" in entry)
+    logged = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert [entry["step"] for entry in logged] == ([3, 6] if by_epoch else expected)
+    assert all(entry.keys() >= TOKEN_METRICS for entry in logged)
+    last = trainer.state.log_history[-1]
+    assert ("train_loss" in last, "loss" in last) == (True, False)
+    assert ("entropy" in last) == (6 not in [entry["step"] for entry in logged if "loss" in entry])
 
 
 def test_the_first_process_tokenises_first(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
