@@ -61,8 +61,10 @@ def line(logs: Mapping[str, Any], state: TrainerState) -> str:
         parts.append(f"epoch {logs['epoch']:.2f}")
     evaluated = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "train")
     if "train_loss" in logs:
-        took = timedelta(seconds=round(logs["train_runtime"])) if "train_runtime" in logs else None
-        parts += ["done ", f"mean loss {logs['train_loss']:.4f}", *_numbers(logs), *([f"{took} h"] if took else [])]
+        took = timedelta(seconds=round(logs.get("train_runtime", 0)))
+        parts += ["done ", f"mean loss {logs['train_loss']:.4f}", f"took {took}"]
+        if numbers := _numbers(logs):  # of the steps since the last log
+            parts += ["last steps:", *numbers]
     elif "loss" in logs:
         parts += ["train", *_numbers(logs)]
     elif evaluated != "train":

@@ -1,7 +1,9 @@
 """What a run starts from: model, tokenizer, datasets, adapter, as a config names them."""
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def load_policy(model: Any, args: DPOConfig) -> Any:
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+        with _peft_is_older():
+            policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
         reference = args.ref_adapter_name or policies.REF_ADAPTER
         if (Path(model) / reference / "adapter_config.json").is_file():
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
@@ -81,10 +84,19 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
         from peft import get_peft_model
     except ImportError:
         raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    model = get_peft_model(model, peft_config)
+    with _peft_is_older():
+        model = get_peft_model(model, peft_config)
     if keeps_reference and getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
         policies.keep_ref_adapter(model)
     return model
+
+
+@contextmanager
+def _peft_is_older() -> Iterator[None]:
+    """Hide that PEFT reads a property by the name it had in an earlier transformers, which a user can't change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def disable_dropout(model: nn.Module) -> None:

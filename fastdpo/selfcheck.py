@@ -81,7 +81,7 @@ def checked_layout(
     """Check patched models on a batch of `examples`, and return the layout that is exact on all: `layout` or "padded".
 
     Args:
-        models: each as in `self_check`.
+        models: the policy and, unless it is a copy of it, the reference; each as in `self_check`.
         examples: as in `fastdpo.shared_prefix_batch`.
         layout: the one hoped for.
         fallback: as in `self_check`.
@@ -89,12 +89,12 @@ def checked_layout(
     Raises:
         ValueError, FloatingPointError: as `self_check`.
     """
-    for model in models:
+    for which, model in zip(("model", "reference"), models, strict=False):
         device = next(model.parameters()).device
         batch = shared_prefix_batch(examples, layout=layout)
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         checked = self_check(model, batch, layout=layout, fallback=fallback)
-        logger.info("self-check of %s: %s", _class_name(model), checked)
+        logger.info("self-check of the %s: %s", which, checked)
         layout = checked.layout
     return layout
 

@@ -105,6 +105,12 @@ def test_the_op_and_the_loss_need_neither_transformers_nor_triton() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_dir_shows_the_public_names() -> None:
+    import fastdpo
+
+    assert [name for name in dir(fastdpo) if not name.startswith("__")] == sorted(fastdpo.__all__)
+
+
 def test_everything_public_is_documented() -> None:
     import fastdpo
 
