@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState
 
 from fastdpo import messages
 from fastdpo.console import Bar, Lines, line, replace_callback
-from tests.test_trainer import make, rows  # noqa: F401 - make is a fixture
+from fastdpo.loading import choose_layout, wrap_adapter
+from tests.test_trainer import make, rows, tiny_llama  # noqa: F401 - make is a fixture
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {
@@ -215,6 +217,45 @@ def test_the_other_processes_show_warnings_alone(
         logger.info("made of snow")
         logger.warning("thaws")
     assert capsys.readouterr().err == "fastdpo: warning: thaws\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sharing", "expected"),
+    [
+        (
+            {},
+            True,
+            "batches hold no padding, and what an example's responses have in common, as the prompt, is computed once",
+        ),
+        (
+            {},
+            False,
+            "batches hold no padding, and a prompt is computed once for each of its responses, because "
+            "prefix_sharing=False",
+        ),
+        (
+            {"attention_dropout": 0.1},
+            True,
+            "batches are padded, and a prompt is computed once for each of its responses, because it drops out "
+            "attention weights (disable_dropout=False), which only padded batches can",
+        ),
+    ],
+    ids=["shared", "off", "padded"],
+)
+def test_the_layout_is_said_in_words(
+    changes: dict[str, Any], sharing: bool, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fastdpo"):
+        choose_layout([tiny_llama(num_hidden_layers=1, **changes)], sharing)
+    assert caplog.messages == [expected]
+
+
+def test_an_adapter_brings_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    peft = pytest.importorskip("peft")
+    warnings.simplefilter("always")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    wrap_adapter(tiny_llama(num_hidden_layers=1), config, keeps_reference=True)
+    assert not [warning.message for warning in recwarn]
 
 
 SCRIPT = """

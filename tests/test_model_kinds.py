@@ -98,8 +98,8 @@ PADDED = [
     pytest.param(lambda: make_model("llama", **rope("longrope")), "longrope RoPE depends on the", id="longrope"),
     pytest.param(make_bloom, "its attention does not go through", id="own-attention"),
     pytest.param(make_recurrent, "its layers carry a state", id="recurrent"),
-    pytest.param(lambda: make_model("llama", attention_dropout=0.1), "mask of its attention", id="dropout"),
-    pytest.param(lambda: make_model("gpt2", attn_pdrop=0.1), "mask of its attention", id="dropout-module"),
+    pytest.param(lambda: make_model("llama", attention_dropout=0.1), "it drops out attention weights", id="dropout"),
+    pytest.param(lambda: make_model("gpt2", attn_pdrop=0.1), "it drops out attention weights", id="dropout-module"),
 ]
 
 
