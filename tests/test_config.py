@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
-from fastdpo.config import DPOConfig, RunConfig, read_config
+from fastdpo.config import DPOConfig
+from fastdpo.config_file import read_settings
+from fastdpo.run import RunConfig, make_configs
 
 MINIMAL = "dataset_name: data\nconfig_name: model\nreport_to: none\n"
+
+
+def read_config(path: Path, overrides: dict[str, Any]) -> tuple[RunConfig, DPOConfig]:
+    return make_configs(read_settings(path, overrides))
 
 
 @pytest.fixture

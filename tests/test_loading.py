@@ -1,4 +1,4 @@
-"""fastdpo.loading: what a config says of the weights is what they are."""
+"""fastdpo.loading and fastdpo.run: what a config says of the weights is what they are."""
 
 import copy
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.config import DPOConfig, RunConfig
-from fastdpo.loading import load_model, load_policy
+from fastdpo.config import DPOConfig
+from fastdpo.loading import load_policy
+from fastdpo.run import RunConfig, load_model
 from tests.test_data import byte_tokenizer
 from tests.test_trainer import tiny_llama
 
