@@ -61,10 +61,8 @@ def _fields(path: Path, class_name: str) -> Iterator[Setting]:
             group, seen = (headings or [group])[-1], node.lineno
         options = _options(node.value)
         if _literal(options.get("init")) is not False:
-            metadata = _literal(options.get("metadata"))
-            help_ = str(metadata.get("help", "")) if isinstance(metadata, dict) else ""
             types = frozenset(_types(node.annotation))
-            yield Setting(node.target.id, types, _default(node.value, options), help_.replace("%%", "%"), group)
+            yield Setting(node.target.id, types, _default(node.value, options), _help(options), group)
 
 
 def _options(value: ast.expr | None) -> dict[str, ast.expr]:
@@ -72,6 +70,14 @@ def _options(value: ast.expr | None) -> dict[str, ast.expr]:
     if not isinstance(value, ast.Call):
         return {}
     return {keyword.arg: keyword.value for keyword in value.keywords if keyword.arg}
+
+
+def _help(options: dict[str, ast.expr]) -> str:
+    metadata = options.get("metadata")
+    if not isinstance(metadata, ast.Dict):
+        return ""
+    texts = {_literal(key): value for key, value in zip(metadata.keys, metadata.values, strict=True)}
+    return str(_literal(texts.get("help")) or "").replace("%%", "%")
 
 
 def _default(value: ast.expr | None, options: dict[str, ast.expr]) -> str | None:

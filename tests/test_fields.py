@@ -38,8 +38,7 @@ def test_types_defaults_and_help_are_those_of_the_dataclasses(config: type) -> N
             continue
         setting = settings()[field.name]
         assert setting.types - {"Literal"} == {n for n in names_of(hints[field.name]) if n != "False"} - {"Literal"}
-        if setting.help or config is RunConfig:  # a few of transformers' are made at run time
-            assert setting.help == field.metadata["help"].replace("%%", "%"), field.name
+        assert setting.help == field.metadata["help"].replace("%%", "%"), field.name
         if isinstance(field.default, (int, float, str, type(None))) and not hasattr(field.default, "value"):
             assert setting.default is not None
             assert literals.get(setting.default, field.default) == field.default, field.name
