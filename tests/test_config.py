@@ -98,6 +98,27 @@ def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
         read_config(path, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16", "model_init_kwargs": '{"revision": "main"}'}, {"revision": "main", "dtype": "float16"}),
+        ({"dtype": "auto", "model_init_kwargs": {"torch_dtype": "auto"}}, {"dtype": "auto"}),
+    ],
+    ids=str,
+)
+def test_dtype_is_short_for_that_of_model_init_kwargs(
+    yaml_file: Path, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert read_config(yaml_file, given)[1].model_init_kwargs == expected
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_two_dtypes_that_differ_are_refused(yaml_file: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype='float16' and {name}='auto' of model_init_kwargs differ"):
+        read_config(yaml_file, {"dtype": "float16", "model_init_kwargs": {name: "auto"}})
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"gradient_checkpointing": False}, False)], ids=str)
 def test_checkpointing_is_on_unless_switched_off(tmp_path: Path, given: dict[str, bool], expected: bool) -> None:
     args = DPOConfig(output_dir=str(tmp_path), **given)
