@@ -222,6 +222,8 @@ class DPOConfig(TrainingArguments):
         given = self.accelerator_config
         super().__post_init__()
         self._resolve_loading(given)
+        if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
+            raise ValueError(f"model_init_kwargs must be a dict, or JSON of one, got {self.model_init_kwargs!r}")
         if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
             self.model_init_kwargs = dict(self.model_init_kwargs)
             old = self.model_init_kwargs.pop("torch_dtype")

@@ -5,6 +5,7 @@ What needs no model, dataset or network is answered here within a second: YAML, 
 
 import difflib
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -151,6 +152,11 @@ def typed(setting: Setting, value: Any) -> Any:
         ValueError: it is none.
     """
     name, allowed = setting.name, setting.types
+    if "dict" in allowed and isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is neither YAML nor JSON: {error}") from error
     if (type(value).__name__ if value is not None else "None") in allowed:
         return value
     if "float" in allowed and type(value) in (int, str):
@@ -162,7 +168,7 @@ def typed(setting: Setting, value: Any) -> Any:
         return "no"  # what YAML reads as False
     if "list" in allowed and isinstance(value, str):
         return [value]
-    if "str" in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)):
+    if "str" in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)) and "dict" not in allowed:
         return value  # an enum's value or an alternative spelling, which the config itself resolves
     names = " or ".join(sorted(each for each in allowed if each in ("bool", "dict", "float", "int", "list", "str")))
     raise ValueError(f"{name} must be {names or 'left out of a config file'}, got {value!r}")
@@ -304,8 +310,13 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     if any(part in str(values.get("optim")) for part in ("8bit", "bnb", "paged")):
         _need("bitsandbytes", f"optim={values['optim']!r}")
     kwargs = values.get("model_init_kwargs")
-    quantized = kwargs.get("quantization_config") if isinstance(kwargs, dict) else None
-    if isinstance(quantized, dict) and any(quantized.get(name) for name in ("load_in_4bit", "load_in_8bit")):
+    quantized = (kwargs.get("quantization_config") if isinstance(kwargs, dict) else None) or {}
+    if not isinstance(quantized, dict):
+        raise ValueError(
+            "quantization_config of model_init_kwargs must be a mapping such as {quant_method: bitsandbytes, "
+            f"load_in_4bit: true}}, got {quantized!r}"
+        )
+    if any(quantized.get(name) for name in ("load_in_4bit", "load_in_8bit")):
         _need("bitsandbytes", "quantization_config of model_init_kwargs")
     reports = values.get("report_to") or []
     for name in [reports] if isinstance(reports, str) else reports:

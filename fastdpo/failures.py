@@ -89,7 +89,7 @@ def _missing(error: ImportError) -> str | None:
         if package.replace("_", "") in named:
             return f"{text.rstrip('.')}: {install(package)}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("fastdpo"):
-        return f"{text}: {install(error.name.partition('.')[0])}"
+        return f"{text.rstrip('.')}; install the package that provides it"  # whose name may be another
     return text if error.name is None and _was_raised(error.__traceback__) else None
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from fastdpo.config import DPOConfig
+from fastdpo.config_file import nearest
 from fastdpo.failures import loading
 from fastdpo.model import Layout, layout_of
 from fastdpo.packing import LAYOUTS
@@ -41,10 +42,11 @@ def load_policy(model: Any, args: DPOConfig, *, setting: str = "model") -> Any:
         try:
             return _from_pretrained(model, args)
         except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
-            if unknown is None or unknown[1].strip("'") not in _options(args):
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in _options(args):
                 raise
-            raise ValueError(f"model_init_kwargs {unknown[1]} is unknown to this model; leave it out") from error
+            advice = nearest(unknown[1], ()) or "; leave it out"
+            raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
 
 
 def _from_pretrained(model: str, args: DPOConfig) -> Any:

@@ -75,6 +75,13 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
         ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
+        ({"model_init_kwargs": [1]}, "model_init_kwargs must be dict or str, got"),
+        ({"model_init_kwargs": "{'a"}, "model_init_kwargs is neither YAML nor JSON: Expecting property name"),
+        ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a dict, or JSON of one, got 'fast'"),
+        (
+            {"model_init_kwargs": {"quantization_config": 4}},
+            "quantization_config of model_init_kwargs must be a mapping",
+        ),
         ({"config_name": None}, "give either model_name_or_path .* or config_name"),
     ],
     ids=lambda value: str(value)[:40],

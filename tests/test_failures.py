@@ -79,7 +79,7 @@ def not_finite() -> None:
             "FlashAttention2 has been toggled on, but the package doesn't seem to be installed: pip",
         ),
         (package_with_command, "Using this needs the latest version of bitsandbytes: `pip install -U bitsandbytes`"),
-        (other_package, "No module named 'a_package_that_nobody_has': pip install a_package_that_nobody_has"),
+        (other_package, "No module named 'a_package_that_nobody_has'; install the package that provides it"),
         (Path("/nowhere/file").read_text, "/nowhere/file: No such file or directory"),
         (not_finite, "the loss of dataset rows [3] is nan"),
     ],
