@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import is_peft_available
 
 from fastdpo.config import DPOConfig, RunConfig
 from fastdpo.model import Layout, layout_of
@@ -62,29 +63,25 @@ def _options(args: DPOConfig) -> dict[str, Any]:
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
     """The policy with its adapter: a new one of `peft_config`, or the one it came with.
 
-    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one whose
-    initialisation is not the identity on unchanged base weights (PiSSA, OLoRA, LoftQ, random).
+    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one that
+    changes the model before training (PiSSA, OLoRA, LoftQ, random).
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, or the adapter can't be trained here.
         ImportError: `peft_config` is given and PEFT is not installed.
     """
     if policies.is_peft_model(model):
         if peft_config is not None:
             raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
+        policies.check_adapter(model.active_peft_config)
         if keeps_reference:
             policies.keep_ref_adapter(model)
         return model
     if peft_config is None:
         return model
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    model = get_peft_model(model, peft_config)
-    if keeps_reference and getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
-        policies.keep_ref_adapter(model)
-    return model
+    if not is_peft_available():
+        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'")
+    return policies.add_adapter(model, peft_config, keeps_reference=keeps_reference)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -90,6 +90,7 @@ class DPOTrainer(Trainer):
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
+        policies.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
