@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import data, metrics, precomputed
+from fastdpo import compat, data, metrics, precomputed
 from fastdpo.attention_backends import usable
-from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import LossOutput, compute, step_mean, step_values
 from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
@@ -53,14 +53,17 @@ class DPOTrainer(Trainer):
             `args.model_init_kwargs` says otherwise).
         ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
             adapter, or with the adapter it came with; else a copy of the policy as passed.
-        args: settings; `DPOConfig()` where None.
+        args: settings; `DPOConfig()` where None. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
         train_dataset: preference rows, see `fastdpo.data`.
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; loaded from the model's path where None.
+        compute_metrics: not supported; it has its place in TRL's order of arguments.
         callbacks: as in `transformers.Trainer`.
         optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
+        quantization_config: not supported; see `model_init_kwargs`.
         peft_config: wraps `model` in a new adapter.
+        others: `tokenizer`, the old name of `processing_class`; any other old argument of TRL's is refused by name.
 
     Raises:
         ValueError: a dataset row, column or setting makes no sense, or the model has a head or attention that can't
@@ -76,16 +79,20 @@ class DPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | Any,
         ref_model: str | PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: None = None,
         peft_config: Any | None = None,
+        **others: Any,
     ) -> None:
-        args = DPOConfig() if args is None else args
+        others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
+        args, processing_class = compat.resolve(args, processing_class, others)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
