@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import compat, data, metrics, precomputed
+from fastdpo import compat, data, liger, metrics, precomputed
 from fastdpo.attention_backends import usable
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import LossOutput, compute, step_mean, step_values
@@ -93,6 +93,7 @@ class DPOTrainer(Trainer):
     ) -> None:
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
         args, processing_class = compat.resolve(args, processing_class, others)
+        liger.prepare(args)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
@@ -109,6 +110,8 @@ class DPOTrainer(Trainer):
         own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
         keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
         model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
+        for policy in filter(None, (model, ref_model)):
+            liger.apply(policy, args)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,

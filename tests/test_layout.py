@@ -23,7 +23,7 @@ FLOORS = [
     {"router"},
     {"model", "packing", "metrics", "report"},
     {"config", "data", "reference", "sampler"},
-    {"compat", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
+    {"compat", "liger", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
     {"memory_model", "token_stats"},
     {"plan", "scoring"},
     {"trainer"},
