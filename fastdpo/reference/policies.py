@@ -215,11 +215,11 @@ def _is_lora(config: Any) -> bool:
 
 
 def _starts_at(model: Any, base: Tensor) -> bool:
-    """Whether a new adapter answers `base`, but for rounding, and switched off exactly that."""
+    """Whether a new adapter answers `base`, but for float32's rounding, and switched off exactly that."""
     on = _logits(model)
     with as_reference(model):
         off = _logits(model)
-    bound = 16 * torch.finfo(off.dtype).eps * (1 + float(base.abs().max()))
+    bound = 16 * torch.finfo(torch.float32).eps * (1 + float(base.abs().max()))
     return torch.equal(off, base) and float((on - off).abs().max()) <= bound
 
 
