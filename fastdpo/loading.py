@@ -2,14 +2,13 @@
 
 import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers.utils import is_peft_available
 
 from fastdpo.config import DPOConfig
 from fastdpo.config_file import nearest
@@ -56,7 +55,7 @@ def _from_pretrained(model: str, args: DPOConfig) -> Any:
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        with _peft_is_older():
+        with policies.peft_is_older():
             policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
         reference = args.ref_adapter_name or policies.REF_ADAPTER
         if (Path(model) / reference / "adapter_config.json").is_file():
@@ -80,38 +79,25 @@ def _options(args: DPOConfig) -> dict[str, Any]:
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
     """The policy with its adapter: a new one of `peft_config`, or the one it came with.
 
-    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one whose
-    initialisation is not the identity on unchanged base weights (PiSSA, OLoRA, LoftQ, random).
+    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.policies`: of the latter, and of a new one that
+    changes the model before training (PiSSA, OLoRA, LoftQ, random).
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, or the adapter can't be trained here.
         ImportError: `peft_config` is given and PEFT is not installed.
     """
     if policies.is_peft_model(model):
         if peft_config is not None:
             raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
+        policies.check_adapter(model.active_peft_config)
         if keeps_reference:
             policies.keep_ref_adapter(model)
         return model
     if peft_config is None:
         return model
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'") from None
-    with _peft_is_older():
-        model = get_peft_model(model, peft_config)
-    if keeps_reference and getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
-        policies.keep_ref_adapter(model)
-    return model
-
-
-@contextmanager
-def _peft_is_older() -> Iterator[None]:
-    """Hide that PEFT reads a property by the name it had in an earlier transformers, which a user can't change."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        yield
+    if not is_peft_available():
+        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'")
+    return policies.add_adapter(model, peft_config, keeps_reference=keeps_reference)
 
 
 def disable_dropout(model: nn.Module) -> None:

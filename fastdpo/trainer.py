@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import checks, console, data, messages, metrics, precomputed
+from fastdpo import checks, compat, console, data, liger, messages, metrics, precomputed
 from fastdpo.attention_backends import usable
-from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import LossOutput, compute, step_mean, step_values
 from fastdpo.model import TokenScores, evaluating, patch_forward
@@ -50,14 +50,17 @@ class DPOTrainer(Trainer):
             `args.model_init_kwargs` says otherwise).
         ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
             adapter, or with the adapter it came with; else a copy of the policy as passed.
-        args: settings; `DPOConfig()` where None.
+        args: settings; `DPOConfig()` where None. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
         train_dataset: preference rows, see `fastdpo.data`.
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; loaded from the model's path where None.
+        compute_metrics: not supported; it has its place in TRL's order of arguments.
         callbacks: as in `transformers.Trainer`.
         optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
+        quantization_config: not supported; see `model_init_kwargs`.
         peft_config: wraps `model` in a new adapter.
+        others: `tokenizer`, the old name of `processing_class`; any other old argument of TRL's is refused by name.
 
     Raises:
         ValueError: a dataset row, column or setting makes no sense, or the model has a head or attention that can't
@@ -73,21 +76,27 @@ class DPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | Any,
         ref_model: str | PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: None = None,
         peft_config: Any | None = None,
+        **others: Any,
     ) -> None:
         messages.show()
-        args = DPOConfig() if args is None else args
+        others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
+        args, processing_class = compat.resolve(args, processing_class, others)
+        liger.prepare(args)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
+        policies.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
@@ -99,6 +108,8 @@ class DPOTrainer(Trainer):
         own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
         keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
         model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
+        for policy in filter(None, (model, ref_model)):
+            liger.apply(policy, args)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,

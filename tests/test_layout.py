@@ -26,7 +26,7 @@ FLOORS = [
     {"router"},
     {"model", "packing", "metrics", "report", "checks", "console"},
     {"config", "data", "reference", "sampler"},
-    {"loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
+    {"compat", "liger", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
     {"memory_model", "token_stats", "run"},
     {"plan", "scoring"},
     {"trainer"},
