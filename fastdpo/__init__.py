@@ -35,6 +35,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 def __getattr__(name: str) -> Any:
     # imported on first use: the op and the loss need torch alone, the trainer all of transformers
     if name not in _HOME:

@@ -32,6 +32,13 @@ from fastdpo.attention_paths import Paths, key_paths
 
 logger = logging.getLogger("fastdpo")
 
+_WORDS = {
+    "varlen": "torch's FlashAttention, on sequences of any length",
+    "flash": "the flash_attn package's FlashAttention, on sequences of any length",
+    "grid": "torch's scaled_dot_product_attention, on sequences of similar length together",
+    "plain grid": "matmuls and a softmax in float32, for it has soft-caps or attention sinks",
+}
+
 NAME = "fastdpo"
 
 METADATA = (
@@ -159,7 +166,8 @@ def attention(
     options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
     name, against = attention_backends.choose(tree_backends, query, value, **options)
     if not torch.compiler.is_compiling():
-        _say(type(module).__name__, name, against)
+        is_plain = softcap is not None or s_aux is not None
+        _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
     return attention_backends.attend(name, tree_paths, query, key, value, **options)[None], None
 
 
@@ -170,8 +178,11 @@ def _autocast_dtype(query: Tensor) -> torch.dtype:
 
 @lru_cache
 def _say(layer: str, name: str, against: str) -> None:
+    """Log how a layer attends, and what keeps it from a faster way; elsewhere than on CUDA there is none."""
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() if name == "varlen" else None
-    logger.info("attention of %s: %s%s%s", layer, name, f" by {active}" * bool(active), f" ({against})" * bool(against))
+    against = against.replace("not varlen:", "not torch's FlashAttention:").replace("not flash:", "not flash_attn's:")
+    words = _WORDS[name] + f" ({active})" * bool(active)
+    logger.info("attention of %s: %s%s", layer, words, f"; {against}" * bool(against))
 
 
 def _unpacked(

@@ -106,7 +106,8 @@ def _refused_by_layer(
         return None
     takes = (_VARLEN if name == "varlen" else _FLASH) or frozenset()
     if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"{query.dtype} is not of 16 bits"
+        dtype = str(query.dtype).removeprefix("torch.")
+        return f"it takes bfloat16 or float16 (bf16=True), not {dtype}"
     if D > 256 or D % 8 or value.shape[-1] != D:
         return f"heads of {D} and {value.shape[-1]} are not of one size, a multiple of 8 and at most 256"
     if sinks is not None:

@@ -46,7 +46,7 @@ def pick(key: str, candidates: tuple[str, ...]) -> str:
         return candidates[0]
     times = {name: _milliseconds(key, name) for name in candidates}
     winner = min(candidates, key=lambda name: times[name])
-    logger.info("head: %s is the fastest of %s for %s", winner, {k: f"{t:.2f} ms" for k, t in times.items()}, key)
+    logger.debug("head: %s is the fastest of %s for %s", winner, {k: f"{t:.2f} ms" for k, t in times.items()}, key)
     _write(key, winner)
     _events.pop(key, None)
     return winner

@@ -31,6 +31,7 @@ from fastdpo.attention_backends import Usable
 from fastdpo.impl.interface import WORKSPACE_BYTES
 from fastdpo.memory_parts import NAME, HeadMemory
 from fastdpo.model import find_head
+from fastdpo.reference.policies import peft_is_older
 
 TRACED_ROWS = (1024, 2048)
 ANY_BACKEND = Usable("auto", {})
@@ -150,7 +151,7 @@ def memory_model(
     if peft_config is not None:
         from peft import get_peft_model
 
-        with torch.device("meta"):
+        with torch.device("meta"), peft_is_older():
             model = get_peft_model(model, peft_config)
     model.train()
     if checkpointing:

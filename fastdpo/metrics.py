@@ -5,11 +5,14 @@ to what one batch gives. Beyond TRL's names:
 
 - `logps/chosen_below_ref`: share of chosen responses that have become less likely than under the reference
   (likelihood displacement, https://arxiv.org/abs/2410.08847).
-- `kl_per_token`: mean of log pi_ref - log pi over the completion tokens, chosen and rejected. An unbiased estimate of
-  KL(pi_ref || pi) where the reference wrote the responses. Where it did not, it is only their mean log-ratio, and may
-  be negative.
+- `kl_per_token`: mean of exp(r) - 1 - r over the completion tokens, chosen and rejected, where r is log pi - log pi_ref
+  of a token, and at most 20 in exp(r): k3 of http://joschu.net/blog/kl-approx.html. It is never negative, and 0 where
+  the policy is the reference. It is an unbiased estimate of KL(pi_ref || pi) where the reference wrote the responses.
+  Where it did not, it says how far the policy has moved on their tokens, most of all on those that became likelier. It
+  is left out where the dataset has the reference's log-probs as sums over responses only.
 - `rewards/length_correlation`: Pearson's, of a pair's reward margin and its difference of lengths, chosen - rejected.
 - `kl`: KTO's estimate of the divergence from the reference, mean over micro-batches.
+- `aux_loss`: the balancing loss of a mixture's router, before its coefficient, where the objective contains it.
 - `nll_loss`: the part of the loss that is a mean over chosen tokens.
 - `tokens_per_second`, `padding_saved`, `prompt_shared`: of full sequences, prompts counted for each; the shares of the
   padded batch and of the unpadded one that were not computed.
@@ -26,7 +29,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from datasets import IterableDataset
 from torch import Tensor
+from transformers import Trainer
 
 from fastdpo.eager import Stats
 from fastdpo.loss import LossOutput
@@ -56,6 +61,9 @@ class RunningSums:
         """Add a row that is known on the host."""
         old = self._on_host.get(name, [0.0] * len(numbers))
         self._on_host[name] = [a + b for a, b in zip(old, numbers, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._on_device) + len(self._on_host)
 
     def read(self, accelerator: Accelerator) -> dict[str, list[float]]:
         """The rows over all processes, which must have added the same names; starts afresh."""
@@ -125,6 +133,7 @@ def add_examples(
     *,
     keep: int | None = None,
     stats: Stats | None = None,
+    log_ratios: Tensor | None = None,
 ) -> None:
     """Count in a micro-batch, without a synchronisation.
 
@@ -136,6 +145,7 @@ def add_examples(
         out: the micro-batch's losses, rewards and log-probs.
         keep: how many of the examples count, from the first on; None: all.
         stats: statistics of the completion tokens, `[M]` each. None leaves them and the histograms out.
+        log_ratios: log pi - log pi_ref of the completion tokens, `[M]`. None leaves `kl_per_token` out.
     """
     B, lengths = len(out.chosen_rewards), batch["cu_target"].diff()
     kept = torch.arange(B, device=lengths.device) < (B if keep is None else keep)
@@ -171,7 +181,7 @@ def add_examples(
     sums.add_ratios(examples)
     if out.kl is not None:
         add_scalars(sums, {"kl": out.kl})
-    _add_responses(sums, batch, out, kept, stats)
+    _add_responses(sums, batch, kept, stats, log_ratios)
     if stats is not None:
         rewards = {"chosen": (out.chosen_rewards, chosen), "rejected": (out.rejected_rewards, rejected)}
         if "label" not in batch:
@@ -185,27 +195,35 @@ def add_examples(
 
 
 def _add_responses(
-    sums: RunningSums, batch: Mapping[str, Any], out: LossOutput, kept: Tensor, stats: Stats | None
+    sums: RunningSums, batch: Mapping[str, Any], kept: Tensor, stats: Stats | None, log_ratios: Tensor | None
 ) -> None:
     """Count in the means over completion tokens."""
     lengths = batch["cu_target"].diff()
     chosen, rejected = _responses(batch, kept, len(lengths))
     both = chosen + rejected
     responses = {}
-    if out.ref_sequence_logps is not None:
-        responses["kl_per_token"] = ((out.ref_sequence_logps - out.sequence_logps) * both, lengths * both)
+    if log_ratios is not None:
+        r = log_ratios.detach().to(kept.dtype)
+        kl = r.clamp(max=20).expm1() - r  # beyond, a single token would be all that the mean tells
+        responses["kl_per_token"] = (_sums(kl.clamp(min=0), batch["cu_target"]) * both, lengths * both)
     if stats is not None:
         tokens = torch.stack([stats.entropy.float(), stats.is_top1.float(), stats.mean_logits.float()], 1)
-        totals = torch.segment_reduce(tokens, "sum", offsets=batch["cu_target"], unsafe=True)
+        totals = _sums(tokens, batch["cu_target"])
         entropy, is_top1, mean_logits = totals.unbind(1)
         responses["entropy"] = (entropy * both, lengths * both)
         responses["mean_token_accuracy"] = (is_top1 * chosen, lengths * chosen)
         responses["logits/chosen"] = (mean_logits * chosen, lengths * chosen)
         responses["logits/rejected"] = (mean_logits * rejected, lengths * rejected)
-        density = stats.density  # each process chooses its own backward, so the name is added without one too
-        add_scalars(sums, {"head/density": kept.new_zeros(()) if density is None else density}, density is not None)
+        # each process and micro-batch chooses its own backward, so the name is added without a density too
+        density = torch.zeros_like(entropy) if stats.density is None else _sums(stats.density, batch["cu_target"])
+        responses["head/density"] = (density * both, lengths * both * (stats.density is not None))
     if responses:
         sums.add_ratios(responses)
+
+
+def _sums(tokens: Tensor, bounds: Tensor) -> Tensor:
+    """Sums over each response's tokens, `[M, ...]` to `[R, ...]`."""
+    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: its checks wait for the device
 
 
 def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:
@@ -254,6 +272,22 @@ def distinct_examples(accelerator: Accelerator, B: int) -> int:
         return B
     before = accelerator.process_index * B
     return int(min(max(state.remainder - before, 0), B))
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the step under way is the last one before a log, as far as that can be known.
+
+    The batches of the step have all been read by now, so an epoch's last step is known by them. A stream may end within
+    a step, which is then not made, so every step of a stream counts where epochs are logged.
+    """
+    args, state = trainer.args, trainer.state
+    step, is_stream = state.global_step + 1, isinstance(trainer.train_dataset, IterableDataset)
+    ends = trainer.accelerator.gradient_state.end_of_dataloader
+    if step == state.max_steps or (step == 1 and args.logging_first_step) or (ends and is_stream):
+        return True
+    if args.logging_strategy == "epoch":
+        return ends or is_stream
+    return bool(args.logging_strategy == "steps" and step % state.logging_steps == 0)
 
 
 def training_logs(
@@ -340,44 +374,3 @@ def _histogram(grid: Grid, counts: list[float], totals: list[float] | None = Non
     bins = range(filled[0], filled[-1] + 1)
     means = totals and [totals[i] / counts[i] if counts[i] else math.nan for i in bins]
     return Histogram([grid.edge(i) for i in (*bins, bins.stop)], [counts[i] for i in bins], means)
-
-
-class NonFiniteGuard:
-    """Stops training at the first loss or gradient norm that is not a number.
-
-    On the CPU it raises at once, before the backward or the optimizer step. On an accelerator the verdict is copied
-    to the host without waiting for it and read when it has arrived, one or two steps later; `check_now` waits.
-    """
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, torch.Event | None, Callable[[], str]]] = []
-
-    def watch(self, value: Tensor, what: Callable[[], str]) -> None:
-        """Check the scalar `value`, now or as soon as it has reached the host; `what()` names it in the error."""
-        finite = torch.isfinite(value.detach())
-        event = None
-        if finite.device.type != "cpu":
-            finite = finite.to("cpu", non_blocking=True)
-            event = torch.Event(value.device)
-            event.record()
-        self._pending.append((finite, event, what))
-        self._raise(wait=False)
-
-    def check_now(self) -> None:
-        """Wait for all pending verdicts: before anything is written to disk."""
-        self._raise(wait=True)
-
-    def _raise(self, *, wait: bool) -> None:
-        while self._pending:
-            finite, event, what = self._pending[0]
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():
-                    return
-            self._pending.pop(0)
-            if not finite:
-                raise FloatingPointError(
-                    f"{what()} is not finite. Training stopped; checkpoints on disk are unharmed. Usual causes: a "
-                    "learning rate too high, fp16 overflow (use bf16), or weights that were not finite to begin with."
-                )

@@ -99,10 +99,11 @@ def layout_of(model: Any) -> tuple[Layout, str]:
     if reason := _only_padded(model):
         return "padded", reason
     if _attention_dropout(model):
-        return "padded", "what is shared could have only one dropout mask of its attention weights"
+        return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches can"
     recurrent = _has_state(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "padded" if recurrent else "packed", "what is shared could have only one dropout mask"
+        reason = "it uses dropout (disable_dropout=False), and a token computed once has one mask only"
+        return "padded" if recurrent else "packed", reason
     if recurrent:
         return "tree", "its recurrent layers follow the batch's tree by tree-recurrence"
     return "shared", "its attention is causal, full or sliding, and goes through transformers' AttentionInterface"

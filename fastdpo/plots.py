@@ -53,8 +53,8 @@ def reference(log_history: LogHistory) -> Figure:
     unit = "share less likely than under the reference"
     if _draw(below, log_history, {"logps/chosen_below_ref": ""}, "Displaced chosen responses", unit):
         below.set_ylim(-0.03, 1.03)
-    if _draw(drift, log_history, {"kl_per_token": ""}, "Drift, log reference / policy", "nats per token"):
-        _reference_line(drift, 0, "0: none on average")
+    if _draw(drift, log_history, {"kl_per_token": ""}, "Drift, estimated KL from the reference", "nats per token"):
+        _reference_line(drift, 0, "0: none")
     return figure
 
 

@@ -13,6 +13,7 @@ Shapes: N examples.
 import heapq
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -179,6 +180,23 @@ def _as_lists(column: Any) -> list[Any]:
     bounds = column.offsets.to_numpy()
     values = _as_lists(column.values) if hasattr(column.values, "offsets") else column.values.to_numpy()
     return [values[a:b] for a, b in pairwise(bounds)]
+
+
+def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
+    """The loader, or with `tokens_per_batch` or `longest_first` in a run's settings one of the batches they ask for."""
+    if args.tokens_per_batch is None and not args.longest_first:
+        return loader
+    return rebatch(
+        loader,
+        layout=layout,
+        tokens_per_batch=args.tokens_per_batch,
+        batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epochs=math.ceil(args.num_train_epochs),
+        rank=args.process_index,
+        world_size=args.world_size,
+        longest_first=args.longest_first,
+    )
 
 
 def rebatch(

@@ -15,12 +15,13 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo import attention
@@ -52,10 +53,26 @@ class SelfCheck(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"layout {self.layout}: log-probs within {self.head_error:.1e} nats of the model's own forward and within "
-            f"{self.layout_error:.1e} between layouts (bound {self.bound:.1e}), {self.attention_layers} attention "
-            "layers checked"
+            f"on the first rows its log-probs are within {self.head_error:.1e} nats of the model's own forward, and "
+            f"within {self.layout_error:.1e} of padded batches (allowed: {self.bound:.1e})"
         )
+
+
+def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> Layout:
+    """`checked_layout` on the first examples of a trainer, the same on all processes.
+
+    Args:
+        trainer: its model is patched.
+        layout: the one hoped for.
+        ref_model: the reference, where it is not a copy of the policy.
+    """
+    args: Any = trainer.args
+    examples = list(islice(trainer.train_dataset, 2))
+    models = [trainer.model, *([] if ref_model is None else [ref_model.to(args.device)])]
+    with trainer.accelerator.autocast():
+        layouts = [checked_layout(models, examples, layout, fallback=args.self_check == "fallback")]
+    broadcast_object_list(layouts)  # or rounding might let processes differ
+    return layouts[0]
 
 
 def checked_layout(
@@ -64,7 +81,7 @@ def checked_layout(
     """Check patched models on a batch of `examples`, and return the layout that is exact on all: `layout` or "padded".
 
     Args:
-        models: each as in `self_check`.
+        models: the policy and, unless it is a copy of it, the reference; each as in `self_check`.
         examples: as in `fastdpo.shared_prefix_batch`.
         layout: the one hoped for.
         fallback: as in `self_check`.
@@ -72,12 +89,12 @@ def checked_layout(
     Raises:
         ValueError, FloatingPointError: as `self_check`.
     """
-    for model in models:
+    for which, model in zip(("model", "reference"), models, strict=False):
         device = next(model.parameters()).device
         batch = shared_prefix_batch(examples, layout=layout)
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         checked = self_check(model, batch, layout=layout, fallback=fallback)
-        logger.info("self-check of %s: %s", _class_name(model), checked)
+        logger.info("self-check of the %s: %s", which, checked)
         layout = checked.layout
     return layout
 
@@ -172,7 +189,13 @@ def self_check(
             return SelfCheck(layout, head_error, layout_error, bound, layers)
         if not fallback:
             raise ValueError(f"{name} is not exact in layout {layout!r}: {wrong}; use padded rows (layout='padded')")
-        logger.warning("%s: padded rows instead of layout %r: %s", name, layout, wrong)
+        logger.warning(
+            "%s: batches are padded, and a prompt is computed once for each of its responses, which is slower: without "
+            "padding (layout %r) %s",
+            name,
+            layout,
+            wrong,
+        )
         return SelfCheck("padded", head_error, layout_error, bound, 0, wrong)
 
 

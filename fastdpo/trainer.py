@@ -1,15 +1,12 @@
 """`DPOTrainer`: transformers' Trainer with packed pairs, the fused head and the DPO objective wired in."""
 
 import functools
-import itertools
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,24 +16,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import data, metrics, precomputed
+from fastdpo import checks, compat, console, data, liger, messages, metrics, precomputed
 from fastdpo.attention_backends import usable
-from fastdpo.config import DPOConfig
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import LossOutput, compute, step_mean, step_values
-from fastdpo.model import Layout, TokenScores, evaluating, patch_forward
+from fastdpo.model import TokenScores, evaluating, patch_forward
 from fastdpo.packing import shared_prefix_batch
 from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import policies
 from fastdpo.reference.checks import check_first_loss, first_loss_is_known
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.router import coefficient
-from fastdpo.sampler import rebatch
-from fastdpo.selfcheck import checked_layout
+from fastdpo.sampler import planned
+from fastdpo.selfcheck import agreed_layout
 from fastdpo.settings import from_config
 from fastdpo.step import StepTotals, step_context, step_totals
 
@@ -53,14 +50,17 @@ class DPOTrainer(Trainer):
             `args.model_init_kwargs` says otherwise).
         ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
             adapter, or with the adapter it came with; else a copy of the policy as passed.
-        args: settings; `DPOConfig()` where None.
+        args: settings; `DPOConfig()` where None. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
         train_dataset: preference rows, see `fastdpo.data`.
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; loaded from the model's path where None.
+        compute_metrics: not supported; it has its place in TRL's order of arguments.
         callbacks: as in `transformers.Trainer`.
         optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
+        quantization_config: not supported; see `model_init_kwargs`.
         peft_config: wraps `model` in a new adapter.
+        others: `tokenizer`, the old name of `processing_class`; any other old argument of TRL's is refused by name.
 
     Raises:
         ValueError: a dataset row, column or setting makes no sense, or the model has a head or attention that can't
@@ -76,20 +76,27 @@ class DPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel | Any,
         ref_model: str | PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: None = None,
         peft_config: Any | None = None,
+        **others: Any,
     ) -> None:
-        args = DPOConfig() if args is None else args
+        messages.show()
+        others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
+        args, processing_class = compat.resolve(args, processing_class, others)
+        liger.prepare(args)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
+        policies.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
@@ -101,6 +108,8 @@ class DPOTrainer(Trainer):
         own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
         keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
         model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
+        for policy in filter(None, (model, ref_model)):
+            liger.apply(policy, args)
         self._prepare_dataset = functools.partial(
             data.prepare_dataset,
             tokenizer=processing_class,
@@ -163,13 +172,14 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        console.replace_callback(self.callback_handler.callbacks)
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
         check_parallelism(self)
         if data_collator is None:
             if self.is_fsdp_enabled:
                 logger.warning("no self-check of the model: its weights are to be sharded")
             else:
-                self._layout = self._checked_layout(None if is_own_reference else ref_model)
+                self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
         self.ref_model = None
         precompute = args.precompute_ref_log_probs
@@ -189,40 +199,13 @@ class DPOTrainer(Trainer):
             use_weighting=args.use_weighting,
         )
         self._sums = metrics.RunningSums()
-        self._guard = metrics.NonFiniteGuard()
+        self._guard = checks.NonFiniteGuard()
         self._clock: float | None = None
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
 
-    def _checked_layout(self, ref_model: PreTrainedModel | None) -> Layout:
-        """The layout, or padded rows where it is not exact on the first examples; the same on all processes.
-
-        Args:
-            ref_model: the reference, where it is not a copy of the policy.
-        """
-        examples = list(itertools.islice(self.train_dataset, 2))
-        models = [self.model, *([] if ref_model is None else [ref_model.to(self.args.device)])]
-        with self.accelerator.autocast():
-            layout = [checked_layout(models, examples, self._layout, fallback=self.args.self_check == "fallback")]
-        broadcast_object_list(layout)  # or rounding might let processes differ
-        return layout[0]
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
-        loader: DataLoader[Any] = super().get_train_dataloader()
-        args = self.args
-        if args.tokens_per_batch is None and not args.longest_first:
-            return loader
-        return rebatch(
-            loader,
-            layout=self._layout,
-            tokens_per_batch=args.tokens_per_batch,
-            batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            epochs=math.ceil(args.num_train_epochs),
-            rank=args.process_index,
-            world_size=args.world_size,
-            longest_first=args.longest_first,
-        )
+        return planned(super().get_train_dataloader(), self.args, self._layout)
 
     # One step
 
@@ -238,7 +221,7 @@ class DPOTrainer(Trainer):
         if training and self._clock is None:
             self._clock = time.perf_counter()
         context = inputs.pop("step_context", None)
-        with_stats = not training or self._settings.needs_token_stats or self._is_logging_step()
+        with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
         # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
         with self.accelerator.autocast():
             scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
@@ -257,7 +240,9 @@ class DPOTrainer(Trainer):
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
         keep = None if training else metrics.distinct_examples(self.accelerator, len(out.losses))
-        metrics.add_examples(self._sums, inputs, out, keep=keep, stats=scores.stats)
+        reference = inputs.get("ref_token_logps") if ref_logps is None else ref_logps
+        log_ratios = None if reference is None else scores.logps - reference
+        metrics.add_examples(self._sums, inputs, out, keep=keep, stats=scores.stats, log_ratios=log_ratios)
         if scores.aux_loss is not None:
             metrics.add_scalars(self._sums, {"aux_loss": scores.aux_loss}, len(out.losses) if keep is None else keep)
         if training:
@@ -342,23 +327,9 @@ class DPOTrainer(Trainer):
 
     # Metrics
 
-    def _is_logging_step(self) -> bool:
-        """Whether the step is the last one before a log.
-
-        Of an epoch that is the step whose batches are its last ones, all read by now. A stream may end within a step,
-        which is then not made, so there every step counts.
-        """
-        step = self.state.global_step + 1
-        if step == 1 and self.args.logging_first_step:
-            return True
-        if self.args.logging_strategy == "epoch":
-            last = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
-            return bool(last or isinstance(self.train_dataset, IterableDataset))
-        return bool(self.args.logging_strategy == "steps" and step % self.state.logging_steps == 0)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log to the training step's."""
-        if "loss" in logs:
+        """Add the metrics since the last log to a training step's record, and to the one that ends the run."""
+        if "loss" in logs or ("train_loss" in logs and self._sums):
             now = time.perf_counter()
             numbers, histograms = metrics.training_logs(
                 self._sums,

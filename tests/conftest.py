@@ -15,6 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns t
 from collections.abc import Iterator
 
 import pytest
+import tqdm  # noqa: F401 - before a test's command line switches bars off, as it does where stderr is no terminal
 
 
 @pytest.fixture

@@ -228,7 +228,11 @@ def choice(backend="auto", device=CUDA, heads=4, D=16, D_value=None, dtype=BF16,
         ({"dtype": torch.float16}, "varlen", ""),
         ({"softcap": 30.0}, "flash", "not varlen: it does not know soft-caps"),
         ({"sinks": torch.zeros(4)}, "grid", "not flash: it does not know attention sinks"),
-        ({"dtype": torch.float32}, "grid", "not varlen: torch.float32 is not of 16 bits; not flash: torch.float32"),
+        (
+            {"dtype": torch.float32},
+            "grid",
+            "not varlen: it takes bfloat16 or float16 (bf16=True), not float32; not flash: it takes",
+        ),
         ({"D": 264}, "grid", "heads of 264 and 264 are not of one size, a multiple of 8 and at most 256"),
         ({"D": 12}, "grid", "heads of 12 and 12"),
         ({"D": 192, "D_value": 128}, "grid", "heads of 192 and 128"),
@@ -273,7 +277,10 @@ def test_auto_knows_what_the_installed_versions_can(installed, case, expected, a
         ({"backend": "varlen", "device": torch.device("cpu")}, "'varlen' cannot be used: it runs on CUDA, not on cpu"),
         ({"backend": "flash"}, "'flash' cannot be used: the flash_attn package is not installed"),
         ({"backend": "varlen", "softcap": 30.0}, "'varlen' cannot be used: it does not know soft-caps"),
-        ({"backend": "varlen", "dtype": torch.float32}, "'varlen' cannot be used: .*torch.float32 is not of 16 bits"),
+        (
+            {"backend": "varlen", "dtype": torch.float32},
+            "'varlen' cannot be used: it takes bfloat16 or float16 .*, not float32",
+        ),
     ],
     ids=["unknown", "cpu", "not-installed", "softcap", "float32"],
 )
@@ -306,14 +313,18 @@ def test_each_choice_is_logged_once(caplog, monkeypatch):
     qkv = make_qkv(batch)
     for _ in range(3):
         attend(qkv, batch)
-    (line,) = caplog.messages
-    assert line.startswith(
-        "attention of SimpleNamespace: grid (not varlen: it runs on CUDA, not on cpu; not flash: the"
-    )
+    ours = "attention of SimpleNamespace: torch's scaled_dot_product_attention, on sequences of similar length together"
+    assert caplog.messages == [ours]  # on a CPU nothing else could be had, so nothing is said of it
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3")
     force(monkeypatch, "varlen")
     attend(qkv, batch)
-    assert caplog.messages[1:] == ["attention of SimpleNamespace: varlen by FA3"]
+    assert caplog.messages[1:] == [
+        "attention of SimpleNamespace: torch's FlashAttention, on sequences of any length (FA3)"
+    ]
+    attention._say("Layer", "grid", "not varlen: it takes no float32; not flash: it is not installed")
+    assert caplog.messages[2].endswith(
+        "; not torch's FlashAttention: it takes no float32; not flash_attn's: it is not installed"
+    )
 
 
 # What is gathered

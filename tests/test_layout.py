@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import modules on lower floors only; a name covers all modules of its folder.
 FLOORS = [
+    {"fields", "messages"},
+    {"config_file"},
+    {"failures", "dataset_files", "flags"},
     {"kernels", "eager"},
     {"impl"},
     {"choice", "vocab_parallel", "attention_paths"},
@@ -21,13 +24,14 @@ FLOORS = [
     {"loss"},
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"router"},
-    {"model", "packing", "metrics", "report"},
+    {"model", "packing", "metrics", "report", "checks", "console"},
     {"config", "data", "reference", "sampler"},
-    {"loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
-    {"memory_model", "token_stats"},
+    {"compat", "liger", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
+    {"memory_model", "token_stats", "run"},
     {"plan", "scoring"},
     {"trainer"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "__init__"},
+    {"__main__"},
 ]
 
 
@@ -103,6 +107,12 @@ def test_the_op_and_the_loss_need_neither_transformers_nor_triton() -> None:
     code = "import sys, fastdpo; fastdpo.linear_logprobs, fastdpo.dpo_loss, fastdpo.shared_prefix_batch; "
     code += "assert not {'transformers', 'triton', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_dir_shows_the_public_names() -> None:
+    import fastdpo
+
+    assert [name for name in dir(fastdpo) if not name.startswith("__")] == sorted(fastdpo.__all__)
 
 
 def test_everything_public_is_documented() -> None:

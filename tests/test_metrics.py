@@ -1,4 +1,4 @@
-"""fastdpo.metrics: sums on the device, what is made of them, and the stop at what is not finite."""
+"""fastdpo.metrics: sums on the device, and what is made of them."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo import metrics
 from fastdpo.eager import Stats
 from fastdpo.loss import LossOutput
-from fastdpo.metrics import NonFiniteGuard, RunningSums
+from fastdpo.metrics import RunningSums
 from fastdpo.packing import shared_prefix_batch
 from tests.tiny import make_pairs
 
@@ -58,6 +58,7 @@ def make_examples(kind: str, n: int, seed: int = 0) -> list[Example]:
             "entropy": rng.gamma(2, 1, length),
             "top1": rng.random(length) < 0.5,
             "logits": rng.normal(size=length),
+            "log_ratio": rng.normal(0, 2, length),
         }
 
     sizes = {"preference": lambda i: 2, "ranked": lambda i: 2 + i % 3, "unpaired": lambda i: 1}
@@ -73,12 +74,15 @@ def make_examples(kind: str, n: int, seed: int = 0) -> list[Example]:
 
 
 def batch_of(kind: str, examples: list[Example], *, ref: bool = True) -> tuple[dict[str, Any], LossOutput, Stats]:
-    """What packing and loss would hand over, slot-major."""
+    """What packing and loss would hand over, slot-major; `log_ratios` of the tokens stand beside the batch's fields."""
     K = max(len(example.responses) for example in examples)
     order = [(i, k) for k in range(K) for i, example in enumerate(examples) if k < len(example.responses)]
     responses = [examples[i].responses[k] for i, k in order]
     if kind == "unpaired":  # responses for the KL term come last, and are nobody's
-        responses += [{**response, "logp": -1e4, "entropy": response["entropy"] + 1e4} for response in responses]
+        responses += [
+            {**each, "logp": -1e4, "entropy": each["entropy"] + 1e4, "log_ratio": each["log_ratio"] + 10}
+            for each in responses
+        ]
     lengths = [response["length"] for response in responses]
     batch: dict[str, Any] = {"cu_target": torch.tensor([0, *np.cumsum(lengths)])}
     if kind == "ranked":
@@ -97,6 +101,7 @@ def batch_of(kind: str, examples: list[Example], *, ref: bool = True) -> tuple[d
     losses = torch.tensor([example.loss for example in examples])
     out = LossOutput(losses, None, rewards[:, 0], rewards[:, 1], logps, ref_logps if ref else None)
     entropy = tokens("entropy").float()
+    batch["log_ratios"] = tokens("log_ratio").float()
     return batch, out, Stats(entropy, torch.zeros_like(entropy), tokens("logits").float(), tokens("top1"))
 
 
@@ -104,7 +109,7 @@ def counted(kind: str, batches: list[list[Example]], **options: Any) -> dict[str
     sums = RunningSums()
     for examples in batches:
         batch, out, stats = batch_of(kind, examples)
-        metrics.add_examples(sums, batch, out, stats=stats, **options)
+        metrics.add_examples(sums, batch, out, stats=stats, log_ratios=batch["log_ratios"], **options)
     return metrics.results(sums.read(Ranks()))[0]  # type: ignore[arg-type]
 
 
@@ -129,7 +134,7 @@ def truth(kind: str, examples: list[Example]) -> dict[str, float]:
         "logps/chosen": mean(chosen, "logp"),
         "logps/rejected": float(np.mean([mean(each, "logp") for each in rejected])),
         "logps/chosen_below_ref": float(np.mean([response["logp"] < response["ref"] for response in chosen])),
-        "kl_per_token": sum(r["ref"] - r["logp"] for r in chosen + flat) / sum(r["length"] for r in chosen + flat),
+        "kl_per_token": float(np.mean([math.exp(x) - 1 - x for r in chosen + flat for x in r["log_ratio"]])),
         "entropy": over_tokens(chosen + flat, "entropy"),
         "mean_token_accuracy": over_tokens(chosen, "top1"),
         "logits/chosen": over_tokens(chosen, "logits"),
@@ -177,7 +182,7 @@ def test_two_processes_read_what_one_does_with_one_collective_and_one_synchronis
         for example in part:  # a micro-batch each
             batch, out, stats = batch_of(kind, [example])
             before = len(syncs)
-            metrics.add_examples(sums, batch, out, stats=stats)
+            metrics.add_examples(sums, batch, out, stats=stats, log_ratios=batch["log_ratios"])
             metrics.add_scalars(sums, {"aux_loss": torch.tensor(0.5)})
             assert len(syncs) == before
         accelerator.sent = accelerators[0].sent if accelerator.process_index else 0.0
@@ -199,6 +204,7 @@ def test_adding_asks_the_device_nothing(kind: str) -> None:
         LossOutput(*(None if x is None else x.to("meta") for x in out)),  # type: ignore[arg-type]
         keep=2,
         stats=Stats(*(None if x is None else x.to("meta") for x in stats)),  # type: ignore[arg-type]
+        log_ratios=batch["log_ratios"].to("meta"),
     )
 
 
@@ -216,6 +222,35 @@ def test_without_reference_or_statistics_what_they_would_tell_is_left_out() -> N
     per_pair = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
     assert set(numbers) == {"loss", "logps/chosen", "logps/rejected", "rewards/length_correlation"} | per_pair
     assert not histograms
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.5])
+def test_the_estimate_of_the_kl_is_unbiased_on_tokens_of_the_reference(kl: float) -> None:
+    """On every token of a vocabulary once, each weighing its probability under the reference."""
+    rng = np.random.default_rng(0)
+    ref = rng.dirichlet(np.ones(50))
+    policy = ref if kl == 0 else rng.dirichlet(np.ones(50))
+    counts = np.round(ref * 20000).astype(int)
+    ref = counts / counts.sum()  # so that the counts are exact
+    policy = np.where(ref > 0, policy, 0) / policy[ref > 0].sum()
+    log_ratio = np.log(np.where(ref > 0, policy, 1)) - np.log(np.where(ref > 0, ref, 1))
+    tokens = np.repeat(log_ratio, counts)
+    example = make_examples("preference", 1)[0]
+    zeros = {name: np.zeros(len(tokens)) for name in ("entropy", "top1", "logits")}
+    response = {**example.responses[0], **zeros, "length": len(tokens), "log_ratio": tokens}
+    measured = counted("preference", [[example._replace(responses=[response, response])]])["kl_per_token"]
+    exact = float((ref[ref > 0] * -log_ratio[ref > 0]).sum())
+    assert measured == pytest.approx(exact, rel=1e-5, abs=1e-9)
+    assert exact == pytest.approx(kl, abs=0.6)
+
+
+def test_the_estimate_of_the_kl_is_never_negative_and_always_finite() -> None:
+    example = make_examples("preference", 1)[0]
+    for ratio in (0.0, 1e-4, -1e-4, 3e-8, -700.0, 90.0, 1e4):
+        response = {**example.responses[0], "log_ratio": np.full(example.responses[0]["length"], ratio)}
+        measured = counted("preference", [[example._replace(responses=[response, response])]])["kl_per_token"]
+        assert 0 <= measured < math.inf
+        assert measured == pytest.approx(math.exp(min(ratio, 20)) - 1 - ratio, rel=1e-3, abs=1e-12)
 
 
 def test_a_side_without_examples_is_left_out() -> None:
@@ -279,14 +314,33 @@ def test_the_estimate_of_the_divergence_is_its_mean_over_micro_batches() -> None
     assert metrics.results(sums.read(Ranks()))[0]["kl"] == 1.0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_is_the_mean_over_the_tokens_of_sparse_micro_batches(kind: str) -> None:
+    """Neither repeated examples count nor, where examples are unpaired, the responses of the KL term."""
+    sums, tokens = RunningSums(), []
+    for seed, is_sparse in ((1, True), (2, False), (3, True)):
+        examples = make_examples(kind, 4, seed)
+        batch, out, stats = batch_of(kind, examples)
+        density = torch.full_like(stats.entropy, math.inf)
+        for r, k in enumerate(_slots(kind, examples)):
+            rows = slice(batch["cu_target"][r], batch["cu_target"][r + 1])
+            density[rows] = torch.rand(density[rows].shape)
+            if is_sparse and k < 3:  # the example's number
+                tokens += density[rows].tolist()
+        density.nan_to_num_(posinf=1e6)
+        metrics.add_examples(sums, batch, out, stats=stats._replace(density=density if is_sparse else None), keep=3)
+    numbers = metrics.results(sums.read(Ranks()))[0]  # type: ignore[arg-type]
+    assert numbers["head/density"] == pytest.approx(np.mean(tokens), rel=1e-6)
+
+
+def _slots(kind: str, examples: list[Example]) -> list[int]:
+    """The example of each response, in the order of `batch_of`; the KL responses are left out."""
+    K = max(len(example.responses) for example in examples)
+    return [i for k in range(K) for i, example in enumerate(examples) if k < len(example.responses)]
+
+
 def test_density_is_left_out_where_no_process_skipped_anything() -> None:
-    examples = make_examples("preference", 2)
-    sums = RunningSums()
-    for density in (None, torch.tensor(0.25), torch.tensor(0.75)):
-        batch, out, stats = batch_of("preference", examples)
-        metrics.add_examples(sums, batch, out, stats=stats._replace(density=density))
-    assert metrics.results(sums.read(Ranks()))[0]["head/density"] == 0.5  # type: ignore[arg-type]
-    assert "head/density" not in counted("preference", [examples])
+    assert "head/density" not in counted("preference", [make_examples("preference", 2)])
 
 
 # Histograms
@@ -312,7 +366,7 @@ def test_histograms_count_every_kept_example_in_its_bin() -> None:
 
 def test_profile_tells_the_mean_margin_by_difference_of_lengths() -> None:
     example = make_examples("preference", 1)[0]
-    zeros = {n: {name: np.zeros(n) for name in ("entropy", "top1", "logits")} for n in (1, 40)}
+    zeros = {n: {name: np.zeros(n) for name in ("entropy", "top1", "logits", "log_ratio")} for n in (1, 40)}
     short, long = ({**example.responses[0], "length": n, **zeros[n]} for n in (1, 40))
     examples = [Example([long, short], 0.0, (reward, 0.0)) for reward in (1.0, 2.0)]
     examples += [Example([short, long], 0.0, (-4.0, 0.0))]
@@ -431,7 +485,7 @@ def test_on_a_gpu_adding_and_reading_wait_once(kind: str, accelerator: Accelerat
     sums = RunningSums()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        metrics.add_examples(sums, moved, result, stats=stats)
+        metrics.add_examples(sums, moved, result, stats=stats, log_ratios=moved["log_ratios"])
         metrics.add_tokens(sums, tokens)
         torch.cuda.set_sync_debug_mode("warn")
         with pytest.warns(UserWarning, match="called a synchronizing CUDA operation") as warned:
@@ -439,25 +493,3 @@ def test_on_a_gpu_adding_and_reading_wait_once(kind: str, accelerator: Accelerat
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(warned) == 1
-
-
-# The stop at what is not finite
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_what_is_not_finite_stops(value: float, device: torch.device) -> None:
-    guard = NonFiniteGuard()
-    guard.watch(torch.tensor(1.0, device=device), lambda: "the first loss")
-
-    def watch_second() -> None:
-        guard.watch(torch.tensor(value, device=device), lambda: "the second loss")
-        guard.check_now()  # on a GPU the verdict may still be on its way
-
-    with pytest.raises(FloatingPointError, match="the second loss is not finite"):
-        watch_second()
-
-
-def test_an_error_is_worded_only_when_needed(device: torch.device) -> None:
-    guard = NonFiniteGuard()
-    guard.watch(torch.tensor(0.0, device=device), lambda: pytest.fail("worded for nothing"))
-    guard.check_now()

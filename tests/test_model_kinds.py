@@ -98,8 +98,8 @@ PADDED = [
     pytest.param(lambda: make_model("llama", **rope("longrope")), "longrope RoPE depends on the", id="longrope"),
     pytest.param(make_bloom, "its attention does not go through", id="own-attention"),
     pytest.param(make_recurrent, "its layers carry a state", id="recurrent"),
-    pytest.param(lambda: make_model("llama", attention_dropout=0.1), "mask of its attention", id="dropout"),
-    pytest.param(lambda: make_model("gpt2", attn_pdrop=0.1), "mask of its attention", id="dropout-module"),
+    pytest.param(lambda: make_model("llama", attention_dropout=0.1), "it drops out attention weights", id="dropout"),
+    pytest.param(lambda: make_model("gpt2", attn_pdrop=0.1), "it drops out attention weights", id="dropout-module"),
 ]
 
 
@@ -229,7 +229,10 @@ def test_dynamic_rope_beyond_its_limit_is_refused():
 
 def test_dropout_of_hidden_states_packs_without_sharing():
     model = make_model("gpt2", resid_pdrop=0.1)
-    assert layout_of(model) == ("packed", "what is shared could have only one dropout mask")
+    assert layout_of(model) == (
+        "packed",
+        "it uses dropout (disable_dropout=False), and a token computed once has one mask only",
+    )
 
 
 def test_dropout_beside_the_attention_weights_packs():

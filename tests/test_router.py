@@ -178,7 +178,7 @@ def train(out: Path, model: Any = None, **settings: Any) -> Any:
     model = moe("mixtral") if model is None else model
     trainer = fastdpo.DPOTrainer(
         model=model,
-        args=fastdpo.DPOConfig(**common, **{k: v for k, v in settings.items() if k != "peft_config"}),
+        args=fastdpo.DPOConfig(**(common | {k: v for k, v in settings.items() if k != "peft_config"})),
         train_dataset=data,
         eval_dataset=data,
         processing_class=NoTokenizer(),
@@ -218,6 +218,16 @@ def test_micro_batches_weigh_by_their_examples(tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         moved = without.get_parameter(name) - p
         torch.testing.assert_close(moved, 0.1 * COEF * gradients.get(name, torch.zeros_like(p)), rtol=1e-3, atol=3e-6)
+
+
+def test_every_record_has_it(tmp_path: Path) -> None:
+    """Also a run's last one, by the coefficient of the model's own config."""
+    settings = {"max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    model = moe("qwen3-moe", router_aux_loss_coef=0.01)
+    history = train(tmp_path, model, router_aux_loss_coef=None, **settings).state.log_history
+    assert [entry["step"] for entry in history if "aux_loss" in entry] == [2, 3]
+    assert [entry["step"] for entry in history if "eval_aux_loss" in entry] == [2, 3]
+    assert len(history) == 4
 
 
 def test_evaluation_adds_it_too(tmp_path: Path) -> None:

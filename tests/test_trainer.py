@@ -273,16 +273,17 @@ def test_trained_weights_outside_the_adapter_need_a_reference(make: Callable[...
     ("settings", "expected"),
     [
         ({"logging_steps": 2}, [2, 4, 6]),
-        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
-        ({"logging_strategy": "no"}, []),
-        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4, 6]),
+        ({"logging_steps": 100}, [6]),
+        ({"logging_strategy": "no"}, [6]),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1, 6]),
         ({"logging_strategy": "epoch"}, [4, 6]),
         ({"logging_strategy": "epoch", "tokens_per_batch": 10_000}, [1, 2, 3, 4, 5, 6]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
-def test_token_metrics_are_computed_on_logging_steps_alone(
+def test_token_metrics_are_computed_before_a_record_alone(
     make: Callable[..., Any], settings: dict[str, Any], expected: list[int], stream: bool
 ) -> None:
     if stream and "tokens_per_batch" in settings:
@@ -301,9 +302,12 @@ def test_token_metrics_are_computed_on_logging_steps_alone(
     trainer.train()
     by_epoch = stream and settings.get("logging_strategy") == "epoch"
     assert sorted(seen) == ([1, 2, 3, 4, 5, 6] if by_epoch else expected)
-    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == ([3, 6] if by_epoch else expected)
-    assert all(entry.keys() >= TOKEN_METRICS for entry in trainer.state.log_history if "loss" in entry)
+    logged = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert [entry["step"] for entry in logged] == ([3, 6] if by_epoch else expected)
+    assert all(entry.keys() >= TOKEN_METRICS for entry in logged)
+    last = trainer.state.log_history[-1]
+    assert ("train_loss" in last, "loss" in last) == (True, False)
+    assert ("entropy" in last) == (6 not in [entry["step"] for entry in logged if "loss" in entry])
 
 
 def test_the_first_process_tokenises_first(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +533,37 @@ def test_metrics_reach_tensorboard_under_trl_names(make: Callable[..., Any], tmp
     logged = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
     for name in (b"train/rewards/accuracies", b"train/logps/chosen", b"eval/rewards/margins", b"train/grad_norm"):
         assert name in logged
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (torch.float32, {"bf16": True}),
+        (torch.float32, {"head_backward": "sparse"}),
+        (torch.bfloat16, {"loss_type": "kto"}),
+    ],
+    ids=["bfloat16", "float16", "mixed", "sparse", "kto"],
+)
+def test_a_sparse_backward_of_the_head_is_logged(
+    make: Callable[..., Any], dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """One of a head that is almost sure of its tokens, so that skipping pays."""
+    model = tiny_llama(vocab_size=2048, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    data = rows(8)
+    if settings.get("loss_type") == "kto":
+        data = data.rename_column("chosen_ids", "completion_ids").remove_columns("rejected_ids")
+        data = data.add_column("label", [bool(i % 3) for i in range(8)])
+    trainer = make(model.to(dtype), data=data, max_steps=2, learning_rate=1e-5, eval_dataset=data, **settings)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 < entry["head/density"] < 0.4 for entry in logged)
+    assert all("head/density" not in entry for entry in trainer.state.log_history if "eval_loss" in entry)
 
 
 def test_the_state_on_disk_is_json(make: Callable[..., Any], tmp_path: Path) -> None:

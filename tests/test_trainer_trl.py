@@ -74,6 +74,44 @@ def test_same_numbers_as_trl(accumulate: int, steps: int, tmp_path: Path) -> Non
     assert (final["trl"] - final["fastdpo"]).norm() < 1e-2 * moved
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("logging_steps", [2, 100], ids=["after-a-log", "shorter-than-logging_steps"])
+def test_the_last_record_is_as_trls(logging_steps: int, tmp_path: Path) -> None:
+    """It has what was measured since the last log, under the same names."""
+    texts = Dataset.from_list(
+        [{"prompt": f"{i} is", "chosen": " so" * (i % 3 + 1), "rejected": " no"} for i in range(12)]
+    )
+    last = {}
+    for name, library in (("trl", trl), ("fastdpo", fastdpo)):
+        reference = tiny_llama(num_hidden_layers=1)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.05)
+        trainer = library.DPOTrainer(
+            model=tiny_llama(num_hidden_layers=1),
+            ref_model=reference,
+            args=library.DPOConfig(
+                output_dir=str(tmp_path / name),
+                **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0},
+                **{"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": logging_steps, "beta": 0.3},
+                **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False},
+                **{"bf16": False, "use_cpu": True, "seed": 3},
+            ),
+            train_dataset=texts,
+            processing_class=byte_tokenizer(),
+        )
+        returned = trainer.train().metrics
+        last[name] = trainer.state.log_history[-1]
+        assert returned.items() <= last[name].items()
+        assert "rewards/margins" in returned
+    assert last["trl"]["rewards/margins"] != 0
+    assert set(last["trl"]) <= set(last["fastdpo"])
+    timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+    # TRL's are over all three steps there, ours over the last one
+    apart = TOKEN_METRICS if logging_steps > 3 else set()
+    for metric in set(last["trl"]) - timed - apart:
+        assert last["fastdpo"][metric] == pytest.approx(last["trl"][metric], rel=1e-3, abs=2e-5), metric
+
+
 OBJECTIVES: list[dict[str, Any]] = [
     *({"loss_type": name} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero")),
     *({"loss_type": name} for name in ("aot", "aot_unpaired", "apo_down", "discopop", "sft", "sigmoid_norm")),

@@ -105,8 +105,9 @@ def _adapters(base: Any) -> tuple[set[str], dict[str, str], dict[str, float]]:
     for path, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             active = [] if module.disable_adapters or module.merged else list(module.active_adapters)
-            renamed[f"{path}.base_layer."] = f"{path}."
-            for part in module.adapter_layer_names:
+            # trained tokens are a layer inside of PEFT's wrapper of the embeddings
+            renamed[f"{path}.base_layer."] = path.removesuffix(".token_adapter") + "."
+            for part in (*module.adapter_layer_names, *module.other_param_names):
                 for adapter in _names(getattr(module, part, None)):
                     prefix = f"{path}.{part}.{adapter}"
                     if adapter in active:
@@ -133,4 +134,4 @@ def _adapters(base: Any) -> tuple[set[str], dict[str, str], dict[str, float]]:
 
 
 def _names(container: Any) -> list[str]:
-    return [] if container is None else list(container.keys())
+    return list(container.keys()) if hasattr(container, "keys") else []

@@ -244,7 +244,7 @@ def _fill(
     unsaved: dict[bytes, Logps] = {}
     waiting = 0
     description = f"Reference log-probs of {name} dataset"
-    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=disable_tqdm) as bar:
+    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=disable_tqdm or None) as bar:
         for batch in batches:
             scored = score_batch(model, batch, name, **options)
             unsaved |= scored
