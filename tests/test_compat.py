@@ -45,7 +45,14 @@ def test_every_field_of_trl_keeps_its_value(tmp_path: Path) -> None:
     assert config.max_length is None
     assert not config.logging_nan_inf_filter
     assert config.accelerator_config.dispatch_batches is False
-    assert args.accelerator_config.dispatch_batches is None  # the object that was passed stays as it was
+
+
+def test_the_object_that_was_passed_stays_as_it_was(tmp_path: Path) -> None:
+    args = trl.DPOConfig(str(tmp_path), accelerator_config={"even_batches": False}, **SETTINGS)
+    config = read(args)
+    assert config.accelerator_config.even_batches is False
+    assert config.accelerator_config.dispatch_batches is False
+    assert args.accelerator_config.dispatch_batches is None
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -161,8 +161,12 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
             model = get_peft_model(model, config)
     except (AttributeError, KeyError, TypeError) as error:  # what PEFT raises for settings that don't fit the model
         raise ValueError(f"PEFT cannot add {type(config).__name__} to {type(model).__name__}: {error}") from error
-    if keeps_reference and not is_plain and not (base is not None and _starts_at(model, base)):
-        keep_ref_adapter(model)
+    if keeps_reference and not is_plain:
+        starts_at_base = [base is not None and _starts_at(model, base)]
+        if torch.distributed.is_initialized():  # where weights are sharded, only the first process has them all
+            torch.distributed.broadcast_object_list(starts_at_base)
+        if not starts_at_base[0]:
+            keep_ref_adapter(model)
     return model
 
 
