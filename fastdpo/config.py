@@ -313,7 +313,15 @@ class RunConfig:
     lora_target_modules: list[str] | None = None
     """Modules that get an adapter; None: PEFT's choice for the model."""
 
+    report_samples: int = 4
+    """Held-out prompts that the report shows the model's answers to, before and after training. 0: none."""
+
+    given: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What the user set, of all fields, in the file or behind it; for the report. `read_config` fills it in."""
+
     def __post_init__(self) -> None:
+        if self.report_samples < 0:
+            raise ValueError(f"report_samples must be at least 0 (0: no samples), got {self.report_samples}")
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError(
                 "give either model_name_or_path (trained weights) or config_name (random weights), "
@@ -342,7 +350,9 @@ def read_config(path: str | Path, overrides: Mapping[str, Any]) -> tuple[RunConf
         chosen[known[key]][key] = _typed(key, value, hints[key])
     if "dataset_name" not in values:
         raise ValueError(f"{path} must set dataset_name")
-    return RunConfig(**chosen[RunConfig]), DPOConfig(**chosen[DPOConfig])
+    run = RunConfig(**chosen[RunConfig])
+    run.given = chosen[RunConfig] | chosen[DPOConfig]
+    return run, DPOConfig(**chosen[DPOConfig])
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import modules on lower floors only; a name covers all modules of its folder.
 FLOORS = [
-    {"kernels", "eager"},
+    {"kernels", "eager", "facts"},
     {"impl"},
     {"choice", "vocab_parallel", "attention_paths"},
     {"op", "attention_backends"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"router"},
     {"model", "packing", "metrics", "report"},
-    {"config", "data", "reference", "sampler"},
+    {"config", "data", "reference", "sampler", "samples"},
     {"loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
     {"memory_model", "token_stats"},
     {"plan", "scoring"},
