@@ -1,16 +1,33 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. What takes seconds to import is imported after all settings are checked."""
 
-import argparse
 import logging
 import os
+import shlex
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
+import fastdpo
+from fastdpo.config_file import UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.failures import one_line, signals_raise, stopped_by
+from fastdpo.fields import Setting
+from fastdpo.flags import overrides_of, settings_help, without_debug, without_flag
 
 logger = logging.getLogger("fastdpo")
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    an expected failure, said in one line; or a bug of fastdpo, shown with its traceback
+  2    a command or setting that does not exist, or one without its value
+  130  stopped by Ctrl-C
+  143  stopped by SIGTERM"""
+OUTPUT_DIR = "trainer_output"
+"""Of transformers, where none is set."""
 
 # what the final table shows of the held-out split: metric, label, format
 HELD_OUT = (
@@ -27,49 +44,118 @@ THROUGHPUT = (
 )
 
 
+class _Formatter(logging.Formatter):
+    """Shows an exception that was logged by its message, unless `debug` asks for its traceback."""
+
+    def __init__(self, *, debug: bool) -> None:
+        super().__init__("%(name)s: %(message)s")
+        self.debug = debug
+
+    def formatException(self, ei: Any) -> str:
+        if self.debug:
+            return super().formatException(ei)
+        return f"{type(ei[1]).__name__}: {ei[1]}"
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `fastdpo` command."""
-    parser = argparse.ArgumentParser(prog="fastdpo", description="Direct Preference Optimization without the logits.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function in (train, precompute, score, plan):
-        summary = (function.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(
-            function.__name__,
-            help=summary,
-            description=summary,
-            allow_abbrev=False,
-            usage=f"fastdpo {function.__name__} CONFIG.yaml [--any-field value ...]",
-            epilog="Fields are those of fastdpo.DPOConfig (with all of transformers.TrainingArguments) and RunConfig.",
-        )
-        command.add_argument("config", type=Path, help="YAML file of settings")
-        if function is plan:
-            command.add_argument("--gpu_memory", type=float, help="GiB of the GPU to plan for; default: this machine's")
-            command.add_argument("--processes", type=int, default=1, help="GPUs to plan for")
-        command.set_defaults(function=function)
-    args, rest = parser.parse_known_args(argv)
-    options = {name: value for name, value in vars(args).items() if name in ("gpu_memory", "processes")}
+    """Entry point of the `fastdpo` command.
+
+    Raises:
+        SystemExit: with the codes of `EXIT_CODES`, unless all is done.
+    """
+    words, debug = without_debug(sys.argv[1:] if argv is None else list(argv))
+    started = time.time()
     # OpenMP threads that wait for work spin, unless told not to before torch loads: beside other processes a run on
     # the CPU took five times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logger.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(debug=debug))
+    logging.basicConfig(handlers=[handler])
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    with signals_raise() as came:
+        try:
+            _run(words)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and not came:
+                came.append(signal.SIGINT)
+            message = _stopped(words, started) if came else one_line(error)
+            _close_bars()
+            if debug or message is None:
+                traceback.print_exception(error)
+            if message is None:
+                message = f"this {type(error).__name__} was not expected; please report it with the lines above"
+            if not came or os.environ.get("RANK", "0") == "0":
+                print(f"fastdpo: {message}", file=sys.stderr, flush=True)  # noqa: T201
+            if came:
+                sys.exit(128 + came[0])
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _run(words: list[str]) -> None:
+    command, *rest = words or ["--help"]
+    if command in ("-h", "--help"):
+        _show(_help())
+    elif command == "--version":
+        print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
+    elif command not in COMMANDS:
+        raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS) or '; see fastdpo --help'}")
+    elif "-h" in rest or "--help" in rest:
+        _show(settings_help(command, _summary(command), OPTIONS.get(command, {}), EXIT_CODES))
+    elif not rest or rest[0].startswith("-"):
+        raise UsageError(f"the config file stands first: fastdpo {command} CONFIG.yaml --any_setting value")
+    else:
+        COMMANDS[command](Path(rest[0]), overrides_of(rest[1:], OPTIONS.get(command, {})))
+
+
+def _close_bars() -> None:
+    """Or progress bars would draw themselves once more below the last line, when the process ends."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
+def _show(text: str) -> None:
     try:
-        args.function(args.config, _overrides(rest), **options)
-    except (ValueError, OSError) as error:  # the message says what to mend; -X dev shows where it was raised
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"fastdpo: {error}")
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader of `fastdpo train --help | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stopped(words: list[str], started: float) -> str:
+    """What a signal left of a command, and the command that goes on."""
+    stopped = stopped_by()
+    command, config, *_ = [*words, "", ""]
+    if command == "precompute":
+        return f"{stopped}; what was scored so far is kept, and the same command goes on from there"
+    try:
+        chosen = read_settings(config, overrides_of(words[2:], {})) if command == "train" else None
+    except (ValueError, OSError):
+        chosen = None
+    if chosen is None:
+        return f"{stopped}; nothing was saved"
+    newest = newest_checkpoint(Path(chosen.get("output_dir") or OUTPUT_DIR))
+    if newest is not None and (newest / "trainer_state.json").stat().st_mtime >= started:
+        go_on = shlex.join(
+            ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]
+        )
+        return f"{stopped}; saved: {newest}; go on with: {go_on}"
+    if resumed := chosen.get("resume_from_checkpoint"):
+        return f"{stopped}; nothing was saved since {resumed}, from which the same command goes on"
+    why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "the run came to no save_steps"
+    return f"{stopped}; nothing was saved, because {why}; the same command starts again"
 
 
 def train(config: Path, overrides: dict[str, Any]) -> None:
     """Train a model on preferences; evaluate before and after, save it, write `report.html`."""
-    from fastdpo.config import read_config
-
-    run, args = read_config(config, overrides)  # before the slow imports: mistakes show at once
+    chosen = read_settings(config, overrides)  # before the slow imports: mistakes show at once
 
     from fastdpo import samples
+    from fastdpo.run import make_configs
 
     started = time.time()
+    run, args = make_configs(chosen)
     trainer = _trainer(run, args)
     shown = samples.before_training(trainer, run.report_samples)
     failure = None
@@ -84,11 +170,13 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
         trainer.save_state()
         shown = samples.after_training(trainer, shown)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        failure = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+        failure = stopped_by() or f"{type(error).__name__}: {error}"
+        if stopped_by():
+            logger.info("%s; writing the report (once more ends at once)", failure)
         raise
     finally:
-        page = _report(trainer, run, failure, started, shown) if trainer.is_world_process_zero() else None
+        main = trainer.is_world_process_zero()
+        page = _report(trainer, run, chosen, failure, started, shown) if main else None
     if trainer.is_world_process_zero():
         _print_tables(trainer.state.log_history)
         print(f"model: {args.output_dir}" + (f"\nreport: {page}" if page else ""))  # noqa: T201
@@ -96,29 +184,29 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
 
 def precompute(config: Path, overrides: dict[str, Any]) -> None:
     """Score the datasets with the reference and keep that for `train`, which finds it."""
-    from fastdpo.config import read_config
-
-    run, args = read_config(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
+    chosen = read_settings(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
 
     from fastdpo.reference.precompute import reference_folder
+    from fastdpo.run import make_configs
 
+    run, args = make_configs(chosen)
     _trainer(run, args)  # which does all that training would before its first step
     print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
 def score(config: Path, overrides: dict[str, Any]) -> None:
     """Reward the responses of the held-out split, beta * log(pi / pi_ref), to `scores.jsonl`."""
-    from fastdpo.config import read_config
+    chosen = read_settings(config, overrides)
 
-    run, args = read_config(config, overrides)
-
-    from fastdpo.loading import load_datasets, load_model, load_policy, load_reference
+    from fastdpo.loading import load_policy
     from fastdpo.reference.precompute import options_of
     from fastdpo.report import summary_table
+    from fastdpo.run import load_datasets, load_model, load_reference, make_configs
     from fastdpo.scoring import score as score_rows
 
-    model, tokenizer = load_model(run, args)
+    run, args = make_configs(chosen)
     train_dataset, eval_dataset = load_datasets(run)
+    model, tokenizer = load_model(run, args)
     output = Path(args.output_dir) / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     options = options_of(args)  # precision and batches of training
@@ -144,17 +232,17 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     print(f"scores: {output}")  # noqa: T201
 
 
-def plan(config: Path, overrides: dict[str, Any], gpu_memory: float | None, processes: int) -> None:
+def plan(config: Path, overrides: dict[str, Any]) -> None:
     """Count the tokens of a run and compute its memory, without loading weights; draw `plan.png`."""
-    from fastdpo.config import read_config
+    options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
+    chosen = read_settings(config, overrides)
 
-    run, args = read_config(config, overrides)
-
-    from fastdpo.loading import load_datasets, load_tokenizer
     from fastdpo.plan import draw_lengths, make_plan, tables
+    from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
+    run, args = make_configs(chosen)
     dataset, _ = load_datasets(run)
-    found = make_plan(run, args, dataset, load_tokenizer(run, args), gpu_memory=gpu_memory, processes=processes)
+    found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
     picture = Path(args.output_dir) / "plan.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_lengths(found.stats, picture)
@@ -163,11 +251,11 @@ def plan(config: Path, overrides: dict[str, Any], gpu_memory: float | None, proc
 
 def _trainer(run: Any, args: Any) -> Any:
     """The trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
-    from fastdpo.loading import load_datasets, load_model, load_reference, lora
+    from fastdpo.run import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
 
-    model, tokenizer = load_model(run, args)
     train_dataset, eval_dataset = load_datasets(run)
+    model, tokenizer = load_model(run, args)
     if eval_dataset is None:
         args.set_evaluate(strategy="no")
     args.eval_on_start = eval_dataset is not None
@@ -182,7 +270,9 @@ def _trainer(run: Any, args: Any) -> Any:
     )
 
 
-def _report(trainer: Any, run: Any, failure: str | None, started: float, samples: list[Any]) -> Path | None:
+def _report(
+    trainer: Any, run: Any, chosen: dict[str, Any], failure: str | None, started: float, samples: list[Any]
+) -> Path | None:
     """Write the report of a run that began at `started`; one that logged nothing leaves an earlier run's report."""
     from dataclasses import asdict
     from datetime import datetime, timedelta
@@ -204,8 +294,8 @@ def _report(trainer: Any, run: Any, failure: str | None, started: float, samples
             "took": timedelta(seconds=round(time.time() - started)),
             "device": facts.device(args.device, args.world_size),
         },
-        config={name: value for name, value in asdict(run).items() if name != "given"} | args.to_dict(),
-        given=run.given,
+        config=asdict(run) | args.to_dict(),
+        given=chosen,
         facts={"Versions": facts.versions()},
         histograms=trainer.histograms,
         samples=samples,
@@ -214,20 +304,44 @@ def _report(trainer: Any, run: Any, failure: str | None, started: float, samples
     )
 
 
-def _overrides(rest: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` to a dict; values are read as YAML."""
-    values: dict[str, Any] = {}
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"expected --field value, got {word!r}")
-        key, has_value, value = word[2:].partition("=")
-        if not has_value:
-            value = next(words, "")
-        if not value:
-            raise ValueError(f"--{key} needs a value")
-        values[key.replace("-", "_")] = yaml.safe_load(value)
-    return values
+COMMANDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    function.__name__: function for function in (train, precompute, score, plan)
+}
+OPTIONS = {
+    "plan": {
+        "gpu_memory": Setting("gpu_memory", frozenset({"float"}), "this machine's", "GiB of the GPU to plan for.", ""),
+        "processes": Setting("processes", frozenset({"int"}), "1", "GPUs to plan for.", ""),
+    }
+}
+"""What a command takes beside the settings of a run."""
+
+
+# Help
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{_summary(name)}" for name in COMMANDS)
+    return f"""usage: fastdpo COMMAND CONFIG.yaml [--any_setting value ...] [--debug]
+       fastdpo COMMAND --help        all settings, with their defaults
+       fastdpo --version
+
+Direct Preference Optimization without the logits.
+
+commands:
+{commands}
+
+A setting stands in the file as `name: value` or behind it as `--name value`, which wins; `--name` and `--no_name`
+switch it on and off. `--debug` shows the traceback of any failure.
+
+{EXIT_CODES}"""
+
+
+def _summary(command: str) -> str:
+    return (COMMANDS[command].__doc__ or "").partition("\n")[0]
+
+
+# Results
 
 
 def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

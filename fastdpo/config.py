@@ -1,21 +1,16 @@
 """Every setting of a run, and every check that needs no model.
 
-`DPOConfig` is what `DPOTrainer` takes; `RunConfig` is what the command line needs beside it; `read_config` makes both
-from one flat YAML file.
+`DPOConfig` is what `DPOTrainer` takes; `fastdpo.run.RunConfig` is what the command line needs beside it.
 """
 
-import difflib
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from fastdpo.attention_backends import BACKENDS
+from fastdpo.config_file import check_dtype
 from fastdpo.logprobs import BACKWARDS, IMPLS
 from fastdpo.settings import ObjectiveSettings, from_config
 
@@ -227,11 +222,15 @@ class DPOConfig(TrainingArguments):
         given = self.accelerator_config
         super().__post_init__()
         self._resolve_loading(given)
+        if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
+            raise ValueError(f"model_init_kwargs must be a dict, or JSON of one, got {self.model_init_kwargs!r}")
         if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
             self.model_init_kwargs = dict(self.model_init_kwargs)
             old = self.model_init_kwargs.pop("torch_dtype")
             if self.model_init_kwargs.setdefault("dtype", old) != old:
                 raise ValueError(f"model_init_kwargs has torch_dtype={old!r} beside another dtype; leave it out")
+        if isinstance(self.model_init_kwargs, dict):
+            check_dtype("dtype of model_init_kwargs", self.model_init_kwargs.get("dtype"))
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
         """Refuse settings of a reference that the objective does not read, or that exclude each other."""
@@ -274,108 +273,3 @@ class DPOConfig(TrainingArguments):
         chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)
         if not chosen and self.dataloader_pin_memory and not self.use_cpu and torch.cuda.is_available():
             loading.non_blocking = True
-
-
-@dataclass
-class RunConfig:
-    """What `fastdpo train` needs beside `DPOConfig`: the model, the data, the adapter. Names are those of TRL's CLI."""
-
-    dataset_name: str
-    """A folder of JSONL, Parquet or CSV files named after their splits, one such file, or a dataset on the Hub."""
-
-    model_name_or_path: str | None = None
-    """The policy to start from; also its own reference, unless there is another."""
-
-    ref_model_name_or_path: str | None = None
-    """The reference, where it is not the policy as it starts."""
-
-    config_name: str | None = None
-    """Instead of `model_name_or_path`: a model config to build with random weights."""
-
-    dataset_train_split: str = "train"
-    """The split to train on."""
-
-    dataset_test_split: str = "test"
-    """The split held out for evaluation; without it nothing is evaluated, and the log says so."""
-
-    use_peft: bool = False
-    """Train a LoRA adapter instead of the whole model."""
-
-    lora_r: int = 16
-    """Rank of the adapter."""
-
-    lora_alpha: int = 32
-    """Scale of the adapter, divided by its rank."""
-
-    lora_dropout: float = 0.05
-    """Dropout on the adapter's input; `disable_dropout` switches it off too."""
-
-    lora_target_modules: list[str] | None = None
-    """Modules that get an adapter; None: PEFT's choice for the model."""
-
-    report_samples: int = 4
-    """Held-out prompts that the report shows the model's answers to, before and after training. 0: none."""
-
-    given: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What the user set, of all fields, in the file or behind it; for the report. `read_config` fills it in."""
-
-    def __post_init__(self) -> None:
-        if self.report_samples < 0:
-            raise ValueError(f"report_samples must be at least 0 (0: no samples), got {self.report_samples}")
-        if (self.model_name_or_path is None) == (self.config_name is None):
-            raise ValueError(
-                "give either model_name_or_path (trained weights) or config_name (random weights), "
-                f"got {self.model_name_or_path!r} and {self.config_name!r}"
-            )
-
-
-def read_config(path: str | Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
-    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` win over it.
-
-    Raises:
-        ValueError: a key is unknown (the nearest valid one is named), a value has the wrong type, or a config refuses.
-        OSError: the file can't be read.
-    """
-    values = yaml.safe_load(Path(path).read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
-    values |= overrides
-    known = {f.name: cls for cls in (RunConfig, DPOConfig) for f in fields(cls) if f.init}
-    hints = typing.get_type_hints(RunConfig) | typing.get_type_hints(DPOConfig)
-    chosen: dict[type, dict[str, Any]] = {RunConfig: {}, DPOConfig: {}}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        chosen[known[key]][key] = _typed(key, value, hints[key])
-    if "dataset_name" not in values:
-        raise ValueError(f"{path} must set dataset_name")
-    run = RunConfig(**chosen[RunConfig])
-    run.given = chosen[RunConfig] | chosen[DPOConfig]
-    return run, DPOConfig(**chosen[DPOConfig])
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as one of the types that `hint` allows. YAML reads 1e-6 as text; it is taken for the number meant."""
-    allowed = [typing.get_origin(t) or t for t in (typing.get_args(hint) if _is_union(hint) else (hint,))]
-    if value is None and type(None) in allowed:
-        return None
-    if type(value) in allowed:
-        return value
-    if float in allowed and type(value) in (int, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if value is False and key.endswith("_strategy"):
-        return "no"  # what YAML reads as False
-    if list in allowed and isinstance(value, str):
-        return [value]
-    if str in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)):
-        return value  # an enum's value or an alternative spelling, which the config itself resolves
-    names = " or ".join(sorted({t.__name__ for t in allowed if isinstance(t, type)} - {"NoneType"}))
-    raise ValueError(f"{key} must be {names}, got {value!r}")
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, type(int | str))

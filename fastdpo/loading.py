@@ -1,15 +1,17 @@
-"""What a run starts from: model, tokenizer, datasets, adapter, as a config names them."""
+"""The policy: loaded or built, wrapped in its adapter, and the layout of batches that is exact on it."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from fastdpo.config import DPOConfig, RunConfig
+from fastdpo.config import DPOConfig
+from fastdpo.config_file import nearest
+from fastdpo.failures import loading
 from fastdpo.model import Layout, layout_of
 from fastdpo.packing import LAYOUTS
 from fastdpo.reference import policies
@@ -22,19 +24,32 @@ _BUILT = "_fastdpo_built"
 """On a model that `model_init_kwargs` has been applied to."""
 
 
-def load_policy(model: Any, args: DPOConfig) -> Any:
+def load_policy(model: Any, args: DPOConfig, *, setting: str = "model") -> Any:
     """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
 
     An adapter's folder may hold the adapter that was its reference in training (`ref`, or `args.ref_adapter_name`) in
     one of its own, as PEFT saves it; it is loaded too, frozen.
 
     Raises:
-        ValueError: `model_init_kwargs` are given for a model that is loaded already.
+        ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown.
+        OSError: there is no such model, or a file of it is broken; the message begins with `setting`.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs and not vars(model).get(_BUILT):
             raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
         return model
+    with loading(setting, model):
+        try:
+            return _from_pretrained(model, args)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in _options(args):
+                raise
+            advice = nearest(unknown[1], ()) or "; leave it out"
+            raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
+
+
+def _from_pretrained(model: str, args: DPOConfig) -> Any:
     options = _options(args)
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
@@ -107,22 +122,19 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
     return layout
 
 
-def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
-    """The policy, as a name to load or built with random weights, and its tokenizer.
+def build_policy(config_name: str, args: DPOConfig) -> Any:
+    """A model with random weights of a config; float32, too, unless `args.model_init_kwargs` says otherwise.
 
-    Random weights are float32, too, unless `args.model_init_kwargs` says otherwise; what else it holds goes to config
-    and model.
+    What else `model_init_kwargs` holds goes to config and model.
 
     Raises:
         ValueError: `model_init_kwargs` holds what neither knows.
     """
-    tokenizer = load_tokenizer(run, args)
-    if run.model_name_or_path:
-        return run.model_name_or_path, tokenizer
     options = _options(args)
     of_model = {name: options.pop(name) for name in _OF_MODEL if name in options}
     code = {"trust_remote_code": options["trust_remote_code"]}
-    config, unknown = AutoConfig.from_pretrained(run.config_name, return_unused_kwargs=True, **options)
+    with loading("config_name", config_name):
+        config, unknown = AutoConfig.from_pretrained(config_name, return_unused_kwargs=True, **options)
     if unknown := sorted(unknown.keys() - code.keys()):
         raise ValueError(f"model_init_kwargs {unknown[0]!r} has no effect on random weights; leave it out")
     if of_model["dtype"] == "auto":
@@ -131,49 +143,4 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_config(config, **of_model, **code)
     vars(model)[_BUILT] = True
     logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
-    return model, tokenizer
-
-
-def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
-    """The tokenizer beside the model or its config."""
-    source = run.model_name_or_path or run.config_name
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-
-
-def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:
-    """The reference, where the run names one of its own."""
-    return load_policy(run.ref_model_name_or_path, args) if run.ref_model_name_or_path else None
-
-
-def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """The split to train on and the one held out, None where there is none.
-
-    Raises:
-        ValueError: the dataset has no split of the name to train on.
-    """
-    kind = Path(run.dataset_name).suffix.removeprefix(".")
-    if kind in ("json", "jsonl", "csv", "parquet"):
-        splits = load_dataset(kind.removesuffix("l"), data_files=run.dataset_name)
-    else:
-        splits = load_dataset(run.dataset_name)
-    assert isinstance(splits, DatasetDict)
-    if run.dataset_train_split not in splits:
-        raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
-    if run.dataset_test_split not in splits:
-        logger.warning("%s has no split %r: nothing is held out", run.dataset_name, run.dataset_test_split)
-    return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
-
-
-def lora(run: RunConfig) -> Any | None:
-    """The `peft.LoraConfig` of a run; None without `use_peft`."""
-    if not run.use_peft:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=run.lora_r,
-        lora_alpha=run.lora_alpha,
-        lora_dropout=run.lora_dropout,
-        target_modules=run.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
+    return model

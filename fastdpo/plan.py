@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fastdpo.attention_backends import Usable
-from fastdpo.config import DPOConfig, RunConfig
-from fastdpo.loading import choose_layout, disable_dropout, lora
+from fastdpo.config import DPOConfig
+from fastdpo.loading import choose_layout, disable_dropout
 from fastdpo.memory_model import Memory, Precision, Ratios, memory_model, meta_model
 from fastdpo.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 from fastdpo.report import summary_table
+from fastdpo.run import RunConfig, lora
 from fastdpo.settings import from_config
 from fastdpo.token_stats import Batches, TokenStats, epoch, token_stats
 

@@ -1,14 +1,20 @@
-"""The command line as a user meets it: `fastdpo train`, in a process of its own."""
+"""The command line as a user meets it: runs in a process of their own, mistakes in this one."""
 
+import errno
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+from fastdpo import cli
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "examples/quickstart.yaml"
@@ -16,7 +22,7 @@ DATA = {"config_name": str(ROOT / "examples/quickstart/model"), "dataset_name": 
 
 
 def fastdpo(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from fastdpo.cli import main; main()", *map(str, words)]
+    command = [sys.executable, "-m", "fastdpo", *map(str, words)]
     environment = os.environ | {"TRITON_INTERPRET": "0"}  # as a user has it
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -107,7 +113,7 @@ def test_precompute_then_train_then_score(tmp_path: Path) -> None:
 
 
 def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fastdpo import cli, scoring
+    from fastdpo import scoring
 
     given: dict[str, Any] = {}
 
@@ -125,34 +131,283 @@ def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_
     assert given["autocast"] == torch.bfloat16
 
 
+# Failures, in this process
+
+
+class Ended(NamedTuple):
+    """What is left of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command in this process, from the repository's root: its exit code and what it printed."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*words: object) -> Ended:
+        code = 0
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (("--lerning_rate", "1"), "fastdpo: unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
-        (("--beta", "-1"), "fastdpo: beta must be a positive number, got -1.0"),
-        (("--beta",), "fastdpo: --beta needs a value"),
-        (("beta", "1"), "fastdpo: expected --field value, got 'beta'"),
-        (("--dataset_train_split", "trian"), "has no split 'trian'; it has ['train', 'test']"),
+        (("trian", QUICKSTART), 2, "unknown command 'trian'; did you mean 'train'?"),
+        (("zzzz", QUICKSTART), 2, "unknown command 'zzzz'; see fastdpo --help"),
+        (("train",), 2, "the config file stands first: fastdpo train CONFIG.yaml --any_setting value"),
+        (("train", "--beta", 1, QUICKSTART), 2, "the config file stands first"),
+        (
+            ("train", QUICKSTART, "--lerning_rate", 1),
+            2,
+            "unknown setting --lerning_rate; did you mean 'learning_rate'?",
+        ),
+        (("score", QUICKSTART, "--beta"), 2, "--beta needs a value"),
+        (("plan", QUICKSTART, "--gpu_memory", "big"), 1, "gpu_memory must be float, got 'big'"),
+        (("train", QUICKSTART, "--beta", -1), 1, "beta must be a positive number, got -1.0"),
+        (
+            ("train", QUICKSTART, "--optim", "adan"),
+            1,
+            "optim: adan is not a valid OptimizerNames, please select",
+        ),
+        (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
+        (("train", "examples/quickstat.yaml"), 1, "did you mean 'examples/quickstart.yaml'?"),
+        (("train", QUICKSTART, "--dataset_train_split", "trian"), 1, "has no split 'trian'; it has ['train', 'test']"),
+        (("train", QUICKSTART, "--dataset_name", "nobody/has-this"), 1, "dataset_name: 'nobody/has-this' is neither a"),
+        (("train", QUICKSTART, "--config_name", "nobody/has-this"), 1, "config_name: 'nobody/has-this' is neither a"),
+        (
+            ("train", QUICKSTART, "--ref_model_name_or_path", "nobody/has-this"),
+            1,
+            "ref_model_name_or_path: 'nobody/",
+        ),
     ],
-    ids=["unknown", "range", "no-value", "no-dashes", "split"],
+    ids=range(15),
 )
-def test_mistakes_are_one_line(words: tuple[str, ...], message: str) -> None:
-    done = fastdpo("train", QUICKSTART, *words, check=False)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_are_one_line(run: Run, tmp_path: Path, words: tuple[object, ...], code: int, message: str) -> None:
+    output = ("--output_dir", tmp_path) if len(words) > 1 and words[1] == QUICKSTART and code == 1 else ()
+    ended = run(*words, *output)
+    assert ended.code == code
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("fastdpo: ")
+    assert message in last
+    assert "Traceback" not in ended.err
 
 
-def test_a_bad_row_is_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_answered_before_the_slow_imports() -> None:
+    """And so are help and version."""
+    mistakes = [
+        [],
+        ["--version"],
+        ["train", "--help"],
+        ["trian"],
+        ["train", QUICKSTART, "--lerning_rate", "1"],
+        ["train", QUICKSTART, "--beta", "high"],
+        ["train", QUICKSTART, "--dtype", "float31"],
+        ["train", QUICKSTART, "--report_to", "nowhere"],
+        *(
+            ["train", QUICKSTART, f"--{name}", "no/such/path"]
+            for name in ("config_name", "dataset_name", "ref_model_name_or_path", "resume_from_checkpoint")
+        ),
+        ["train", QUICKSTART, "--config_name", "null", "--model_name_or_path", "no/such/path"],
+    ]
+    code = f"""
+import sys
+from fastdpo.cli import main
+for words in {mistakes!r}:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code in (1, 2), words
+    else:
+        assert not words or words[-1] in ("--version", "--help"), words
+slow = {{"torch", "transformers", "datasets", "numpy", "pyarrow"}} & set(sys.modules)
+assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(mistakes) - 3
+
+
+def test_without_a_command_there_is_help_with_the_exit_codes(run: Run) -> None:
+    ended = run()
+    assert ended.code == 0
+    for words in ("usage: fastdpo", "train", "precompute", "score", "plan", "--debug", "exit codes", "130", "143"):
+        assert words in ended.out
+    assert run("--help").out == ended.out
+
+
+def test_version(run: Run) -> None:
+    import fastdpo
+
+    assert run("--version").out == f"fastdpo {fastdpo.__version__}\n"
+
+
+def test_help_of_a_command_lists_its_own_options_first(run: Run) -> None:
+    text = run("plan", "--help").out
+    assert "Count the tokens of a run" in text
+    assert text.index("--gpu_memory float") < text.index("--dataset_name str")
+    assert "--gpu_memory" not in run("train", "--help").out
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("expected", [True, False], ids=["expected", "bug"])
+def test_tracebacks_are_for_bugs_and_for_debug(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, expected: bool, debug: bool
+) -> None:
+    def fail(*_: Any) -> None:
+        if expected:
+            raise ValueError("rows are malformed")
+        _, _ = (1, 2, 3)  # also a ValueError
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    ended = run("train", QUICKSTART, *["--debug"] * debug)
+    assert ended.code == 1
+    assert ("Traceback" in ended.err) is (debug or not expected)
+    last = ended.err.splitlines()[-1]
+    if expected:
+        assert last == "fastdpo: rows are malformed"
+    else:
+        assert last == "fastdpo: this ValueError was not expected; please report it with the lines above"
+
+
+def test_a_bad_row_is_one_line(run: Run, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n')
-    done = fastdpo("train", QUICKSTART, "--dataset_name", data, "--output_dir", tmp_path, check=False)
-    assert done.returncode == 1
-    assert "fastdpo: train dataset: 1 of 2 rows are malformed. row 1: `chosen` is empty." in done.stderr
-    assert "Traceback" not in done.stderr
+    ended = run("train", QUICKSTART, "--dataset_name", data, "--output_dir", tmp_path / "out")
+    assert ended.code == 1
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("fastdpo: train dataset: 1 of 2 rows are malformed. row 1: `chosen` is empty.")
+    assert "Traceback" not in ended.err
 
 
-def test_a_missing_file_is_one_line() -> None:
-    done = fastdpo("train", "no_such.yaml", check=False)
-    assert done.returncode == 1
-    assert "fastdpo: [Errno 2] No such file or directory: 'no_such.yaml'" in done.stderr
+# What stops in the middle
+
+SMALL = (
+    "--max_steps",
+    4,
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    2,
+    "--per_device_train_batch_size",
+    2,
+    "--use_cpu",
+)
+SMALL += ("--use_cpu", "--disable_tqdm", "--dataset_test_split", "none", "--logging_steps", 1)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures would take longer than the few steps."""
+    monkeypatch.setattr(cli, "_report", lambda *_: None)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], Any]) -> None:
+    """Do something in the middle of an optimizer step."""
+    from fastdpo.trainer import DPOTrainer
+
+    compute_loss = DPOTrainer.compute_loss
+
+    def compute_or_stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            stop()
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "compute_loss", compute_or_stop)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_says_what_was_saved_and_the_command_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int, name: str
+) -> None:
+    words = ("train", QUICKSTART, *SMALL, "--output_dir", tmp_path / "a folder")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3, lambda: os.kill(os.getpid(), signum))
+        ended = run(*words)
+    assert ended.code == code
+    assert "Traceback" not in ended.err
+    saved = tmp_path / "a folder" / "checkpoint-2"
+    line = ended.err.splitlines()[-1]
+    assert line.startswith(f"fastdpo: stopped by {name}; saved: {saved}; go on with: fastdpo train {QUICKSTART} ")
+    _, *command = shlex.split(line.partition("go on with: ")[2])
+    assert command[-1] == f"--resume_from_checkpoint={saved}"
+
+    assert run(*command).code == 0
+    history = json.loads((tmp_path / "a folder" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    os.utime(tmp_path / "checkpoint-7" / "trainer_state.json", (1, 1))  # of an earlier run
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    ended = run("train", QUICKSTART, "--output_dir", tmp_path)
+    assert ended.code == 130
+    expected = "stopped by Ctrl-C; nothing was saved, because save_strategy is 'no'; the same command starts again"
+    assert ended.err == f"fastdpo: {expected}\n"
+    resumed = ("--resume_from_checkpoint", tmp_path / "checkpoint-7")
+    expected = f"nothing was saved since {tmp_path / 'checkpoint-7'}, from which the same command goes on"
+    assert expected in run("train", QUICKSTART, "--output_dir", tmp_path, *resumed).err
+    monkeypatch.setitem(cli.COMMANDS, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ended = run("precompute", QUICKSTART)
+    assert ended.code == 143
+    expected = "stopped by SIGTERM; what was scored so far is kept, and the same command goes on from there"
+    assert ended.err == f"fastdpo: {expected}\n"
+
+
+def test_a_signal_that_became_another_exception_is_still_a_signal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallow(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("a worker died") from None
+
+    monkeypatch.setitem(cli.COMMANDS, "score", swallow)
+    ended = run("score", QUICKSTART)
+    assert (ended.code, ended.err) == (130, "fastdpo: stopped by Ctrl-C; nothing was saved\n")
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def out_of_memory() -> None:
+    torch.empty(2**52)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [(full, "the disk is full"), (out_of_memory, "out of memory: lower per_device_train_batch_size")],
+    ids=["disk", "memory"],
+)
+def test_what_stops_a_training_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None], message: str
+) -> None:
+    stop_at(monkeypatch, 1, stop)
+    ended = run("train", QUICKSTART, *SMALL, "--output_dir", tmp_path)
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith(f"fastdpo: {message}")
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_loss_that_is_not_finite_is_one_line(run: Run, tmp_path: Path) -> None:
+    diverging = ("--learning_rate", 1e38, "--lr_scheduler_type", "constant", "--warmup_steps", 0)
+    ended = run("train", QUICKSTART, *SMALL, "--output_dir", tmp_path, *diverging)
+    assert ended.code == 1
+    assert "finite" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err

@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
-from fastdpo.config import DPOConfig, RunConfig, read_config
+from fastdpo.config import DPOConfig
+from fastdpo.config_file import read_settings
+from fastdpo.run import RunConfig, make_configs
 
 MINIMAL = "dataset_name: data\nconfig_name: model\nreport_to: none\n"
+
+
+def read_config(path: Path, overrides: dict[str, Any]) -> tuple[RunConfig, DPOConfig]:
+    return make_configs(read_settings(path, overrides))
 
 
 @pytest.fixture
@@ -69,6 +75,13 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
         ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
+        ({"model_init_kwargs": [1]}, "model_init_kwargs must be dict or str, got"),
+        ({"model_init_kwargs": "{'a"}, "model_init_kwargs is neither YAML nor JSON: Expecting property name"),
+        ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a dict, or JSON of one, got 'fast'"),
+        (
+            {"model_init_kwargs": {"quantization_config": 4}},
+            "quantization_config of model_init_kwargs must be a mapping",
+        ),
         ({"config_name": None}, "give either model_name_or_path .* or config_name"),
     ],
     ids=lambda value: str(value)[:40],
@@ -90,6 +103,27 @@ def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
     path.write_text("- beta\n")
     with pytest.raises(ValueError, match="must hold `key: value` lines, got list"):
         read_config(path, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16", "model_init_kwargs": '{"revision": "main"}'}, {"revision": "main", "dtype": "float16"}),
+        ({"dtype": "auto", "model_init_kwargs": {"torch_dtype": "auto"}}, {"dtype": "auto"}),
+    ],
+    ids=str,
+)
+def test_dtype_is_short_for_that_of_model_init_kwargs(
+    yaml_file: Path, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert read_config(yaml_file, given)[1].model_init_kwargs == expected
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_two_dtypes_that_differ_are_refused(yaml_file: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype='float16' and {name}='auto' of model_init_kwargs differ"):
+        read_config(yaml_file, {"dtype": "float16", "model_init_kwargs": {name: "auto"}})
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"gradient_checkpointing": False}, False)], ids=str)

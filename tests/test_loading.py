@@ -1,14 +1,16 @@
-"""fastdpo.loading: what a config says of the weights is what they are."""
+"""fastdpo.loading and fastdpo.run: what a config says of the weights is what they are."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastdpo.config import DPOConfig, RunConfig
-from fastdpo.loading import load_model, load_policy
+from fastdpo.config import DPOConfig
+from fastdpo.loading import load_policy
+from fastdpo.run import RunConfig, load_model, lora
 from tests.test_data import byte_tokenizer
 from tests.test_trainer import tiny_llama
 
@@ -61,3 +63,61 @@ def test_what_random_weights_cannot_have_is_named(saved: str, tmp_path: Path) ->
 def test_two_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype='float16' beside another dtype"):
         config(tmp_path, {"torch_dtype": "float16", "dtype": "float32"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"colour": "red"}, "model_init_kwargs 'colour' is unknown to this model; leave it out"),
+        (
+            {"load_in_8bit": True},
+            "model_init_kwargs 'load_in_8bit' is unknown to this model; write .*quantization_config",
+        ),
+        ({"dtype": "float61"}, "dtype of model_init_kwargs must be one of auto, float32, .* did you mean 'float64'"),
+    ],
+    ids=str,
+)
+def test_what_a_model_does_not_know_is_named(saved: str, tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_policy(saved, config(tmp_path, given))
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama",')
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_weights, "holds weights that can't be read, perhaps cut off in a copy"),
+        (break_config, "holds a broken config.json: Expecting property name"),
+        (remove_weights, r"holds no weights \(model.safetensors\); give it as config_name"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_folder_is_named(saved: str, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(Path(saved))
+    with pytest.raises(OSError, match=f"model: {saved!r} {message}"):
+        load_policy(saved, config(tmp_path, None))
+
+
+def test_a_folder_without_a_tokenizer_is_named(saved: str, tmp_path: Path) -> None:
+    for path in Path(saved).glob("*token*"):
+        path.unlink()
+    run = RunConfig(dataset_name="none", model_name_or_path=saved)
+    with pytest.raises(OSError, match=f"model_name_or_path: {saved!r} holds no tokenizer that can be loaded"):
+        load_model(run, config(tmp_path, None))
+
+
+def test_all_linear_is_the_word_of_peft() -> None:
+    run = RunConfig(dataset_name="none", use_peft=True, lora_target_modules=["all-linear"])
+    adapter: Any = lora(run)
+    assert adapter.target_modules == "all-linear"

@@ -17,11 +17,11 @@ from fastdpo import DPOConfig, attention_backends, memory_model, plan, shared_pr
 from fastdpo.attention import METADATA
 from fastdpo.attention_backends import Usable
 from fastdpo.attention_paths import key_paths
-from fastdpo.config import RunConfig
 from fastdpo.data import prepare_dataset
 from fastdpo.memory_model import Memory, Moment, Precision, Ratios
 from fastdpo.metrics import RunningSums, add_tokens
 from fastdpo.model import patch_forward
+from fastdpo.run import RunConfig
 from fastdpo.sampler import BudgetSampler, example_sizes
 from fastdpo.token_stats import epoch, token_stats
 from tests import tiny

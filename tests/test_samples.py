@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -224,7 +225,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
         if self.state.global_step == step:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return Trainer.training_step(self, *args, **options)
 
     monkeypatch.setattr(DPOTrainer, "training_step", training_step)
@@ -253,5 +254,5 @@ def test_a_run_and_others_that_break_off_after_it(
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run()
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Broke off: interrupted, after step 2 of 4" in page
+    assert "Broke off: stopped by Ctrl-C, after step 2 of 4" in page
     assert page.count("(not generated)") == 4
