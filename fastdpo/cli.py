@@ -139,10 +139,13 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     """Train a model on preferences; evaluate before and after, save it, write `report.html`."""
     chosen = read_settings(config, overrides)  # before the slow imports: mistakes show at once
 
+    from fastdpo import samples
     from fastdpo.run import make_configs
 
+    started = time.time()
     run, args = make_configs(chosen)
     trainer = _trainer(run, args)
+    shown = samples.before_training(trainer, run.report_samples)
     failure = None
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -153,16 +156,18 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
             trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
+        shown = samples.after_training(trainer, shown)
     except BaseException as error:
         failure = stopped_by() or f"{type(error).__name__}: {error}"
         if stopped_by():
             logger.info("%s; writing the report (once more ends at once)", failure)
         raise
     finally:
-        page = _report(trainer, run, failure) if trainer.is_world_process_zero() else None
+        main = trainer.is_world_process_zero()
+        page = _report(trainer, run, chosen, failure, started, shown) if main else None
     if trainer.is_world_process_zero():
         _print_tables(trainer.state.log_history)
-        print(f"model: {args.output_dir}\nreport: {page}")  # noqa: T201
+        print(f"model: {args.output_dir}" + (f"\nreport: {page}" if page else ""))  # noqa: T201
 
 
 def precompute(config: Path, overrides: dict[str, Any]) -> None:
@@ -259,24 +264,37 @@ def _trainer(run: Any, args: Any) -> Any:
     )
 
 
-def _report(trainer: Any, run: Any, failure: str | None) -> Path | None:
-    from dataclasses import asdict, fields
+def _report(
+    trainer: Any, run: Any, chosen: dict[str, Any], failure: str | None, started: float, samples: list[Any]
+) -> Path | None:
+    """Write the report of a run that began at `started`; one that logged nothing leaves an earlier run's report."""
+    from dataclasses import asdict
+    from datetime import datetime, timedelta
 
-    from fastdpo import report
-    from fastdpo.config import DPOConfig
-    from fastdpo.run import RunConfig
+    from fastdpo import facts, report
 
-    args = trainer.args
-    defaults = {field.name: field.default for field in fields(RunConfig)}
+    args, state = trainer.args, trainer.state
+    # only what this process logged, not the records of a checkpoint that it resumed from
+    logged = [name for name in trainer.histograms if failure is None or not name.startswith("eval_")]
+    if failure is not None:
+        failure += f", after step {state.global_step:,} of {state.max_steps:,}"
     return report.write_report(
         args.output_dir,
-        trainer.state.log_history,
+        state.log_history,
         title=f"DPO of {run.model_name_or_path or run.config_name} on {run.dataset_name}",
+        about={
+            "command": facts.command_line(sys.argv[1:]),
+            "started": f"{datetime.fromtimestamp(started).astimezone():%Y-%m-%d %H:%M %Z}",
+            "took": timedelta(seconds=round(time.time() - started)),
+            "device": facts.device(args.device, args.world_size),
+        },
         config=asdict(run) | args.to_dict(),
-        defaults=defaults | DPOConfig(output_dir=args.output_dir).to_dict(),
-        facts={"Versions": report.versions()},
+        given=chosen,
+        facts={"Versions": facts.versions()},
         histograms=trainer.histograms,
+        samples=samples,
         failure=failure,
+        keep=not logged,
     )
 
 

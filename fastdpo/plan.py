@@ -279,15 +279,8 @@ def draw_lengths(stats: TokenStats, path: str | PathLike[str]) -> None:
         panel.hist(values, bins=bins, color=colours.get(name, GREEN), alpha=0.85)
         median = float(np.median(values))
         panel.axvline(median, color=GREY, linewidth=1, linestyle=(0, (6, 4)))
-        panel.annotate(
-            f"median {median:,.0f}",
-            (median, 0.92),
-            xycoords=panel.get_xaxis_transform(),
-            xytext=(5, 0),
-            textcoords="offset points",
-            color=GREY,
-        )
-        panel.set_title(name, loc="left", fontsize=11.5, fontweight="bold", color=INK)
+        title = f"{name}, median {median:,.0f}"
+        panel.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)
         panel.set_ylabel("examples" if name != "response" else "responses", color=INK)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=GREY, labelcolor=INK)

@@ -65,6 +65,16 @@ class RunConfig:
         default=None, metadata={"help": "Modules that get an adapter. Unset: PEFT's choice for the model."}
     )
 
+    # The report
+    report_samples: int = field(
+        default=4,
+        metadata={"help": "Held-out prompts whose answers before and after training the report shows. 0: none."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_samples < 0:
+            raise ValueError(f"report_samples must be at least 0 (0: no samples), got {self.report_samples}")
+
 
 def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
     """The configs of settings as `fastdpo.config_file.read_settings` returns them.

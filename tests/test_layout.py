@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"fields", "messages"},
     {"config_file"},
-    {"failures", "dataset_files", "flags"},
+    {"failures", "dataset_files", "flags", "facts"},
     {"kernels", "eager"},
     {"impl"},
     {"choice", "vocab_parallel", "attention_paths"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"attention", "heads", "hybrid", "plots", "formats"},
     {"router"},
     {"model", "packing", "metrics", "report", "checks", "console"},
-    {"config", "data", "reference", "sampler"},
+    {"config", "data", "reference", "sampler", "samples"},
     {"compat", "liger", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
     {"memory_model", "token_stats", "run"},
     {"plan", "scoring"},

@@ -1,9 +1,12 @@
-"""fastdpo.report and fastdpo.plots: the pictures of a run, the page and the tables."""
+"""fastdpo.report, fastdpo.plots and fastdpo.facts: the pictures of a run, the page and the tables."""
 
 import base64
+import errno
 import hashlib
 import importlib
+import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,11 +22,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fastdpo import plots, report
+from fastdpo import facts, plots, report, samples
 from fastdpo.metrics import Histogram
 
 METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
-PICTURES = ("training", "rewards", "reference", "lengths", "running")
 
 
 def log(step: int, value: float, prefix: str = "", metrics: tuple[str, ...] = METRICS) -> dict[str, Any]:
@@ -39,8 +41,13 @@ def drawn(panel: Axes) -> set[str]:
     return {label for label in curves(panel) if not label.startswith("_")}  # those of reference lines do
 
 
-def is_empty(panel: Axes) -> bool:
-    return any(text.get_text() == "not logged" for text in panel.texts) and not panel.has_data()
+def panels(figures: list[Figure]) -> dict[str, Axes]:
+    """The panels of a picture by their titles."""
+    return {figure.axes[0].get_title("left"): figure.axes[0] for figure in figures}
+
+
+MARGIN = f"Reward margin, chosen {plots.MINUS} rejected"
+LOGPS = "Log-probability of the responses"
 
 
 WHOLE_RUN = [
@@ -58,46 +65,56 @@ HISTOGRAMS["eval_length"] = [(39, SNAPSHOT._replace(means=[0.5, math.nan, 1.0]))
 
 
 def test_curves_of_a_whole_run() -> None:
-    loss, margin, accuracy, logps = plots.training(WHOLE_RUN).axes
+    loss, margin, accuracy, logps = panels(plots.training(WHOLE_RUN)).values()
     for panel in (loss, margin, accuracy):
         named = curves(panel)
         assert (named["training"], named["held out"]) == (plots.BLUE, plots.VERMILION)
-    assert drawn(logps) == {"chosen", "chosen, held out", "rejected", "rejected, held out"}
-    assert curves(logps)["chosen"] == curves(logps)["chosen, held out"] == plots.GREEN
+    assert drawn(logps) == {"chosen", "rejected", "held out"}
+    colours = [to_hex(line.get_color()).upper() for line in logps.lines if len(np.asarray(line.get_xdata()))]
+    assert colours == [plots.GREEN] * 2 + [plots.PURPLE] * 2  # each side's held-out curve has its colour
     assert loss.lines[0].get_xydata().tolist() == [[step, 0.5 + step / 100] for step in range(1, 40)]
 
 
 @pytest.mark.parametrize("prefix", ["", "eval_"], ids=["training", "held-out"])
-@pytest.mark.parametrize(("metric", "index"), list(zip(METRICS, (0, 1, 2, 3, 3), strict=True)), ids=str)
-def test_each_metric_alone_is_drawn_in_its_panel(metric: str, index: int, prefix: str) -> None:
-    panels = plots.training([log(7, 0.6, prefix, (metric,))]).axes
-    assert [is_empty(panel) for panel in panels] == [i != index for i in range(4)]
-    curve = panels[index].lines[0]
+@pytest.mark.parametrize(
+    ("metric", "title"),
+    list(zip(METRICS, ("Loss", MARGIN, "Reward accuracy", LOGPS, LOGPS), strict=True)),
+    ids=METRICS,
+)
+def test_each_metric_alone_is_drawn_in_its_panel(metric: str, title: str, prefix: str) -> None:
+    found = panels(plots.training([log(7, 0.6, prefix, (metric,))]))
+    assert [*found] == [title]
+    curve = found[title].lines[0]
     assert curve.get_marker() == "o"  # one point: too short for a line
     assert curve.get_xydata().tolist() == [[7, 0.6]]
 
 
 @pytest.mark.parametrize(
-    ("draw", "key", "index"),
+    ("draw", "key", "title"),
     [
-        (plots.reference, "rewards/chosen", 0),
-        (plots.reference, "logps/chosen_below_ref", 1),
-        (plots.reference, "kl_per_token", 2),
-        (plots.running, "tokens_per_second", 0),
-        (plots.running, "peak_memory_gib", 1),
-        (plots.running, "padding_saved", 2),
-        (plots.running, "head/density", 2),
-        (plots.running, "grad_norm", 3),
-        (lambda log_history: plots.lengths(log_history, {}), "rewards/length_correlation", 1),
+        (plots.reference, "rewards/chosen", "Rewards"),
+        (plots.reference, "logps/chosen_below_ref", "Displaced chosen responses"),
+        (plots.reference, "kl_per_token", "Drift from the reference"),
+        (plots.running, "tokens_per_second", "Throughput"),
+        (plots.running, "peak_memory_gib", "Peak memory"),
+        (plots.running, "padding_saved", "Shares of work"),
+        (plots.running, "head/density", "Shares of work"),
+        (plots.running, "grad_norm", "Gradient norm, before clipping"),
+        (plots.running, "learning_rate", "Learning rate"),
+        (
+            lambda log_history: plots.lengths(log_history, {}),
+            "rewards/length_correlation",
+            "Correlation of margin and length",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_else_is_logged_is_drawn_in_its_panel(
-    draw: Callable[[list[dict[str, Any]]], Figure], key: str, index: int
+    draw: Callable[[list[dict[str, Any]]], list[Figure]], key: str, title: str
 ) -> None:
-    panels = draw([{"step": 3, key: 0.25}, {"step": 4, key: 0.0}]).axes
-    assert [is_empty(panel) for panel in panels] == [i != index for i in range(len(panels))]
-    assert panels[index].lines[0].get_xydata().tolist() == [[3, 0.25], [4, 0.0]]
+    found = panels(draw([{"step": 3, key: 0.25}, {"step": 4, key: 0.0}]))
+    assert [*found] == [title]
+    assert found[title].lines[0].get_xydata().tolist() == [[3, 0.25], [4, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -110,37 +127,54 @@ def test_what_else_is_logged_is_drawn_in_its_panel(
         pytest.param([{"step": 1, "loss": "0.5", "logps/chosen": None}], id="no-numbers"),
     ],
 )
-def test_without_data_there_are_empty_panels(log_history: list[dict[str, Any]]) -> None:
+def test_without_data_there_are_no_panels(log_history: list[dict[str, Any]]) -> None:
     pictures = (plots.training(log_history), plots.reference(log_history), plots.running(log_history))
     for picture in (*pictures, plots.rewards({}), plots.lengths(log_history, {})):
-        assert all(is_empty(panel) for panel in picture.axes)
+        assert picture == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_values_that_are_not_finite_leave_a_gap(value: float) -> None:
-    loss = plots.training([log(1, 0.7), log(2, value), log(3, 0.4)]).axes[0]
+    loss = panels(plots.training([log(1, 0.7), log(2, value), log(3, 0.4)]))["Loss"]
     assert loss.lines[0].get_ydata().tolist() == pytest.approx([0.7, value, 0.4], nan_ok=True)
     assert all(map(math.isfinite, loss.get_ylim()))
 
 
 def test_long_runs_are_lines_without_dots() -> None:
     for points, marker in ((plots.FEW_POINTS, "o"), (plots.FEW_POINTS + 1, "")):
-        loss = plots.training([log(step, 0.5, metrics=("loss",)) for step in range(points)]).axes[0]
+        loss = panels(plots.training([log(step, 0.5, metrics=("loss",)) for step in range(points)]))["Loss"]
         assert loss.lines[0].get_marker() == marker
+
+
+def test_very_long_runs_are_drawn_as_means_and_ranges() -> None:
+    """A spike stays visible, a value that is not finite still leaves a gap, and no step is left out."""
+    values = [1.0 + step % 2 for step in range(5000)]
+    values[1000], values[3000] = 9.0, math.nan
+    [figure] = plots.training([{"step": step, "loss": value} for step, value in enumerate(values)])
+    panel = figure.axes[0]
+    steps, means = np.asarray(panel.lines[0].get_xydata()).T
+    assert len(steps) == 5000 / 25
+    assert "mean and range of 25 records" in panel.get_xlabel()
+    assert np.isnan(means).sum() == 1
+    assert steps[np.isnan(means)] == np.mean(range(3000, 3025))
+    assert means[0] == pytest.approx(np.mean(values[:25]))
+    band = panel.collections[0].get_paths()[0].vertices
+    assert np.nanmax(band[:, 1]) == 9.0
+    assert np.nanmin(band[:, 1]) == 1.0
 
 
 def test_every_held_out_split_is_drawn_and_told_apart() -> None:
     names = ("loss", "nll_loss", "rewards/chosen")
     log_history = [log(1, 0.5, f"eval_{split}", names) for split in ("math_", "chat_")]
-    loss = plots.training(log_history).axes[0]
-    assert drawn(loss) == {"held out (chat)", "held out (math)"}
+    loss = panels(plots.training(log_history))["Loss"]
+    assert drawn(loss) >= {"held out (chat)", "held out (math)"}
     assert len({line.get_marker() for line in loss.lines[:2]}) == 2
 
 
 def test_histograms_keep_their_shares() -> None:
-    before, after, margin = plots.rewards(HISTOGRAMS).axes
-    assert before.get_title("left") == "Rewards at step 0, held out"
-    assert after.get_title("left") == "Rewards at step 39, held out"
+    before, after, margin = panels(plots.rewards(HISTOGRAMS)).values()
+    assert (before.get_title("left"), after.get_title("left")) == ("Rewards at step 0", "Rewards at step 39")
+    assert "held out" in before.get_xlabel()
     for panel, total in ((before, 1.0), (after, 1.0)):
         for side in panel.patches[1::2]:  # of the two of each side, the outline
             shares, edges, _ = side.get_data()
@@ -151,10 +185,9 @@ def test_histograms_keep_their_shares() -> None:
 
 
 def test_histograms_of_training_serve_where_nothing_was_held_out() -> None:
-    before, after, margin = plots.rewards({"rewards/chosen": [(10, SNAPSHOT)]}).axes
-    assert before.get_title("left") == "Rewards at step 10, training"
-    assert is_empty(after)
-    assert is_empty(margin)
+    found = panels(plots.rewards({"rewards/chosen": [(10, SNAPSHOT)]}))
+    assert [*found] == ["Rewards at step 10"]
+    assert "training" in found["Rewards at step 10"].get_xlabel()
 
 
 def test_a_histogram_of_nothing_but_zeros_is_drawn() -> None:
@@ -163,7 +196,8 @@ def test_a_histogram_of_nothing_but_zeros_is_drawn() -> None:
 
 
 def test_lengths_show_the_mean_margin_of_each_bin() -> None:
-    profile = plots.lengths([], HISTOGRAMS).axes[0]
+    [figure] = plots.lengths([], HISTOGRAMS)
+    profile = figure.axes[0]
     offsets = np.ma.getdata(profile.collections[0].get_offsets())
     assert offsets[[0, 2]].tolist() == [[-1.5, 0.5], [0.5, 1.0]]
 
@@ -173,6 +207,96 @@ def test_draws_without_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
     importlib.reload(plots)
     plots.training(WHOLE_RUN)
+
+
+# What a reader sees of them
+
+
+LONG = "a_split_whose_name_is_longer_than_any_legend_of_a_panel_may_be"
+
+
+def run_of(records: int, every: int = 1, splits: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
+    """A log history with every metric that is drawn, and ten evaluations."""
+    metrics = (*METRICS, "rewards/chosen", "rewards/rejected", "kl_per_token", "logps/chosen_below_ref")
+    history = []
+    for i in range(records):
+        step = every * (i + 1)
+        history.append(log(step, math.sin(i) - 1e-6 * i, "", metrics) | {"grad_norm": 12.5 + i, "learning_rate": 1e-6})
+        history[-1] |= {"tokens_per_second": 1.2e6 + i, "peak_memory_gib": 61.0, "padding_saved": 0.4}
+        if i % max(records // 10, 1) == 0:
+            history += [log(step, math.cos(i), f"eval_{split}", metrics) for split in splits]
+    return history
+
+
+LAYOUTS = {
+    "one-record": run_of(1),
+    "few": run_of(5),
+    "many": run_of(1000, every=1000),
+    "splits": run_of(30, splits=(f"{LONG}_", "chat_", "mathematics_", f"z{LONG}_", "code_", "law_")),
+    "diverged": [log(step, 0.69 * 7.0**step, metrics=("loss", "logps/chosen")) for step in range(60)],
+    "flat": [log(step, 0.6931 + 1e-9 * step) for step in range(20)],
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_nothing_covers_anything(case: str) -> None:
+    """Title, legend, data and each axis' labels have places of their own, all inside the picture."""
+    history = LAYOUTS[case]
+    step = max(entry["step"] for entry in history)
+    named = f"eval_{LONG}_" if case == "splits" else "eval_"
+    histograms = {
+        name.replace("eval_", named): [(0, each[-1][1]), (step, each[-1][1])] for name, each in HISTOGRAMS.items()
+    }
+    figures = [*plots.training(history), *plots.reference(history), *plots.running(history)]
+    for figure in figures + plots.rewards(histograms) + plots.lengths(history, histograms):
+        plots.pixels(figure)
+        [panel] = figure.axes
+        legend = panel.get_legend()
+        assert legend is not None
+        boxes = [panel.get_window_extent(), legend.get_window_extent(), panel._left_title.get_window_extent()]
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            labels = [label.get_window_extent() for label in shown]
+            assert 2 <= len(labels) <= 8
+            assert len({label.get_text() for label in shown}) == len(labels)
+            assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i]), shown
+            assert not any(label.overlaps(box) for label in labels for box in boxes[1:])
+            assert not axis.get_offset_text().get_text()
+            boxes.append(axis.label.get_window_extent())
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i]), panel.get_title("left")
+            assert figure.bbox.contains(box.x0, box.y0), (panel.get_title("left"), box)
+            assert figure.bbox.contains(box.x1, box.y1), (panel.get_title("left"), box)
+        assert panel.get_window_extent().height > 0.2 * figure.bbox.height
+        assert panel.get_window_extent().width > 0.5 * figure.bbox.width
+
+
+def test_shares_are_in_percent() -> None:
+    for figures in (plots.training(WHOLE_RUN), plots.reference([{"step": 1, "logps/chosen_below_ref": 0.2}])):
+        for title, panel in panels(figures).items():
+            labels = [label.get_text() for label in panel.yaxis.get_ticklabels()]
+            assert all(label.endswith("%") for label in labels) == (title in ("Reward accuracy", *PERCENT)), title
+
+
+PERCENT = ("Displaced chosen responses",)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.0, "0"), (0.25, "0.25"), (-81.5, "\N{MINUS SIGN}81.5"), (50000, "50,000"), (1.2e6, "1,200,000")),
+        *((2e-7, "2e\N{MINUS SIGN}7"), (6.9e30, "6.9e30"), (0.1 + 0.2, "0.3")),
+    ],
+)
+def test_numbers_beside_an_axis_are_short(value: float, text: str) -> None:
+    assert plots._tick(value) == text
+
+
+def test_rounding_does_not_look_like_a_curve() -> None:
+    [figure] = plots.training([log(step, -81.0 + 1e-6 * step, metrics=("logps/chosen",)) for step in range(9)])
+    low, high = figure.axes[0].get_ylim()
+    assert high - low >= 0.08
 
 
 # The page
@@ -201,7 +325,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are not rendered: that takes longer than everything else."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"png"))
+    monkeypatch.setattr(plots, "pixels", lambda _: np.zeros((1, 1, 4), np.uint8))
 
 
 def write(folder: Path, log_history: list[dict[str, Any]], **options: Any) -> Page:
@@ -213,15 +337,22 @@ def write(folder: Path, log_history: list[dict[str, Any]], **options: Any) -> Pa
 def test_a_whole_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     page = write(tmp_path, WHOLE_RUN, histograms=HISTOGRAMS)
     images = page.attributes("img")
-    for name, image in zip(PICTURES, images, strict=True):
+    assert [image["alt"] for image in images] == [
+        *("Loss", MARGIN, "Reward accuracy", LOGPS, "Rewards at step 0", "Rewards at step 39", "Reward margin"),
+        *("Margin by length (area: share of pairs)", "Throughput"),
+    ]
+    width, height = (int(inches * plots.DPI) for inches in plots.SIZE)
+    for image in images:
         source = image["src"]
         assert source is not None
-        assert (
-            base64.b64decode(source.removeprefix("data:image/png;base64,")) == (tmp_path / f"{name}.png").read_bytes()
-        )
-        pixels = matplotlib.image.imread(tmp_path / f"{name}.png")
-        assert pixels.shape[1] == 1650
+        png = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+        pixels = matplotlib.image.imread(io.BytesIO(png), format="png")
+        assert pixels.shape[:2] == (height, width)
         assert 0.5 < (pixels == 1).all(-1).mean() < 0.999  # mostly white, and not only
+    files = {path.name: path for path in tmp_path.iterdir()}
+    assert files.keys() == {"report.html", "training.png", "rewards.png", "lengths.png", "running.png"}
+    assert matplotlib.image.imread(files["training.png"]).shape[:2] == (2 * height, 2 * width)
+    assert matplotlib.image.imread(files["rewards.png"]).shape[:2] == (height, 3 * width)
     assert not [value for _, attributes in page.tags for key, value in attributes.items() if key in ("href", "srcset")]
     assert "://" not in page.source
     meta = next(meta for meta in page.attributes("meta") if "http-equiv" in meta)
@@ -243,18 +374,19 @@ def test_everything_shown_is_escaped(tmp_path: Path, undrawn: None, monkeypatch:
         tmp_path,
         [{"step": 1, evil: 0.5, "loss": 0.1}],
         title=evil,
+        about={"command": facts.command_line([evil]), evil: evil},
         config={evil: evil, "nested": {evil: [evil]}},
-        defaults={evil: None},
+        given={evil: evil},
         facts={evil: {evil: evil}},
+        samples=[samples.Sample([1], evil, evil, evil, evil)],
         failure=evil,
     )
     assert "script" not in {tag for tag, _ in page.tags}
     assert {key for _, attributes in page.tags for key in attributes} <= {
         *("lang", "charset", "name", "content", "http-equiv", "class", "src", "alt")
     }
-    assert (
-        page.source.count(html_of(evil)) == 12
-    )  # title, failure, picture, metric, settings, facts: 2 + 1 + 1 + 1 + 4 + 3
+    # title 2, failure 1, fact about the run 2, metric 1, picture 1, samples 4, settings 4, facts 3
+    assert page.source.count(html_of(evil)) == 18
 
 
 def html_of(text: str) -> str:
@@ -273,31 +405,99 @@ def test_a_run_that_logged_nothing_has_a_report(
 ) -> None:
     page = write(tmp_path / "new" / "folder", log_history)
     assert "Numbers" not in page.text
-    assert len(page.attributes("img")) == len(PICTURES)
+    assert not page.attributes("img")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["report.html"]
 
 
-def test_settings_that_differ_come_first_and_secrets_never(tmp_path: Path, undrawn: None) -> None:
+def test_pictures_of_an_earlier_run_do_not_stay(tmp_path: Path, undrawn: None) -> None:
+    write(tmp_path, WHOLE_RUN, histograms=HISTOGRAMS)
+    write(tmp_path, WHOLE_RUN)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "training.png", "running.png"}
+
+
+def test_settings_that_were_set_come_first_and_secrets_never(tmp_path: Path, undrawn: None) -> None:
     config = {"beta": 0.123456789, "epochs": 1, "hub_token": "hf_secret1", "pad_token": "<pad>"}
     config |= {"model_init_kwargs": {"token": "hf_secret2", "dtype": "bfloat16"}}
-    page = write(tmp_path, [], config=config, defaults={"epochs": 1, "beta": 0.1})
+    page = write(tmp_path, [], config=config, given={name: config[name] for name in ("beta", "hub_token")})
     differing, everything = page.source.split("<details>")
     assert "0.123456789" in differing
     assert "epochs" not in differing
     assert "epochs" in everything
     assert "secret" not in page.source
-    assert all(name in page.source for name in ("hub_token", "bfloat16", "&lt;pad&gt;"))
+    assert all(name in page.source for name in ("hub_<wbr>token", "bfloat16", "&lt;pad&gt;"))
 
 
 def test_numbers_first_and_last(tmp_path: Path, undrawn: None) -> None:
     page = write(tmp_path, WHOLE_RUN)
-    assert "<tr><td>eval_loss</td><td>0.5</td><td>0.9</td></tr>" in page.source
-    assert "<dt>held-out reward accuracy</dt><dd>0.5 → 0.9</dd>" in page.source
+    assert "<tr><td>eval_<wbr>loss</td><td>0.5</td><td>0.9</td></tr>" in page.source
+    assert "<dt>held out: reward accuracy</dt><dd>50.0% → 90.0%</dd>" in page.source
     assert "<dt>tokens per second</dt><dd>9</dd>" in page.source
 
 
 def test_a_run_that_broke_off_says_so(tmp_path: Path, undrawn: None) -> None:
     page = write(tmp_path, WHOLE_RUN[:5], failure="FloatingPointError: the loss of rows [3] is not finite")
     assert any("Broke off: FloatingPointError" in text for text in page.text)
+    assert "<title>DPO run (broke off)</title>" in page.source
+
+
+def test_what_is_told_about_the_run_and_its_samples(tmp_path: Path, undrawn: None) -> None:
+    shown = [samples.Sample([1], "2+2=", "4", "22 …", None), samples.Sample([2], "Say nothing.", "", "", "No.")]
+    page = write(tmp_path, WHOLE_RUN, about={"device": "an abacus"}, samples=shown)
+    text = [part for part in page.text if part.strip()]
+    assert text[text.index("device") + 1] == "an abacus"
+    cards = text[text.index("Sample generations") :][2 : 2 + 16]
+    names = ("prompt", "before", "after", "chosen, in the dataset")
+    first, second = ("2+2=", "22 …", "(not generated)", "4"), ("Say nothing.", "(nothing)", "No.", "(nothing)")
+    assert cards == [part for card in (first, second) for pair in zip(names, card, strict=True) for part in pair]
+    assert "Sample generations" not in write(tmp_path, WHOLE_RUN).text
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        *(({}, True), ({"loss_type": ["robust"]}, True), ({"loss_type": ["kto"]}, False)),
+        *(({"use_weighting": True}, False), ({"loss_type": ["sigmoid", "sft"]}, False)),
+    ],
+    ids=str,
+)
+def test_the_loss_is_compared_with_ln_2_only_where_it_starts_there(config: dict[str, Any], known: bool) -> None:
+    assert report._first_loss(config) == (math.log(2) if known else None)
+
+
+def test_a_run_that_logged_nothing_leaves_an_earlier_report(
+    tmp_path: Path, undrawn: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = write(tmp_path, WHOLE_RUN).source
+    assert report.write_report(tmp_path, [], failure="interrupted", keep=True) is None
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+    assert "report.html stays as an earlier run wrote it" in caplog.text
+    write(tmp_path / "new", [], failure="interrupted", keep=True)  # nothing to keep there
+
+
+@pytest.mark.parametrize("full_at", [0, 1], ids=["page", "picture"])
+def test_a_full_disk_leaves_whole_files(
+    tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full_at: int
+) -> None:
+    write(tmp_path, WHOLE_RUN)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_bytes, calls = Path.write_bytes, []
+
+    def full(path: Path, content: bytes) -> int:
+        calls.append(path)
+        if len(calls) <= full_at:
+            return write_bytes(path, content)
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert report.write_report(tmp_path, WHOLE_RUN[:5], title="another") is None
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()  # nothing half-written is left
+    assert after["training.png"] == before["training.png"]
+    assert (after["report.html"] == before["report.html"]) == (full_at == 0)
+    [line] = caplog.messages
+    assert "No space left on device" in line
+    assert "\n" not in line
 
 
 def test_a_picture_that_fails_costs_only_itself(
@@ -305,8 +505,8 @@ def test_a_picture_that_fails_costs_only_itself(
 ) -> None:
     monkeypatch.setattr(plots, "rewards", lambda _: 1 / 0)
     page = write(tmp_path, WHOLE_RUN)
-    assert len(page.attributes("img")) == len(PICTURES) - 1
-    assert any("Could not be drawn: division by zero" in text for text in page.text)
+    assert len(page.attributes("img")) == 5
+    assert any("Could not be drawn: ZeroDivisionError: division by zero" in text for text in page.text)
     assert "rewards.png could not be drawn" in caplog.text
 
 
@@ -317,9 +517,38 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
     assert "the report could not be written" in caplog.text
 
 
+# Facts
+
+
 def test_versions_are_those_installed() -> None:
-    assert report.versions()["torch"] == torch.__version__
-    assert {"Python", "transformers"} <= report.versions().keys()
+    assert facts.versions()["torch"] == torch.__version__
+    assert {"Python", "transformers"} <= facts.versions().keys()
+
+
+def test_the_device_has_a_name() -> None:
+    assert facts.device(torch.device("cpu"), 2).endswith(", 2 processes")
+    assert facts.device(torch.device("cpu"), 1).endswith(", 1 process")
+    assert len(facts.device(torch.device("cpu"), 1).split(",")[0]) > 2
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["train", "my run.yaml", "--beta", "0.2"], "fastdpo train 'my run.yaml' --beta 0.2"),
+        (["--hub_token", "abc", "--beta=1"], "fastdpo --hub_token '(hidden)' --beta=1"),
+        (["--hub-token=abc"], "fastdpo '--hub-token=(hidden)'"),
+        (["--model_init_kwargs", "{token: abc}"], "fastdpo --model_init_kwargs '(hidden)'"),
+        (["--model_init_kwargs={dtype: bfloat16}"], "fastdpo '--model_init_kwargs={dtype: bfloat16}'"),
+        (["--run_name", "a: b: c", "x"], "fastdpo --run_name 'a: b: c' x"),
+        (["--dataset_name", "https://me:abc@host/a"], "fastdpo --dataset_name 'https://(hidden)@host/a'"),
+        (["--run_name", "hf_ABCDEFGHIJKLMNOPQRST"], "fastdpo --run_name '(hidden)'"),
+        (["--pad_token", "<pad>", "--learning_rate", "1e-6"], "fastdpo --pad_token '<pad>' --learning_rate 1e-6"),
+        (["--x", "$(rm -rf ~); `id`"], "fastdpo --x '$(rm -rf ~); `id`'"),
+    ],
+)
+def test_the_command_can_be_typed_again_and_holds_no_secret(words: list[str], command: str) -> None:
+    assert facts.command_line(words) == command
+    assert "abc" not in command
 
 
 # Tables
