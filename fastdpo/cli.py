@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():  # in a file or a pipe, every redrawing of a progress bar would be a line
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from fastdpo import messages  # after the above, for tqdm reads the environment when it is imported
+    from fastdpo import log_output  # after the above, for tqdm reads the environment when it is imported
 
-    messages.show(debug=debug)
+    log_output.show(debug=debug)
     with signals_raise() as came:
         try:
             _run(words)

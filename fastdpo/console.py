@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
-from fastdpo.messages import write_line
+from fastdpo.log_output import write_line
 
 _PARTS = {
     "loss": "loss {:.4f}",

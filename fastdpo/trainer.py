@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import checks, compat, console, data, liger, messages, metrics, precomputed
+from fastdpo import checks, compat, console, data, liger, log_output, metrics, precomputed
 from fastdpo.attention_backends import usable
 from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
 from fastdpo.loss import LossOutput, compute, step_mean, step_values
@@ -88,7 +88,7 @@ class DPOTrainer(Trainer):
         peft_config: Any | None = None,
         **others: Any,
     ) -> None:
-        messages.show()
+        log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
         args, processing_class = compat.resolve(args, processing_class, others)
         liger.prepare(args)

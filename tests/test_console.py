@@ -1,4 +1,4 @@
-"""fastdpo.console and fastdpo.messages: what a run shows on the terminal, once."""
+"""fastdpo.console and fastdpo.log_output: what a run shows on the terminal, once."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
-from fastdpo import messages
+from fastdpo import log_output
 from fastdpo.console import Bar, Lines, line, replace_callback
 from fastdpo.loading import choose_layout, wrap_adapter
 from tests.test_trainer import make, rows, tiny_llama  # noqa: F401 - make is a fixture
@@ -176,7 +176,7 @@ def nobody_has_configured_logging() -> Iterator[logging.Logger]:
 def test_messages_are_shown_once_to_who_configured_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with nobody_has_configured_logging() as logger:
         for _ in range(2):
-            messages.show()
+            log_output.show()
             logger.info("made of %s", "snow")
         logger.warning("thaws")
         logger.debug("unseen")
@@ -190,10 +190,10 @@ def test_the_users_own_handlers_show_them_alone(whose: str, when: str, capsys: p
     with nobody_has_configured_logging() as logger:
         configured = logging.getLogger() if whose == "root" else logger
         if when == "after":
-            messages.show()
+            log_output.show()
         configured.addHandler(logging.StreamHandler(stream))
         if when == "before":
-            messages.show()
+            log_output.show()
             assert logger.level == logging.NOTSET
         logger.warning("thaws")
     assert stream.getvalue() == "thaws\n"
@@ -203,7 +203,7 @@ def test_the_users_own_handlers_show_them_alone(whose: str, when: str, capsys: p
 def test_a_level_of_the_users_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with nobody_has_configured_logging() as logger:
         logger.setLevel(logging.ERROR)
-        messages.show()
+        log_output.show()
         logger.warning("thaws")
     assert capsys.readouterr() == ("", "")
 
@@ -213,7 +213,7 @@ def test_the_other_processes_show_warnings_alone(
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     with nobody_has_configured_logging() as logger:
-        messages.show()
+        log_output.show()
         logger.info("made of snow")
         logger.warning("thaws")
     assert capsys.readouterr().err == "fastdpo: warning: thaws\n"
