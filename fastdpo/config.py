@@ -150,6 +150,10 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "A malformed dataset row: `error` stops and names it, `drop` leaves it out and says so."},
     )
 
+    show_example: bool = field(
+        default=True, metadata={"help": "Show one training example in the log, with the scored tokens marked."}
+    )
+
     # Packing, attention and the head
     tokens_per_batch: int | None = field(
         default=None,

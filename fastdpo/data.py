@@ -12,40 +12,34 @@ and `pair_index`, the row it came from. Completions end with EOS unless they wer
 `beta` and reference log-probs are carried along; all others are left behind.
 """
 
-import difflib
+import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.formats import RAW_COLUMNS, TOKEN_COLUMNS, BadRow, read_ids, response_names, tokenize
+from fastdpo.columns import COLUMNS as COLUMNS
+from fastdpo.columns import NUMBERS, RAW_COLUMNS, TOKEN_COLUMNS, unread_prompt
+from fastdpo.columns import REFERENCES as REFERENCES
+from fastdpo.columns import check_reference_columns as check_reference_columns
+from fastdpo.columns import find_kind as find_kind
+from fastdpo.data_summary import CUTS, Reporter, report_streamed
+from fastdpo.formats import read_ids, response_names, tokenize
+from fastdpo.messages import BadRow
 
 logger = logging.getLogger("fastdpo")
 
-NUMBERS = ("weight", "margin", "beta")
-REFERENCES = {
-    "ref_chosen_logps": Value("float64"),
-    "ref_rejected_logps": Value("float64"),
-    "ref_token_logps": List(List(Value("float32"))),
-}
-COLUMNS = (
-    *dict.fromkeys(column for columns in TOKEN_COLUMNS.values() for column in columns),
-    *("kl_ids", "pair_index", *NUMBERS, *REFERENCES),
-)
-"""All that `prepare_dataset` may return, of any kind."""
-
-RULES = 2
+RULES = 3
 """Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
 
-MAX_NAMED_ROWS = 5
-_NOTES = {
-    "prompt": "have a prompt that is too long and cut at its start",
-    "completion": "have a completion that is too long and cut at its end",
-    "special": "spell out a special token, which becomes the real one; fine if a chat template made the text",
-}
+_IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
+"""Columns that all rows of a stream have, or none."""
+_LOOKED_AT = 20
+"""Rows whose columns are looked at before all are tokenised."""
 
 
 def prepare_dataset(
@@ -61,6 +55,7 @@ def prepare_dataset(
     on_bad_row: str = "error",
     num_proc: int | None = None,
     name: str = "train",
+    show_example: bool | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset; rows that are already tokenised are only checked and cut.
 
@@ -78,11 +73,12 @@ def prepare_dataset(
         on_bad_row: "error" raises on malformed rows, "drop" leaves them out with a warning.
         num_proc: processes used by `Dataset.map`.
         name: what errors, log lines and progress bars call this dataset.
+        show_example: log a summary of the dataset, with an example (True) or without (False). None: no summary.
 
     Raises:
         TypeError: not a `datasets` dataset.
-        ValueError: a column is missing, the rows are of another kind, no row is left, no prompt differs from another
-            (with_kl), or (on_bad_row="error") rows are malformed; names the rows.
+        ValueError: a column is missing or misnamed, the rows are of another kind, no row is left, no prompt differs
+            from another (with_kl), or (on_bad_row="error") rows are malformed; names the rows.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -93,10 +89,18 @@ def prepare_dataset(
         raise ValueError(f"kind must be one of {', '.join(TOKEN_COLUMNS)}, got {kind!r}")
     if with_kl and isinstance(dataset, IterableDataset):
         raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
-    first = next(iter(dataset), None)
-    if first is None:
+    is_stream = isinstance(dataset, IterableDataset)
+    dataset = unformatted(dataset)
+    head = list(itertools.islice(dataset, 1 if is_stream else _LOOKED_AT))
+    if not head:
         raise ValueError(f"{name} dataset is empty")
+    first = head[0]
     found = find_kind(list(first), kind, name)
+    if "prompt_ids" not in first and (wrong := unread_prompt(head, found)):
+        if "prompt" not in first:
+            raise ValueError(f"{name} dataset: {wrong}")
+        if not _is_silent():
+            logger.warning("%s dataset: %s", name, wrong)
     ranked = kind == "ranked"
     limits = {
         "max_length": max_length,
@@ -108,32 +112,60 @@ def prepare_dataset(
         "vocab_size": vocab_size,
         "kind": found,
         "as_ranked": ranked,
+        "columns": tuple(first),
         "rules": RULES,
+        **limits,
     }
     options: dict[str, Any] = {
         "with_indices": True,
         "remove_columns": list(first),
-        "fn_kwargs": arguments | limits,
+        "fn_kwargs": arguments,
         "features": _features("ranked" if ranked else found, first),
     }
-    if isinstance(dataset, IterableDataset):
+    reporter = Reporter(
+        name=name,
+        columns=list(first),
+        kind=found,
+        limits=limits,
+        tokenizer=tokenizer,
+        on_bad_row=on_bad_row,
+        show_example=show_example,
+        is_silent=_is_silent(),
+    )
+    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a process of map
+    if is_stream:
+        reporter.report_stream(trial)
         said: set[str] = set()
         rows = dataset.map(tokenize_row, **options)
-        rows = rows.filter(_report_streamed, fn_kwargs={"name": name, "on_bad_row": on_bad_row, "said": said})
+        rows = rows.filter(report_streamed, fn_kwargs={"name": name, "on_bad_row": on_bad_row, "said": said})
         rows = rows.remove_columns(["problem", "notes"])
     else:
         rows = dataset.map(tokenize_row, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
-        _report_problems(rows["problem"], name, on_bad_row)
-        kept = [i for i, problem in enumerate(rows["problem"]) if not problem]
-        if not kept:
-            raise ValueError(f"{name} dataset has no usable row left out of {len(rows)}")
-        _report_notes(rows["notes"], name, limits)
-        rows = rows.select(kept).remove_columns(["problem", "notes"])
+        kept = reporter.report(rows)
+        rows = rows if len(kept) == len(rows) else rows.select(kept)
+        rows = rows.remove_columns(["problem", "notes"])
     if kind == "unpaired" and found == "preference":
         rows = rows.map(_unpair, batched=True, remove_columns=rows.column_names)
     if with_kl and kind == "unpaired" and "kl_ids" not in rows.column_names:
         rows = _add_kl(rows, name, max_length)
     return rows
+
+
+def _is_silent() -> bool:
+    """Whether another process of this run writes the log."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+
+
+def unformatted(dataset: Any) -> Any:
+    """The dataset as plain Python values, whatever `with_format` made of them; columns it hid stay hidden."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    kind, shown = dataset.format["type"], dataset.format["columns"]
+    if kind == "custom":  # a transform of the user's makes the rows
+        return dataset
+    if shown != dataset.column_names:
+        dataset = dataset.select_columns(shown)
+    return dataset.with_format(None) if kind else dataset
 
 
 def tokenize_row(
@@ -146,22 +178,32 @@ def tokenize_row(
     max_completion_length: int | None = None,
     kind: str = "preference",
     as_ranked: bool = False,
+    columns: tuple[str, ...] | None = None,
     rules: int = RULES,
 ) -> dict[str, Any]:
     """Token ids of one row of a kind, with `problem` saying why it can't be used, or empty.
 
     A problem that begins with "dropped:" is no fault of the row's (nothing of it is left to learn from). `notes` names
-    what was done to it, by the keys of `_NOTES`. `as_ranked` returns a preference as a ranking of two.
+    what was done to it, by the keys of
+    `fastdpo.data_summary.NOTES`. `as_ranked` returns a preference as a ranking of two. `columns` are those
+    of the first row.
     """
     result = _empty("ranked" if as_ranked else kind, row, index)
     notes: list[str] = result["notes"]
     try:
+        is_tokenised = "prompt_ids" in row
+        for column in (TOKEN_COLUMNS if is_tokenised else RAW_COLUMNS)[kind]:
+            if column not in row:
+                raise BadRow(f"it has no `{column}`")
+        for column in _IN_ALL_ROWS:
+            if columns is not None and (column in row) != (column in columns):
+                raise BadRow(f"it has {'a' if column in row else 'no'} `{column}`, unlike the first row")
         _check_fields(row, kind)
-        if TOKEN_COLUMNS[kind][0] in row:
+        if is_tokenised:
             prompt, responses = read_ids(row, kind)
         else:
-            prompt, responses, special = tokenize(row, kind, tokenizer)
-            notes += ["special"] if special else []
+            prompt, responses, found = tokenize(row, kind, tokenizer)
+            notes += found
         _check_tokens(prompt, responses, kind, vocab_size)
         _check_references(row, responses)
         bos = tokenizer.bos_token_id
@@ -180,7 +222,7 @@ def tokenize_row(
         if max(map(len, responses)) > room:
             responses = [ids[: int(room)] for ids in responses]
             notes.append("completion")
-        if {"prompt", "completion"} & set(notes) and (given := REFERENCES.keys() & row.keys()):
+        if set(CUTS) & set(notes) and (given := REFERENCES.keys() & row.keys()):
             raise BadRow(f"`{min(given)}` is of the whole row, but the row is too long and gets cut; raise the limits")
     except BadRow as error:
         return result | dict.fromkeys(REFERENCES.keys() & row.keys()) | {"problem": str(error)}
@@ -190,35 +232,6 @@ def tokenize_row(
     columns = TOKEN_COLUMNS["ranked" if as_ranked else kind][1:]
     ids = {columns[0]: responses} if as_ranked or kind == "ranked" else dict(zip(columns, responses, strict=False))
     return result | {"prompt_ids": prompt, **ids}
-
-
-def find_kind(columns: list[str], wanted: str, name: str) -> str:
-    """The kind of rows to read, which `wanted` can be made of.
-
-    Raises:
-        ValueError: a column is missing, or the rows are of another kind; `name` is the dataset's.
-    """
-    if unsupported := {"image", "images"} & set(columns):
-        raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
-    table = TOKEN_COLUMNS if "prompt_ids" in columns else RAW_COLUMNS
-    fitting = [kind for kind, needed in table.items() if set(needed) <= set(columns)]
-    for kind in (wanted, "preference"):
-        if kind in fitting:
-            return kind
-    if fitting:
-        needed = " and ".join(map(repr, table[wanted]))
-        raise ValueError(
-            f"{name} dataset holds {fitting[0]} rows (it has the columns {columns}), but the objective needs {wanted} "
-            f"rows (columns {needed}); change the dataset or loss_type"
-        )
-    for column in table[wanted]:
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"; rename {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"{name} dataset has no column {column!r}, which {wanted} rows need; it has {columns}{hint}"
-            )
-    raise AssertionError("unreachable: a kind that lacks no column fits")
 
 
 def _features(kind: str, first: dict[str, Any]) -> Features:
@@ -296,33 +309,6 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float | None) -> None:
-    """Check that reference log-probs among the columns of a prepared dataset can serve the objective.
-
-    Args:
-        columns: of the dataset.
-        kind: of rows that the objective needs.
-        ld_alpha: of the objective.
-
-    Raises:
-        ValueError: there is only one of `ref_chosen_logps` and `ref_rejected_logps`, or these sums are of no use to
-            the objective.
-    """
-    sums = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
-    if not sums:
-        return
-    drop = f"drop {' and '.join(sums)}"
-    if len(sums) == 1:
-        raise ValueError(f"a dataset has {sums[0]!r} without its counterpart; add or drop the column")
-    if kind != "preference":
-        raise ValueError(f"{sums[0]!r} is of preferences, and the objective takes {kind} rows; {drop}")
-    if ld_alpha is not None:
-        raise ValueError(
-            f"ld_alpha={ld_alpha} needs the reference's log-probs per token, not their sums; {drop}, or give "
-            "ref_token_logps instead"
-        )
-
-
 # Rows of another kind
 
 
@@ -350,52 +336,6 @@ def _add_kl(rows: Dataset, name: str, max_length: int | None) -> Dataset:
 
 def _cut_kl(row: dict[str, Any], max_length: int) -> dict[str, Any]:
     return {"kl_ids": row["kl_ids"][: max_length - len(row["prompt_ids"])]}
-
-
-# Reports
-
-
-def _report_problems(problems: Sequence[str], name: str, on_bad_row: str) -> None:
-    bad = [(i, p) for i, p in enumerate(problems) if p and not p.startswith("dropped: ")]
-    dropped = [(i, p.removeprefix("dropped: ")) for i, p in enumerate(problems) if p.startswith("dropped: ")]
-    if bad and on_bad_row == "error":
-        raise ValueError(
-            f"{name} dataset: {len(bad)} of {len(problems)} rows are malformed. {_name_rows(bad)}. "
-            "Mend them, or set on_bad_row='drop' to leave them out."
-        )
-    for what, rows in (("malformed", bad), ("useless", dropped)):
-        if rows:
-            logger.warning(
-                "%s dataset: dropped %d %s rows of %d. %s.", name, len(rows), what, len(problems), _name_rows(rows)
-            )
-
-
-def _name_rows(rows: list[tuple[int, str]]) -> str:
-    named = "; ".join(f"row {i}: {problem}" for i, problem in rows[:MAX_NAMED_ROWS])
-    return named + (f"; and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")
-
-
-def _report_notes(notes: Sequence[list[str]], name: str, limits: dict[str, int | None]) -> None:
-    """One line for each thing that was done to rows."""
-    for key, what in _NOTES.items():
-        rows = [i for i, done in enumerate(notes) if key in done]
-        if rows:
-            named = ", ".join(map(str, rows[:MAX_NAMED_ROWS])) + (", ..." if len(rows) > MAX_NAMED_ROWS else "")
-            given = "" if key == "special" else f"; {', '.join(f'{k}={v}' for k, v in limits.items() if v is not None)}"
-            logger.warning("%s dataset: %d rows of %d %s (rows %s%s)", name, len(rows), len(notes), what, named, given)
-
-
-def _report_streamed(row: dict[str, Any], name: str, on_bad_row: str, said: set[str]) -> bool:
-    """For streamed datasets: the reports of one row, when it comes by, and whether to keep it."""
-    problem, index = row["problem"], row["pair_index"]
-    if problem and not problem.startswith("dropped: ") and on_bad_row == "error":
-        raise ValueError(f"{name} dataset: row {index}: {problem}. Mend it, or set on_bad_row='drop'.")
-    if problem:
-        logger.warning("%s dataset: dropped row %d: %s", name, index, problem.removeprefix("dropped: "))
-    for key in set(row["notes"]) - said:
-        said.add(key)
-        logger.warning("%s dataset: rows %s; row %d is the first, others are not named", name, _NOTES[key], index)
-    return not problem
 
 
 def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
-from fastdpo.data import find_kind, prepare_dataset, tokenize_row
+from fastdpo.data import find_kind, prepare_dataset, tokenize_row, unformatted
 from fastdpo.packing import kind_of
 from fastdpo.sampler import BudgetSampler, example_sizes
 from fastdpo.settings import from_config
@@ -99,6 +99,7 @@ def token_stats(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}: a stream has no known end")
+    dataset = unformatted(dataset)
     limits: dict[str, Any] = {name: getattr(args, name) for name in LIMITS}
     unlimited: dict[str, Any] = dict.fromkeys(LIMITS)
     settings = from_config(args)

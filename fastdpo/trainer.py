@@ -121,6 +121,7 @@ class DPOTrainer(Trainer):
             vocab_size=smallest_vocab(model, ref_model),
             on_bad_row=args.on_bad_row,
             num_proc=args.dataset_num_proc,
+            show_example=args.show_example,
         )
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
             train_dataset = self._prepare_dataset(train_dataset)

@@ -126,7 +126,7 @@ def test_names_columns_that_do_not_fit(
         (RANKED | {"responses": "bc"}, "`responses` must be a list of at least two responses, best first, got 'bc'"),
         (RANKED | {"responses": ["b", ""]}, "`responses[1]` is empty"),
         (RANKED | {"responses": ["b", ANSWERS[0]]}, "`responses[0]` is text but `responses[1]` is messages"),
-        (RANKED | {"responses": ANSWERS}, "`prompt` is text but `responses[0]` is messages; make them alike"),
+        (RANKED | {"prompt": ASK}, "`prompt` is messages but `responses[0]` is text; make them alike"),
         (RANKED | {"prompt": None}, "`prompt` is None"),
         (RANKED | {"responses": ["b", "b", "b"]}, "dropped: all responses are the same tokens"),
         (UNPAIRED | {"completion": ""}, "`completion` is empty"),
@@ -279,9 +279,9 @@ def test_cut_rows_are_counted_and_named(prepare: Callable[..., Any], caplog: pyt
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         prepare(rows, max_prompt_length=2, max_length=4)
         assert caplog.messages == [
-            "train dataset: 7 rows of 8 have a prompt that is too long and cut at its start "
+            "train dataset: 7 of 8 rows have a prompt that is too long and cut at its start "
             "(rows 0, 2, 3, 4, 5, ...; max_length=4, max_prompt_length=2)",
-            "train dataset: 7 rows of 8 have a completion that is too long and cut at its end "
+            "train dataset: 7 of 8 rows have a completion that is too long and cut at its end "
             "(rows 0, 2, 3, 4, 5, ...; max_length=4, max_prompt_length=2)",
         ]
         caplog.clear()
@@ -311,7 +311,7 @@ def test_cut_rows_are_counted_and_named(prepare: Callable[..., Any], caplog: pyt
 def test_special_tokens_in_text_are_noticed(row: dict[str, Any], spelt: bool, prepare: Any, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         prepare([PAIR if isinstance(row["prompt"], str) else row, row])
-    rows = "1 rows of 2" if isinstance(row["prompt"], str) else "2 rows of 2"
+    rows = "1 of 2 rows" if isinstance(row["prompt"], str) else "2 of 2 rows"
     assert (f"{rows} spell out a special token, which becomes the real one" in caplog.text) == spelt
     assert bool(caplog.messages) == spelt
 

@@ -1,0 +1,359 @@
+"""The messages of a row: read as they come from JSON or Arrow, fitted to the chat template, and found in what it wrote.
+
+A template is untrusted code with gaps of its own: it may raise anything, know text but no lists of parts, or leave a
+message out. What it can do is tried once on a short conversation; what it did is looked up in the text of every row.
+"""
+
+import ast
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+class BadRow(ValueError):
+    """What is wrong with one dataset row."""
+
+
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of leading elements that `a` and `b` have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+# Reading
+
+
+_LIKE_JSON = re.compile(r"\s*\[?\s*\{")
+_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:\s*["']""")
+
+
+def read_value(value: Any, field: str) -> str | list[Message]:
+    """A prompt or response: its text, or its messages without the keys that Arrow filled up with None.
+
+    Messages may be written as JSON or as Python text, as CSV files hold them.
+
+    Raises:
+        BadRow: it is neither, or a message makes no sense.
+    """
+    if isinstance(value, str):
+        parsed = _messages_in(value, field) if _LIKE_JSON.match(value) else None
+        if parsed is None:
+            if not value and field != "prompt":
+                raise BadRow(f"`{field}` is empty")
+            return value
+        value = parsed
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{field}` must be text or a non-empty list of messages, got {value!r:.80}")
+    messages = [_read_message(message, field) for message in value]
+    if not messages[-1].get("content") and "tool_calls" not in messages[-1]:
+        raise BadRow(f"`{field}` ends with an empty message")
+    return messages
+
+
+def _messages_in(text: str, field: str) -> list[Any] | None:
+    """The messages that a text spells out; None where it is just text."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        items = found if isinstance(found, list) else [found]
+        is_chat = all(isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & m.keys() for m in items)
+        return items if items and is_chat else None
+    if _LIKE_MESSAGES.match(text):
+        raise BadRow(f"`{field}` is a list of messages written as text, but it is no valid JSON: {text!r:.80}")
+    return None
+
+
+def _read_message(given: Any, field: str) -> Message:
+    message = without_none(given)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        hint = "; rename `from` to `role`, `value` to `content`" if isinstance(given, dict) and "from" in given else ""
+        raise BadRow(f"`{field}` must hold messages with `role` and `content`, found {given!r:.80}{hint}")
+    if not message.get("tool_calls", True):
+        del message["tool_calls"]
+    if "tool_calls" in message:
+        calls = _json_list(message["tool_calls"], f"{field}: tool_calls")
+        message["tool_calls"] = [_read_call(call, field) for call in calls]
+    content = message.get("content")
+    if content is None and "tool_calls" not in message:
+        raise BadRow(f"`{field}` must hold messages with `role` and `content`, found {given!r:.80}")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise BadRow(
+                    f"`{field}` has a message with a part that is no text, which is not supported: {part!r:.80}"
+                )
+    elif content is not None and not isinstance(content, str):
+        raise BadRow(f"`{field}` has a message whose content is neither text nor a list of parts: {content!r:.80}")
+    return message
+
+
+def _read_call(given: Any, field: str) -> dict[str, Any]:
+    function = call = dict(given)
+    if isinstance(call.get("function"), dict):
+        function = call["function"] = dict(call["function"])
+    if isinstance(arguments := function.get("arguments"), str):
+        function["arguments"] = read_json(arguments, f"{field}: arguments of a tool call", dict) if arguments else {}
+    return call
+
+
+def read_json(value: Any, field: str, wanted: type) -> Any:
+    """A list or dict that may be written as JSON.
+
+    Raises:
+        BadRow: it is not of the wanted type, or no JSON.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"`{field}` is no JSON ({error}): {value!r:.80}") from None
+    if not isinstance(value, wanted):
+        name = "a list" if wanted is list else "an object"
+        raise BadRow(f"`{field}` must be {name}, or JSON of one, got {value!r:.80}")
+    return value
+
+
+def _json_list(value: Any, field: str) -> list[dict[str, Any]]:
+    items = read_json(value, field, list)
+    return [read_json(item, field, dict) for item in items]
+
+
+def without_none(value: Any) -> Any:
+    """A copy without the keys that are None: Arrow gives every struct of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
+
+
+def read_template_inputs(row: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """The `tools` and `chat_template_kwargs` of a row.
+
+    Raises:
+        BadRow: they are not what a chat template takes.
+    """
+    tools = row.get("tools") or None
+    if tools is not None:
+        tools = _json_list(tools if isinstance(tools, str) else without_none(tools), "tools") or None
+    options = row.get("chat_template_kwargs") or {}
+    options = read_json(options if isinstance(options, str) else without_none(options), "chat_template_kwargs", dict)
+    if "chat_template" in options:
+        raise BadRow(
+            "`chat_template_kwargs` brings a chat template of the row's own, but all rows are rendered by the "
+            "tokenizer's; set tokenizer.chat_template"
+        )
+    if taken := _OF_TOKENIZER & options.keys():
+        raise BadRow(f"`chat_template_kwargs` holds {min(taken)!r}, which is no variable of a chat template; remove it")
+    return tools, options
+
+
+_OF_TOKENIZER = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    "documents",
+    "kwargs",
+}
+
+
+# The prompt, once
+
+
+def text_of(message: Message) -> str:
+    """The content of a message as one text."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def is_same(a: Message, b: Message) -> bool:
+    """Whether two messages are equal but for white space around their content."""
+    rest = (a.keys() | b.keys()) - {"content"}
+    return all(a.get(key) == b.get(key) for key in rest) and text_of(a).strip() == text_of(b).strip()
+
+
+def without_prompt(prompt: list[Message], response: list[Message]) -> tuple[list[Message], list[Message]] | None:
+    """The prompt and what follows it where a response repeats it; None where it doesn't.
+
+    A response may repeat the end of the prompt only (without its system message), or begin before the prompt does.
+    """
+    if response[0]["role"] not in ("system", "developer", "user"):
+        return None
+    for shared in range(min(len(prompt), len(response)), 0, -1):
+        if all(map(is_same, prompt[-shared:], response)):
+            return prompt, response[shared:]
+    for start in range(1, len(response) - len(prompt) + 1):
+        if all(map(is_same, prompt, response[start:])):
+            return response[: start + len(prompt)], response[start + len(prompt) :]
+    return None
+
+
+# The template
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str | None:
+    """The chat template; None for a tokenizer that renders messages without one.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        return None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the dataset holds messages, but the tokenizer has no chat template to render them; set "
+            "tokenizer.chat_template, or give prompts and responses as text"
+        )
+    template: str = tokenizer.get_chat_template(tools=tools)
+    return template
+
+
+def render(
+    messages: list[Message], field: str, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any
+) -> Any:
+    """What `apply_chat_template` makes of messages, which end with those of a field; text unless `options` ask for ids.
+
+    Raises:
+        BadRow: the template raised; says what, in one line.
+    """
+    options = ({"chat_template": template} if template else {}) | {"tokenize": False} | options
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # whatever a template, or a filter in it, may raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise BadRow(f"the chat template can't render `{field}`: {told:.200}") from None
+
+
+MARK = "Vega7"
+"""Stands in probes for text that must come out of a template; no template writes it."""
+_WRITTEN_PART = re.compile(rf"""["']text["']: ["']{MARK}""")
+
+
+@lru_cache(maxsize=64)
+def content_forms(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> frozenset[str]:
+    """How the template takes a content of this role: as "text", as "parts", or both; neither where it knows no role."""
+    forms = set()
+    for form, write in (("text", str), ("parts", lambda text: [{"type": "text", "text": text}])):
+        user = {"role": "user", "content": write("Hi")}
+        before = {"user": [], "assistant": [user], "tool": [user, _probe_call({})]}.get(role, [])
+        after = [user] if role in ("system", "developer") else []
+        text = _try(tokenizer, template, [*before, {"role": role, "content": write(MARK)}, *after])
+        if MARK in text and not _WRITTEN_PART.search(text):
+            forms.add(form)
+    return frozenset(forms)
+
+
+@lru_cache(maxsize=64)
+def takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template wants the arguments of a tool call as JSON text and can't do with an object."""
+    user = {"role": "user", "content": "Hi"}
+    as_object, as_text = ({"name": MARK}, json.dumps({"name": MARK}))
+    if MARK in _try(tokenizer, template, [user, _probe_call(as_object)]):
+        return False
+    return MARK in _try(tokenizer, template, [user, _probe_call(as_text)])
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What the template writes behind the last answer of a conversation, without white space."""
+    chat: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+    _, found, end = _try(tokenizer, template, fit(chat, tokenizer, template)).rpartition(MARK)
+    return end.strip() if found else ""
+
+
+def _probe_call(arguments: Any) -> Message:
+    function = {"name": "get", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
+    }
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message]) -> str:
+    try:
+        text: str = render(messages, "probe", tokenizer, template)
+        return text
+    except BadRow:
+        return ""
+
+
+def fit(messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str) -> list[Message]:
+    """Messages with contents and arguments in a form that the template takes."""
+    fitted = []
+    for message in messages:
+        content = message.get("content")
+        if content is not None:
+            forms = content_forms(tokenizer, template, message["role"])
+            if isinstance(content, list) and "parts" not in forms:
+                message = message | {"content": text_of(message)}
+            elif isinstance(content, str) and forms == {"parts"}:
+                message = message | {"content": [{"type": "text", "text": content}]}
+        if "tool_calls" in message and takes_arguments_as_text(tokenizer, template):
+            message = message | {"tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        fitted.append(message)
+    return fitted
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    if isinstance(function.get("arguments"), dict):
+        function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return call | {"function": function} if "function" in call else function
+
+
+# What the template left out
+
+
+_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
+_SENTENCE_END = re.compile(r"[.!?\n]")
+
+
+class Lost(NamedTuple):
+    """Text of a message that its rendered conversation lacks."""
+
+    text: str
+    is_whole: bool
+    """Whether nothing of it is there: no line, no sentence."""
+    role: str
+
+
+def left_out(messages: list[Message], rendered: str) -> Iterator[Lost]:
+    """What a rendered conversation lacks of its messages.
+
+    White space and the tags around reasoning don't count, since templates write their own.
+    """
+    squeezed = ""
+    for message in messages:
+        for text in _texts(message):
+            if (stripped := text.strip()) in rendered:
+                continue
+            squeezed = squeezed or _squeeze(rendered)
+            for piece in _TAGS.split(stripped):
+                if _squeeze(piece) in squeezed or _squeeze(json.dumps(piece, ensure_ascii=False)[1:-1]) in squeezed:
+                    continue
+                parts = filter(None, map(_squeeze, _SENTENCE_END.split(piece)))
+                yield Lost(piece.strip(), not any(part in squeezed for part in parts), message["role"])
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _texts(message: Message) -> Iterator[str]:
+    yield text_of(message)
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        if isinstance(value := message.get(field), str):
+            yield value
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        yield str(function.get("name", ""))
+        if isinstance(arguments := function.get("arguments"), dict):
+            yield from (value for value in arguments.values() if isinstance(value, str))
