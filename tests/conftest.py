@@ -1,6 +1,7 @@
 """Shared by all tests. Without a GPU the kernels run in Triton's interpreter."""
 
 import os
+from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
@@ -12,9 +13,41 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns that it is not deterministic
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+
+def patch_language_once_a_kernel() -> None:
+    """Halve the time of Triton's interpreter, which patches its language again at each call of a device function."""
+    from triton.runtime import interpreter
+
+    patch: Callable[..., Any] | None = getattr(interpreter, "_patch_lang", None)
+    scope_class = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope_class is None:  # of another version
+        return
+    running: list[Any] = []  # the scope of the kernel that runs, and the modules that are patched in it
+
+    seen: dict[int, set[int]] = {}  # the modules that the globals of a kernel hold
+    languages = {id(interpreter.tl), id(interpreter.tl.core)}
+
+    def patch_lang(fn: Any) -> Any:
+        modules = seen.get(id(fn.__globals__)) or languages & set(map(id, fn.__globals__.values()))
+        seen[id(fn.__globals__)] = modules
+        if running and running[0]._changes:
+            if modules <= running[1]:
+                return scope_class()
+            running[1].update(modules)
+            return patch(fn)
+        running[:] = [patch(fn), set(modules)]
+        return running[0]
+
+    interpreter._patch_lang = patch_lang
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    patch_language_once_a_kernel()
 
 
 @pytest.fixture
