@@ -1,5 +1,8 @@
 """Shared by all tests. Without a GPU the kernels run in Triton's interpreter."""
 
+import fcntl
+import itertools
+import json
 import os
 from importlib.util import find_spec
 
@@ -17,6 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+CACHES = itertools.count()
 
 
 def patch_language_once_a_kernel() -> None:
@@ -55,11 +60,33 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is in the home folder must not decide what a test finds, nor a fixture of its module."""
+    os.environ["FASTDPO_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(autouse=True)
-def no_reference_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in the home folder must not decide whether a test's run has a reference model."""
-    if "FASTDPO_CACHE" not in os.environ:
-        monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def no_cache_of_other_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that one test computed must not be found by another."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(CACHES)}"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """Compute something slow, which must be JSON, in one of pytest-xdist's processes; the others read it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def once(name: str, compute: Callable[[], Any]) -> Any:
+        result = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                result.write_text(json.dumps(compute()))
+        return json.loads(result.read_text())
+
+    return once
 
 
 @pytest.fixture(autouse=True)
