@@ -8,6 +8,8 @@ is sure of most next tokens, so a backward that skips cells finds some; on a ran
 import copy
 import functools
 import itertools
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +19,11 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastdpo
+from fastdpo import cli
 from fastdpo.impl import sparsity
 from fastdpo.kernels import linear_logprobs_backward, linear_logprobs_forward
 from fastdpo.kernels.logits_tile import Config
@@ -28,6 +32,7 @@ from fastdpo.settings import from_config, kind_of
 from fastdpo.step import step_totals
 from tests.test_trainer import NoTokenizer
 
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 VOCAB = 1024  # 16 cells of the PyTorch head, 8 of the Triton kernels'
 BETA = 0.1
 STEPS = 3
@@ -356,3 +361,50 @@ def sides(scores: list[dict[str, Any]], rows: list[dict[str, Any]], quantity: st
     else:
         sides = [[v[0] for v in values], [sum(v[1:]) / len(v[1:]) for v in values]]
     return {name: sum(side) / len(side) for name, side in zip(("chosen", "rejected"), sides, strict=True)}
+
+
+# The quickstart
+
+
+WORDS = [("--bf16", "true"), ("--use_peft", "true"), ("--head_backward", "sparse")]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_the_quickstart_trains_logs_and_saves(
+    words: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a few of its rows, by the command."""
+    caplog.set_level(logging.INFO, "fastdpo")  # as the command sets it, but not for the tests that follow
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"png"))  # it takes longest
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for split in ("train", "test"):
+        lines = (QUICKSTART / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (data / f"{split}.jsonl").write_text("".join(lines[:24]))
+    given = {"config_name": QUICKSTART / "model", "dataset_name": data, "output_dir": out, "use_cpu": "true"}
+    given |= {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 8}
+    cli.main(["train", f"{QUICKSTART}.yaml", *(f"--{name}={value}" for name, value in given.items()), *words])
+
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    steps, evaluated = ([entry for entry in history if name in entry] for name in ("loss", "eval_loss"))
+    assert len(steps) == 3
+    assert all(math.isfinite(value) for entry in (*steps, *evaluated) for value in entry.values())
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are rounded alike
+    assert abs(steps[2]["loss"] - math.log(2)) > 1e-5, "the weights have not moved"
+    assert evaluated[0]["eval_rewards/accuracies"] == 0.5
+    assert ("head/density" in steps[0]) == ("--use_peft" not in words)
+    assert "held out" in capsys.readouterr().out
+    base = transformers.AutoConfig.from_pretrained(QUICKSTART / "model")
+    if "--use_peft" in words:
+        start = transformers.AutoModelForCausalLM.from_config(base)
+        model: Any = peft.PeftModel.from_pretrained(start, out)
+        trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        trained = list(model.parameters())
+    assert all(p.dtype == torch.float32 and p.any() for p in trained)
