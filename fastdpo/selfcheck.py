@@ -132,7 +132,12 @@ def self_check(
         dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if torch.is_autocast_enabled(device.type):
             dtypes.add(torch.get_autocast_dtype(device.type))
-        rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + float(alone.abs().max()))
+        pairs = _tiny_pairs(batch["input_ids"])
+        tiny_rows = shared_prefix_batch(pairs, layout="padded")
+        tiny_alone, tiny_noise = _own_logps(model, _sequences(tiny_rows, 10**9, part=1), device)
+        # a model that is sure of the batch's tokens is not of these, and the larger log-probs are rounded by more
+        noise, largest = max(noise, tiny_noise), float(torch.cat((alone, tiny_alone)).abs().max())
+        rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + largest)
         # what changes much more with padding than by rounding is no noise, but a model that sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 
@@ -145,10 +150,7 @@ def self_check(
                 "that: remove it, or call patch_forward after adding it; if there is none, the class cannot be padded"
             )
 
-        pairs = _tiny_pairs(batch["input_ids"])
-        rows = shared_prefix_batch(pairs, layout="padded")
-        padded = _score(model, rows, device)
-        tiny_alone, _ = _own_logps(model, _sequences(rows, 10**9, part=1), device)
+        padded = _score(model, tiny_rows, device)
         layout_error = _error(padded, tiny_alone)
         if not layout_error <= bound:
             raise ValueError(

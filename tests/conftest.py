@@ -1,6 +1,10 @@
 """Shared by all tests. Without a GPU the kernels run in Triton's interpreter."""
 
+import fcntl
+import itertools
+import json
 import os
+from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
@@ -12,10 +16,44 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns that it is not deterministic
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import tqdm  # noqa: F401 - before a test's command line switches bars off, as it does where stderr is no terminal
+
+CACHES = itertools.count()
+
+
+def patch_language_once_a_kernel() -> None:
+    """Halve the time of Triton's interpreter, which patches its language again at each call of a device function."""
+    from triton.runtime import interpreter
+
+    patch: Callable[..., Any] | None = getattr(interpreter, "_patch_lang", None)
+    scope_class = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope_class is None:  # of another version
+        return
+    running: list[Any] = []  # the scope of the kernel that runs, and the modules that are patched in it
+
+    seen: dict[int, set[int]] = {}  # the modules that the globals of a kernel hold
+    languages = {id(interpreter.tl), id(interpreter.tl.core)}
+
+    def patch_lang(fn: Any) -> Any:
+        modules = seen.get(id(fn.__globals__)) or languages & set(map(id, fn.__globals__.values()))
+        seen[id(fn.__globals__)] = modules
+        if running and running[0]._changes:
+            if modules <= running[1]:
+                return scope_class()
+            running[1].update(modules)
+            return patch(fn)
+        running[:] = [patch(fn), set(modules)]
+        return running[0]
+
+    interpreter._patch_lang = patch_lang
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    patch_language_once_a_kernel()
 
 
 @pytest.fixture
@@ -23,11 +61,33 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is in the home folder must not decide what a test finds, nor a fixture of its module."""
+    os.environ["FASTDPO_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(autouse=True)
-def no_reference_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in the home folder must not decide whether a test's run has a reference model."""
-    if "FASTDPO_CACHE" not in os.environ:
-        monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def no_cache_of_other_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that one test computed must not be found by another."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(CACHES)}"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """Compute something slow, which must be JSON, in one of pytest-xdist's processes; the others read it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def once(name: str, compute: Callable[[], Any]) -> Any:
+        result = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                result.write_text(json.dumps(compute()))
+        return json.loads(result.read_text())
+
+    return once
 
 
 @pytest.fixture(autouse=True)

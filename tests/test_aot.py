@@ -5,7 +5,6 @@ fit shared memory does not run at all. `python -m tests.test_aot` prints what th
 """
 
 import contextlib
-import functools
 import importlib
 import inspect
 import io
@@ -191,20 +190,24 @@ def compile_kernel(job: Job) -> Compiled:
     )  # fmt: skip
 
 
-@functools.cache
-def compile_all() -> dict[Job, Compiled]:
+def compile_all() -> Any:
     """Compile in another process: Triton's interpreter, once chosen, cannot be left."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.test_aot", "--json"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    return {Job(*job): Compiled(*compiled) for job, compiled in json.loads(process.stdout)}
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def compilations(once: Any) -> dict[Job, Compiled]:
+    return {Job(*job): Compiled(*compiled) for job, compiled in once("aot", compile_all)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)).replace(" ", "-").strip("-"))
-def test_default_configuration_fits(job: Job) -> None:
-    compiled = compile_all()[job]
+def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled]) -> None:
+    compiled = compilations[job]
     assert compiled.spilled == 0
     assert compiled.shared_bytes <= SHARED_KIB[job.arch] * 1024
     if job.dtype == "bf16" and job.kernel in MATMULS:

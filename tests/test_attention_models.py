@@ -14,7 +14,6 @@ from fastdpo import attention
 from fastdpo.model import patch_forward
 from fastdpo.packing import shared_prefix_batch
 from tests.tiny import (
-    FAMILIES,
     PAIRS,
     WINDOW,
     assert_same_gradients,
@@ -29,10 +28,6 @@ ODD = {
     "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
     "gpt-oss": {},
 }
-FAMILIES.setdefault(
-    "gpt-oss",
-    ("GptOss", {"head_dim": 12, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1}),
-)
 
 
 def make_patched(family, **overrides):

@@ -6,13 +6,13 @@ JIT until the kernel is compiled for it. Nothing runs.
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,19 +128,27 @@ def launch(
         impl.backward(grads, *inputs, result, Needs(hidden=True), selection)
 
 
-@functools.cache
-def launches(capability: str) -> dict[str, list[Launch]]:
+def compile_launches(capability: str) -> Any:
     """Run all cases in another process: Triton's interpreter, once chosen, cannot be left."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.test_launch", capability]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    return {name: [Launch(*each) for each in some] for name, some in json.loads(process.stdout).items()}
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def launches(once: Any) -> Callable[[str], dict[str, list[Launch]]]:
+    def launches(capability: str) -> dict[str, list[Launch]]:
+        found = once(f"launches-{capability}", lambda: compile_launches(capability))
+        return {name: [Launch(*each) for each in some] for name, some in found.items()}
+
+    return launches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "name"), RUNS, ids="-".join)
-def test_launches(capability: str, name: str) -> None:
+def test_launches(capability: str, name: str, launches: Any) -> None:
     compiled = launches(capability)[name]
     assert compiled
     for each in compiled:
@@ -152,7 +160,7 @@ def test_launches(capability: str, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
-def test_another_number_of_rows_compiles_nothing(capability: str) -> None:
+def test_another_number_of_rows_compiles_nothing(capability: str, launches: Any) -> None:
     assert launches(capability)["other numbers of rows"] == []
 
 

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdpo.packing import LAYOUTS, rows_of, shared_prefix_batch
 
+TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 token_ids = st.lists(st.integers(0, 3), min_size=1, max_size=9)  # few values: common starts of all lengths
 ids_of = {name: token_ids for name in ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "kl_ids")}
 
@@ -65,7 +66,7 @@ def trunk_of(example):
     return len(prompt) + common if len(responses) > 1 else 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED))
 def test_every_sequence_can_be_rebuilt(examples, layout):
     batch = shared_prefix_batch(examples, layout=layout)
@@ -86,7 +87,7 @@ def test_every_sequence_can_be_rebuilt(examples, layout):
     assert set(seen) == set(range(batch["num_packed_tokens"]))  # every row serves a sequence
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind, multiple=st.sampled_from([1, 4, 64]))
 def test_padded_rows_are_the_sequences(examples, multiple):
     batch = shared_prefix_batch(examples, layout="padded", pad_to_multiple_of=multiple)
@@ -109,7 +110,7 @@ def test_padded_rows_are_the_sequences(examples, multiple):
     assert not [name for name in batch if name.startswith("tree_")]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED), multiple=st.sampled_from([1, 8, 64]))
 def test_bounds_fit_together(examples, layout, multiple):
     batch = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=multiple)
@@ -128,7 +129,7 @@ def test_bounds_fit_together(examples, layout, multiple):
     assert batch["logit_index"].max() < batch["num_packed_tokens"]  # nothing is scored from the filling
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind)
 def test_paths_of_a_tree_are_chains_of_whole_segments(examples):
     """What layers with a state need: a segment begins in the state that the segment before it in its path ends in."""
@@ -145,7 +146,7 @@ def test_paths_of_a_tree_are_chains_of_whole_segments(examples):
     assert len(segments) == branches + trunks
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind)
 def test_shares_the_longest_common_prefix(examples):
     expected = 0
@@ -158,7 +159,7 @@ def test_shares_the_longest_common_prefix(examples):
         assert shared_prefix_batch(examples, layout=layout)["num_packed_tokens"] == expected
 
 
-@settings(deadline=None, max_examples=50)
+@settings(TIMELESS, max_examples=50)
 @given(examples=examples_of_any_kind, layout=st.sampled_from(PACKED))
 def test_rows_of_an_example_are_those_it_takes(examples, layout):
     arrays = [

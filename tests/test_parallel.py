@@ -19,9 +19,12 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def errors(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of all cases, by two processes that run them one after the other."""
-    result = tmp_path_factory.mktemp("parallel") / "errors.json"
+    return once("parallel", lambda: run_cases(tmp_path_factory.mktemp("parallel") / "errors.json"))
+
+
+def run_cases(result: Path) -> Any:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "tests/parallel_ranks.py", result], cwd=ROOT, env=environment, check=True, timeout=300)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -20,6 +20,7 @@ from fastdpo.packing import LAYOUTS, shared_prefix_batch
 from fastdpo.sampler import BudgetSampler, example_sizes, rebatch
 from tests.sampler_ranks import PAIRS, rows, train
 
+TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 ROOT = Path(__file__).parent.parent
 BUDGET = 64
 
@@ -39,7 +40,7 @@ def cost(sizes, batch):
 sizes_of = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=60).map(np.array)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(TIMELESS, max_examples=60)
 @given(sizes=sizes_of, budget=st.integers(1, 90), world_size=st.integers(1, 4), epochs=st.integers(1, 3))
 def test_every_rank_has_its_part_of_every_epoch(sizes, budget, world_size, epochs):
     ranks = [
@@ -163,7 +164,7 @@ DATASETS = {
 
 
 @pytest.mark.parametrize("kind", DATASETS)
-@settings(deadline=None, max_examples=10)
+@settings(TIMELESS, max_examples=10)
 @given(data=st.data(), layout=st.sampled_from(LAYOUTS))
 def test_sizes_are_those_of_the_batch(kind, data, layout):
     examples = data.draw(st.lists(st.fixed_dictionaries(DATASETS[kind]), min_size=1, max_size=6))

@@ -54,6 +54,23 @@ def test_passes_in_bfloat16_with_a_bound_of_its_rounding():
     assert 1e-3 < max(result.head_error, result.layout_error) <= result.bound < 2
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_passes_in_bfloat16_a_model_that_is_sure_of_the_first_rows(layout):
+    """Their log-probs are near 0, while those of any other tokens are large, and rounded by as much more."""
+    model = make_model("llama", hidden_size=48)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if "embed" in name or "norm" in name else 0.1)
+        model.lm_head.weight.copy_(8 * model.model.embed_tokens.weight.roll(1, 0))  # a token answers the one before it
+    model.bfloat16()
+    patch_forward(model)
+    count = list(range(10, 40))
+    pairs = [{"prompt_ids": count[:5], "chosen_ids": count[5:], "rejected_ids": count[5:12]}]
+    logps = model(**shared_prefix_batch(pairs, layout=layout)).logps
+    assert logps.min() > -0.1
+    assert check(model, layout, pairs).layout == layout
+
+
 def test_looks_at_so_many_positions(monkeypatch):
     model = make_patched()
     seen = []

@@ -1,7 +1,9 @@
 """A vocabulary shared by ranks: as one process computes it."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from fastdpo.logprobs import linear_logprobs
 from tests.vocab_ranks import D, N, R, V, bounds
 
+ROOT = Path(__file__).parent.parent
 CASES: dict[str, dict[str, Any]] = {
     "float64": {"dtype": torch.float64},
     "transform": {"dtype": torch.float64, "logit_scale": 1.7, "softcap": 5.0, "temperature": 0.6},
@@ -39,9 +42,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("ranks")
     torch.save({**make_inputs(), "cases": CASES}, out / "inputs.pt")
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}", "-m"]
-    process = subprocess.run(
-        [sys.executable, *command, "tests.vocab_ranks", str(out)], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, *command, "tests.vocab_ranks", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
 

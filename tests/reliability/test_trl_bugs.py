@@ -3,7 +3,6 @@
 Formulas alone are held in tests/test_objectives.py; this file goes through DPOConfig, dataset, trainer and its log.
 """
 
-import contextlib
 import copy
 import logging
 import math
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from datasets import Dataset
 from packaging.version import Version
@@ -151,15 +151,43 @@ def test_a_tokenizer_that_ends_texts_itself_leaves_one_eos(tokenizer: PreTrained
 # Divergence, which TRL logs as a loss of 0.0
 
 
-def test_a_diverging_run_never_looks_fine(make: Callable[..., Any]) -> None:
-    """Its losses are logged as they are, until it stops."""
-    trainer = make(make_model("llama"), learning_rate=1e6, max_steps=6)
-    with contextlib.suppress(FloatingPointError):
+def test_weights_that_overflow_stop_the_run(make: Callable[..., Any]) -> None:
+    """The first update takes weights beyond float32, so the second loss is no number, whatever the arithmetic."""
+    trainer = make(make_model("llama"), beta=30.0, optim="sgd", learning_rate=3e38, max_grad_norm=0.0, max_steps=6)
+    with pytest.raises(FloatingPointError, match=r"the loss of dataset rows \[.*\] is not finite"):
         trainer.train()
+    assert not all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert all(math.isfinite(loss) for loss in losses)
-    assert max(losses) > 10 or len(losses) < 6
+    assert losses == [pytest.approx(math.log(2), abs=1e-6)]
+
+
+class Blowup(transformers.TrainerCallback):
+    """Multiplies the head's weight after every step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            kwargs["model"].lm_head.weight.mul_(4.0)
+
+
+def test_a_diverging_loss_is_logged_as_it_is(make: Callable[..., Any]) -> None:
+    """Each pair is there in both orders, so the loss grows with the margin whichever way the weights go."""
+    swapped = [pair | {"chosen_ids": pair["rejected_ids"], "rejected_ids": pair["chosen_ids"]} for pair in PAIRS]
+    policy = make_model("llama")
+    trainer = make(
+        copy.deepcopy(policy), PAIRS + swapped, per_device_train_batch_size=8, learning_rate=0.0, max_steps=4
+    )
+    trainer.add_callback(Blowup())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    ref_margin = torch.sub(*sequence_logps(stock(policy)))
+    for step, loss in enumerate(losses):
+        diverged = stock(policy)
+        with torch.no_grad():
+            diverged.lm_head.weight.mul_(4.0**step)
+        z = BETA * (torch.sub(*sequence_logps(diverged)) - ref_margin)
+        assert loss == pytest.approx((F.softplus(z) + F.softplus(-z)).mean().item() / 2, rel=1e-4), step
+    assert len(losses) == 4
+    assert losses[-1] > 10
 
 
 # Model classes whose log-probs TRL computes wrongly (all but the last three), or on which it crashes
