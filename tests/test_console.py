@@ -272,8 +272,10 @@ def test_a_script_says_how_its_batches_are_computed_and_nothing_else(tmp_path: P
     environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT), "CI": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
-    said = [row.removeprefix("fastdpo: ").partition(",")[0].partition(":")[0] for row in done.stderr.splitlines()]
+    rows = [row for row in done.stderr.splitlines() if not row.startswith("  ")]  # those belong to the summary
+    said = [row.removeprefix("fastdpo: ").partition(",")[0].partition(":")[0] for row in rows]
     assert said == [
+        "train dataset",
         "reference",
         "batches hold no padding",
         "attention of LlamaAttention",
