@@ -301,22 +301,8 @@ def test_a_bad_row_is_one_line(run: Run, tmp_path: Path) -> None:
 
 # What stops in the middle
 
-SMALL = [
-    "--max_steps",
-    "4",
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "2",
-    "--per_device_train_batch_size",
-    "2",
-    "--logging_steps",
-    "1",
-    "--dataset_test_split",
-    "none",
-    "--use_cpu",
-    "--disable_tqdm",
-]
+SMALL = ["--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--logging_steps=1", "--use_cpu", "--disable_tqdm"]
+SMALL += ["--per_device_train_batch_size=2", "--dataset_test_split=none"]
 
 
 @pytest.fixture
