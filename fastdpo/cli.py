@@ -197,6 +197,12 @@ def precompute(config: Path, overrides: dict[str, Any]) -> None:
 def score(config: Path, overrides: dict[str, Any]) -> None:
     """Reward the responses of the held-out split, beta * log(pi / pi_ref), to `scores.jsonl`."""
     chosen = read_settings(config, overrides)
+    start = Path(chosen.get("model_name_or_path") or chosen["config_name"])
+    if chosen.get("ref_model_name_or_path") is None and start.is_dir() and not (start / "adapter_config.json").exists():
+        raise ValueError(
+            f"score compares {str(start)!r} with a reference: give ref_model_name_or_path, the model that its training "
+            "started from"
+        )
 
     from fastdpo.loading import load_policy
     from fastdpo.reference.precompute import options_of

@@ -253,6 +253,8 @@ def _checked_dataset(name: str) -> str:
             )
         if path.stat().st_size == 0:
             raise ValueError(f"dataset_name: the file {name!r} is empty")
+        if path.suffix == ".zst":
+            _need("zstandard", f"dataset_name={name!r}")
     if path is not None and path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"dataset_name: the folder {name!r} is empty")
     return name

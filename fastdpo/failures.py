@@ -15,6 +15,8 @@ from typing import NoReturn
 
 from fastdpo.config_file import PACKAGES, install, sibling
 
+logger = logging.getLogger("fastdpo")
+
 OUT_OF_MEMORY = (
     "out of memory: lower per_device_train_batch_size (and raise gradient_accumulation_steps by the same factor), "
     "tokens_per_batch or max_length, or leave gradient_checkpointing on; `fastdpo plan CONFIG.yaml` computes what fits"
@@ -103,9 +105,8 @@ def loading(setting: str, name: str) -> Iterator[None]:
     Raises:
         OSError: there is no such folder or repository, the Hub can't be reached, or a file is broken.
     """
-    http = logging.getLogger("huggingface_hub.utils._http")  # it logs each try, and then raises
-    level = http.level
-    http.setLevel(logging.ERROR)
+    http, patience = logging.getLogger("huggingface_hub.utils._http"), _Patience()
+    http.addFilter(patience)
     try:
         yield
     except Exception as error:
@@ -113,7 +114,19 @@ def loading(setting: str, name: str) -> Iterator[None]:
             raise OSError(f"{setting}: {name!r} {reason}") from error
         raise
     finally:
-        http.setLevel(level)
+        http.removeFilter(patience)
+
+
+class _Patience(logging.Filter):
+    """Says once that the Hub is asked again, where huggingface_hub has a line for each try."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self.said:
+            logger.info("the Hub does not answer; it is asked again for up to a minute")
+        self.said = True
+        return False
 
 
 def _reason(name: str, error: Exception) -> str | None:

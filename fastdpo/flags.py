@@ -30,6 +30,7 @@ def overrides_of(rest: list[str], own: dict[str, Setting]) -> dict[str, Any]:
     """Settings behind the config file as a dict; values are read as YAML, so that flags mean what the file would.
 
     `--key value` and `--key=value`; `--key a b c` where a list is meant; `--key` and `--no_key` for booleans.
+    Where a key is given twice the last one wins, so that a script can append to its command.
     """
     known = settings() | own
     values: dict[str, Any] = {}
@@ -54,8 +55,6 @@ def overrides_of(rest: list[str], own: dict[str, Setting]) -> dict[str, Any]:
             raise UsageError(f"--{key} needs a value")
         if len(given) > 1 and "list" not in known[key].types:
             raise UsageError(f"--{key} takes one value, got {shlex.join(given)}")
-        if key in values:
-            raise UsageError(f"--{key} is given twice; leave one out")
         parsed = [_value(each) for each in given]
         values[key] = parsed[0] if len(parsed) == 1 else parsed
         if key in own:

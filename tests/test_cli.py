@@ -122,9 +122,11 @@ def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_
         return scoring.Scores([], None)
 
     monkeypatch.setattr(scoring, "score", capture)
+    monkeypatch.setattr("fastdpo.run.load_reference", lambda *_: None)
     settings = {"max_length": 30, "max_prompt_length": 20, "max_completion_length": 10, "on_bad_row": "drop"}
     settings |= {"tokens_per_batch": 20000, "beta": 0.3}
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    common["ref_model_name_or_path"] = DATA["config_name"]
     cli.score(ROOT / QUICKSTART, common | settings | {"ref_adapter_name": "frozen", "bf16": True} | DATA)
     assert given.items() >= settings.items()
     assert given["ref_adapter_name"] == "frozen"
@@ -182,6 +184,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             "optim: adan is not a valid OptimizerNames, please select",
         ),
         (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
+        (
+            ("score", QUICKSTART),
+            1,
+            "with a reference: give ref_model_name_or_path, the model that its training",
+        ),
         (("train", "examples/quickstat.yaml"), 1, "did you mean 'examples/quickstart.yaml'?"),
         (("train", QUICKSTART, "--dataset_train_split", "trian"), 1, "has no split 'trian'; it has ['train', 'test']"),
         (("train", QUICKSTART, "--dataset_name", "nobody/has-this"), 1, "dataset_name: 'nobody/has-this' is neither a"),
@@ -192,7 +199,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             "ref_model_name_or_path: 'nobody/",
         ),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_mistakes_are_one_line(run: Run, tmp_path: Path, words: tuple[object, ...], code: int, message: str) -> None:
     output = ("--output_dir", tmp_path) if len(words) > 1 and words[1] == QUICKSTART and code == 1 else ()
@@ -293,18 +300,22 @@ def test_a_bad_row_is_one_line(run: Run, tmp_path: Path) -> None:
 
 # What stops in the middle
 
-SMALL = (
+SMALL = [
     "--max_steps",
-    4,
+    "4",
     "--save_strategy",
     "steps",
     "--save_steps",
-    2,
+    "2",
     "--per_device_train_batch_size",
-    2,
+    "2",
+    "--logging_steps",
+    "1",
+    "--dataset_test_split",
+    "none",
     "--use_cpu",
-)
-SMALL += ("--use_cpu", "--disable_tqdm", "--dataset_test_split", "none", "--logging_steps", 1)
+    "--disable_tqdm",
+]
 
 
 @pytest.fixture

@@ -191,6 +191,7 @@ def test_dtypes_are_those_of_torch() -> None:
 
 PACKAGES = [
     ({"use_peft": True}, "peft", "use_peft needs the package peft: pip install 'fastdpo[peft]'"),
+    ({"dataset_name": "rows.jsonl.zst"}, "zstandard", "needs the package zstandard: pip install zstandard"),
     ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
     ({"attention_backend": "flash"}, "flash_attn", r"pip install 'fastdpo\[flash\]'"),
     ({"optim": "paged_lion_8bit"}, "bitsandbytes", "optim='paged_lion_8bit' needs the package bitsandbytes"),
@@ -213,6 +214,7 @@ def test_a_missing_package_comes_with_its_command(
     def pretend(name: str) -> Any:
         return None if name in missing else (real("json") if name in ("wandb", "tensorboard") else real(name))
 
+    (good.parent / "rows.jsonl.zst").write_text("x")
     monkeypatch.setattr(config_file.importlib.util, "find_spec", pretend)
     with pytest.raises(ModuleNotFoundError, match=message.replace("[peft]", r"\[peft\]")):
         read_settings(good, given)

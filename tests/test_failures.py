@@ -1,6 +1,7 @@
 """fastdpo.failures: what a user can mend is one line, a bug is not, and signals are exceptions once."""
 
 import errno
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -158,6 +159,17 @@ def test_the_nearest_folder_is_named_where_the_hub_has_none(monkeypatch: pytest.
 def test_other_errors_of_loading_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(KeyError), loading("model", str(tmp_path)):
         raise KeyError("weights")
+
+
+def test_tries_to_reach_the_hub_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    http = logging.getLogger("huggingface_hub.utils._http")
+    with caplog.at_level(logging.INFO):
+        with loading("model", "o/r"):
+            for n in range(5):
+                http.warning("Retrying in %ds", n)
+        assert caplog.messages == ["the Hub does not answer; it is asked again for up to a minute"]
+        http.warning("after it")
+    assert caplog.messages[1:] == ["after it"]
 
 
 # Signals
