@@ -54,8 +54,10 @@ part() {
 }
 
 plugins=() # where they are installed: compile on many cores, and lose one test to a kernel that hangs, not all
-"$python" -c "import xdist" 2>/dev/null && plugins+=(-n 8)
-"$python" -c "import pytest_timeout" 2>/dev/null && plugins+=(--timeout 90 --timeout-method thread)
+if [[ ${SUITE_SIZE:-full} != smoke ]]; then
+    "$python" -c "import xdist" 2>/dev/null && plugins+=(-n 8)
+    "$python" -c "import pytest_timeout" 2>/dev/null && plugins+=(--timeout 90 --timeout-method thread)
+fi
 
 tests() { # NAME SECONDS ARGUMENTS...
     part "$1" "$2" tests.log "124 137" \
@@ -75,7 +77,7 @@ training_table() { # CASES; its last seconds would only begin a case that the li
 }
 
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then
-    tests accuracy 60 tests/test_accuracy.py
+    tests accuracy 540 tests/test_accuracy.py
     head_table smoke
     training_table smoke
 else

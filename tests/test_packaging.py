@@ -1,5 +1,6 @@
 """The installed package: `kernels/` arrives as fastdpo.kernels and never as `kernels`."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,8 @@ def run(*command: object, cwd: Path) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree, as git would check it out: building writes beside the sources."""
     copy = tmp_path_factory.mktemp("source")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("the tree is no git checkout")
     files = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
     run("cp", "-P", "--parents", *files, copy, cwd=ROOT)
     return copy

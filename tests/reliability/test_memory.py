@@ -3,12 +3,14 @@
 import ctypes
 import dataclasses
 import itertools
+import json
 import mmap
 import os
 import random
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,20 +215,52 @@ def run_guarded(names: list[str], side: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
 
 
-def exit_status(names: list[str], side: str) -> int:
-    code = f"from tests.reliability.test_memory import run_guarded; run_guarded({names}, '{side}')"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode
+GUARDED = {
+    "start": ([*KERNELS, "none"], "start"),
+    "end": ([*KERNELS, "none"], "end"),
+    "stray before": (["before"], "start"),
+    "stray after": (["after"], "end"),
+}
+
+
+def run_each_in_a_fork() -> None:
+    """Print the exit codes of all of `GUARDED`: one process imports everything, and its forks may die."""
+    codes = {}
+    for name, arguments in GUARDED.items():
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                run_guarded(*arguments)
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        codes[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    json.dump(codes, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def exit_codes(once: Any) -> dict[str, int]:
+    def run() -> Any:
+        code = "from tests.reliability.test_memory import run_each_in_a_fork as run; run()"
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code]
+        return json.loads(subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+    codes: dict[str, int] = once("guarded-kernels", run)
+    return codes
 
 
 @pytest.mark.parametrize("side", ["start", "end"])
-def test_no_kernel_leaves_its_tensors(side: str) -> None:
-    assert exit_status([*KERNELS, "none"], side) == 0
+def test_no_kernel_leaves_its_tensors(side: str, exit_codes: dict[str, int]) -> None:
+    assert exit_codes[side] == 0
 
 
-@pytest.mark.parametrize(("planted", "side"), [("before", "start"), ("after", "end")])
-def test_guards_catch_one_stray_element(planted: str, side: str) -> None:
-    assert exit_status([planted], side) == -signal.SIGSEGV
+@pytest.mark.parametrize("planted", ["before", "after"])
+def test_guards_catch_one_stray_element(planted: str, exit_codes: dict[str, int]) -> None:
+    assert exit_codes[f"stray {planted}"] == -signal.SIGSEGV
 
 
 @pytest.fixture
