@@ -6,9 +6,9 @@ Hence this mapping, the link `fastdpo/kernels -> ../kernels` for tools that read
 `kernels/__init__.py`.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["fastdpo", "fastdpo.impl", "fastdpo.reference", "fastdpo.kernels"],
+    packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels"],
     package_dir={"fastdpo.kernels": "kernels"},
 )

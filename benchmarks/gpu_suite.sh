@@ -77,7 +77,7 @@ training_table() { # CASES; its last seconds would only begin a case that the li
 }
 
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then
-    tests accuracy 540 tests/test_accuracy.py
+    tests accuracy 540 tests/head/test_accuracy.py
     head_table smoke
     training_table smoke
 else

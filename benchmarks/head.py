@@ -34,9 +34,9 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import DEVICE, Measured, measure, provenance, record
 from benchmarks.peers import Logps
-from fastdpo.impl import sparsity
-from fastdpo.logprobs import Backward, Impl, linear_logprobs, linear_logprobs_with_stats
-from fastdpo.op import implementation
+from fastdpo.head.impl import sparsity
+from fastdpo.head.linear_logprobs import Backward, Impl, linear_logprobs, linear_logprobs_with_stats
+from fastdpo.head.op import implementation
 
 SAMPLE = 256  # rows and vocabulary entries whose gradients are compared
 MATMUL_ROWS = 2048  # of the logits that torch.mm is timed with

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo import linear_logprobs
-from fastdpo.impl import sparsity
-from fastdpo.op import density_key
+from fastdpo.head.impl import sparsity
+from fastdpo.head.op import density_key
 
 B, T = 8, 129
 

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastdpo.impl.sparsity import MAX_ROW_MASS
-from fastdpo.plots import BLUE, GREEN, GREY, GRID, VERMILION
+from fastdpo.head.impl.sparsity import MAX_ROW_MASS
+from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, VERMILION
 
 Study = dict[str, Any]
 COLOURS = {"exact": BLUE, "noise": GREY, "auto": GREEN, "sparse": VERMILION}

@@ -5,7 +5,7 @@
 Truth is float64 on the same rounded inputs. A sweep isolates what skipping cells does: with E the difference of the
 sparse and the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. What
 fastdpo computes, rounding included, is measured beside it, and what that does to a training run. Rows skip their
-smallest cells as `fastdpo.impl.sparsity` has it.
+smallest cells as `fastdpo.head.impl.sparsity` has it.
 
 Shapes: N rows, D hidden size, V vocabulary, T columns of a tile, J = V / T tiles.
 """
@@ -30,10 +30,10 @@ from benchmarks import small_lm
 from benchmarks.harness import provenance
 from benchmarks.sparse_report import draw, fill
 from fastdpo import linear_logprobs
-from fastdpo.impl import sparsity
-from fastdpo.impl import torch as torch_impl
-from fastdpo.op import density_key
-from tests.rows import KINDS, Exact, Rows, error, exact, make_rows
+from fastdpo.head.impl import sparsity
+from fastdpo.head.impl import torch as torch_impl
+from fastdpo.head.op import density_key
+from tests.helpers.rows import KINDS, Exact, Rows, error, exact, make_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 Table = list[dict[str, Any]]

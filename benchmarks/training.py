@@ -44,7 +44,7 @@ from benchmarks import lengths
 from benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
 from benchmarks.peers import first_line
 from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
-from fastdpo.report import summary_table
+from fastdpo.report.page import summary_table
 
 PHASES = ("body", "head", "reference", "data", "rest")
 

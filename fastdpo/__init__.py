@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
-    from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
-    from fastdpo.loss import DPOOutput, dpo_loss
-    from fastdpo.packing import shared_prefix_batch
+    from fastdpo.data.packing import shared_prefix_batch
+    from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
+    from fastdpo.loss.batch_loss import DPOOutput, dpo_loss
     from fastdpo.scoring import score
     from fastdpo.trainer import DPOTrainer
 
@@ -25,13 +25,13 @@ __all__ = [
 
 _HOME = {
     "DPOConfig": "config",
-    "DPOOutput": "loss",
+    "DPOOutput": "loss.batch_loss",
     "DPOTrainer": "trainer",
-    "dpo_loss": "loss",
-    "linear_logprobs": "logprobs",
-    "linear_logprobs_with_stats": "logprobs",
+    "dpo_loss": "loss.batch_loss",
+    "linear_logprobs": "head.linear_logprobs",
+    "linear_logprobs_with_stats": "head.linear_logprobs",
     "score": "scoring",
-    "shared_prefix_batch": "packing",
+    "shared_prefix_batch": "data.packing",
 }
 
 

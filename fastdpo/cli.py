@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
-from fastdpo.config_file import UsageError, nearest, newest_checkpoint, read_settings
-from fastdpo.failures import one_line, signals_raise, stopped_by
-from fastdpo.fields import Setting
-from fastdpo.flags import overrides_of, settings_help, without_debug, without_flag
+from fastdpo.settings.config_file import UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.settings.failures import one_line, signals_raise, stopped_by
+from fastdpo.settings.fields import Setting
+from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
 
 logger = logging.getLogger("fastdpo")
 
@@ -139,7 +139,7 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     """Train a model on preferences; evaluate before and after, save it, write `report.html`."""
     chosen = read_settings(config, overrides)  # before the slow imports: mistakes show at once
 
-    from fastdpo import samples
+    from fastdpo.report import samples
     from fastdpo.run import make_configs
 
     started = time.time()
@@ -192,9 +192,9 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
             "started from"
         )
 
-    from fastdpo.loading import load_policy
+    from fastdpo.model.policy import load_policy
     from fastdpo.reference.precompute import options_of
-    from fastdpo.report import summary_table
+    from fastdpo.report.page import summary_table
     from fastdpo.run import load_datasets, load_model, load_reference, make_configs
     from fastdpo.scoring import score as score_rows
 
@@ -231,7 +231,7 @@ def plan(config: Path, overrides: dict[str, Any]) -> None:
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
     chosen = read_settings(config, overrides)
 
-    from fastdpo.plan import draw_lengths, make_plan, tables
+    from fastdpo.plan.plan import draw_lengths, make_plan, tables
     from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
     run, args = make_configs(chosen)
@@ -271,14 +271,15 @@ def _report(
     from dataclasses import asdict
     from datetime import datetime, timedelta
 
-    from fastdpo import facts, report
+    from fastdpo.report import facts
+    from fastdpo.report.page import write_report
 
     args, state = trainer.args, trainer.state
     # only what this process logged, not the records of a checkpoint that it resumed from
     logged = [name for name in trainer.histograms if failure is None or not name.startswith("eval_")]
     if failure is not None:
         failure += f", after step {state.global_step:,} of {state.max_steps:,}"
-    return report.write_report(
+    return write_report(
         args.output_dir,
         state.log_history,
         title=f"DPO of {run.model_name_or_path or run.config_name} on {run.dataset_name}",
@@ -343,7 +344,7 @@ def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _print_tables(log_history: list[dict[str, float]]) -> None:
-    from fastdpo.report import summary_table
+    from fastdpo.report.page import summary_table
 
     if held_out := _held_out(log_history):
         before, after = held_out[0], held_out[-1]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.attention_backends import BACKENDS
-from fastdpo.config_file import check_dtype
-from fastdpo.logprobs import BACKWARDS, IMPLS
-from fastdpo.settings import ObjectiveSettings, from_config
+from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
+from fastdpo.loss.options import ObjectiveSettings, from_config
+from fastdpo.model.attention.backends import BACKENDS
+from fastdpo.settings.config_file import check_dtype
 
 AT_LEAST_ONE = (
     *("max_prompt_length", "max_completion_length", "tokens_per_batch"),
@@ -48,10 +48,12 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay off: a loss that is not finite stops training."}
     )
 
-    # The objective; what each field may be with which is checked by `fastdpo.settings.ObjectiveSettings`
+    # The objective; what each field may be with which is checked by `fastdpo.loss.options.ObjectiveSettings`
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "The objective, by its name in fastdpo.objectives; several are summed. `sigmoid` is DPO."},
+        metadata={
+            "help": "The objective, by its name in fastdpo.loss.objectives; several are summed. `sigmoid` is DPO."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the objectives in the sum. Unset: 1 each."}

@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdpo.config import DPOConfig
-from fastdpo.dataset_files import load_splits
-from fastdpo.failures import loading
-from fastdpo.loading import build_policy, load_policy
+from fastdpo.model.policy import build_policy, load_policy
+from fastdpo.settings.dataset_files import load_splits
+from fastdpo.settings.failures import loading
 
 logger = logging.getLogger("fastdpo")
 
@@ -77,7 +77,7 @@ class RunConfig:
 
 
 def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
-    """The configs of settings as `fastdpo.config_file.read_settings` returns them.
+    """The configs of settings as `fastdpo.settings.config_file.read_settings` returns them.
 
     Raises:
         ValueError: a config refuses; the message names the setting.
@@ -110,7 +110,7 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
     """The policy, as a name to load or built with random weights, and its tokenizer.
 
     Raises:
-        ValueError: as `fastdpo.loading.build_policy`.
+        ValueError: as `fastdpo.model.policy.build_policy`.
     """
     tokenizer = load_tokenizer(run, args)
     if run.config_name is None:

@@ -11,14 +11,14 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo import data
-from fastdpo.loading import choose_layout, smallest_vocab
-from fastdpo.model import is_patched, patch_forward
-from fastdpo.packing import kind_of
-from fastdpo.reference import policies
+from fastdpo.data import prepare
+from fastdpo.data.packing import kind_of
+from fastdpo.model.policy import choose_layout, smallest_vocab
+from fastdpo.model.scoring_forward import is_patched, patch_forward
+from fastdpo.model.self_check import checked_layout
+from fastdpo.reference import resolve
 from fastdpo.reference.cache import Logps, write_file
 from fastdpo.reference.precompute import token_logps
-from fastdpo.selfcheck import checked_layout
 
 logger = logging.getLogger("fastdpo")
 
@@ -56,7 +56,7 @@ def score(
         model: the trained causal LM, or a PEFT model; changed as by `DPOTrainer` (its forward is patched).
         ref_model: its reference. None: a PEFT model with its adapters off, or with `ref_adapter_name`'s on.
         rows: of one format: `prompt` with `chosen` and `rejected`, with `responses` (best first), or with
-            `completion`; text, messages or token ids, see `fastdpo.data`.
+            `completion`; text, messages or token ids, see `fastdpo.data.prepare`.
         tokenizer: as in training.
         beta: scale of the rewards, > 0. Accuracy does not depend on it.
         max_length: cut longer prompt + response; None: nothing is cut.
@@ -77,7 +77,7 @@ def score(
         raise ValueError(f"beta must be a finite number above 0, got {beta}")
     if ref_model is model:
         raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
-    if ref_model is None and not policies.is_peft_model(model):
+    if ref_model is None and not resolve.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
     dataset = _tokenised(
         rows,
@@ -100,7 +100,7 @@ def score(
     if ref_model is not None:
         reference = token_logps(dataset, ref_model, name="reference's", **options)
     else:
-        with policies.as_reference(model, ref_adapter_name):
+        with resolve.as_reference(model, ref_adapter_name):
             reference = token_logps(dataset, model, name="reference's", **options)
 
     index = dataset["pair_index"]
@@ -120,7 +120,7 @@ def _tokenised(rows: Any, **options: Any) -> Dataset:
     if alone and "label" not in columns:
         dataset = dataset.add_column("label", [True] * len(dataset))  # it is not asked; the format wants one
     kind = "unpaired" if alone else "ranked" if {"responses", "ranked_ids"} & set(columns) else "preference"
-    prepared = data.prepare_dataset(dataset, kind=kind, name="scored", **options)
+    prepared = prepare.prepare_dataset(dataset, kind=kind, name="scored", **options)
     assert isinstance(prepared, Dataset)
     return prepared
 

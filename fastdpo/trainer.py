@@ -21,21 +21,25 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import checks, compat, console, data, liger, log_output, metrics, precomputed
-from fastdpo.attention_backends import usable
-from fastdpo.loading import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
-from fastdpo.loss import LossOutput, compute, step_mean, step_values
-from fastdpo.model import TokenScores, evaluating, patch_forward
-from fastdpo.packing import shared_prefix_batch
+from fastdpo import checks
+from fastdpo.compat import liger, trl
+from fastdpo.data import prepare
+from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.data.sampler import planned
+from fastdpo.loss.batch_loss import LossOutput, compute, step_mean, step_values
+from fastdpo.loss.options import from_config
+from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
+from fastdpo.model.attention.backends import usable
+from fastdpo.model.policy import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
+from fastdpo.model.router import coefficient
+from fastdpo.model.scoring_forward import TokenScores, evaluating, patch_forward
+from fastdpo.model.self_check import agreed_layout
 from fastdpo.parallel import check_parallelism, prepare_reference
-from fastdpo.reference import policies
-from fastdpo.reference.checks import check_first_loss, first_loss_is_known
+from fastdpo.reference import columns as columns_module
+from fastdpo.reference import resolve
+from fastdpo.reference.first_loss import check_first_loss, first_loss_is_known
 from fastdpo.reference.sync import SyncReference, check_sync
-from fastdpo.router import coefficient
-from fastdpo.sampler import planned
-from fastdpo.selfcheck import agreed_layout
-from fastdpo.settings import from_config
-from fastdpo.step import StepTotals, step_context, step_totals
+from fastdpo.report import console, log_output, metrics
 
 logger = logging.getLogger("fastdpo")
 
@@ -52,7 +56,7 @@ class DPOTrainer(Trainer):
             adapter, or with the adapter it came with; else a copy of the policy as passed.
         args: settings; `DPOConfig()` where None. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
         data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
-        train_dataset: preference rows, see `fastdpo.data`.
+        train_dataset: preference rows, see `fastdpo.data.prepare`.
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer; loaded from the model's path where None.
         compute_metrics: not supported; it has its place in TRL's order of arguments.
@@ -90,13 +94,13 @@ class DPOTrainer(Trainer):
     ) -> None:
         log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
-        args, processing_class = compat.resolve(args, processing_class, others)
+        args, processing_class = trl.resolve(args, processing_class, others)
         liger.prepare(args)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
-        policies.check_adapter(peft_config)
+        resolve.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
@@ -105,13 +109,13 @@ class DPOTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        own_adapter = args.ref_adapter_name or policies.has_ref_adapter(model)
+        own_adapter = args.ref_adapter_name or resolve.has_ref_adapter(model)
         keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
         model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
         for policy in filter(None, (model, ref_model)):
             liger.apply(policy, args)
         self._prepare_dataset = functools.partial(
-            data.prepare_dataset,
+            prepare.prepare_dataset,
             tokenizer=processing_class,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
@@ -125,16 +129,16 @@ class DPOTrainer(Trainer):
         )
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
             train_dataset = self._prepare_dataset(train_dataset)
-            eval_dataset = data.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+            eval_dataset = prepare.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
         columns = [set(train_dataset.column_names or ())]
-        data.each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
+        prepare.each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
         for names in columns:
             self._settings.check_columns(names)
-            data.check_reference_columns(names, self._settings.kind, args.ld_alpha)
-        scored = [not names.isdisjoint(data.REFERENCES) for names in columns]
+            prepare.check_reference_columns(names, self._settings.kind, args.ld_alpha)
+        scored = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(scored)
         # before the patch, which a copy must not share
-        ref_model = policies.resolve_reference(
+        ref_model = resolve.resolve_reference(
             model,
             ref_model,
             ref_adapter_name=args.ref_adapter_name,
@@ -146,11 +150,11 @@ class DPOTrainer(Trainer):
             if ref_model is None or scored[0]:
                 raise ValueError(
                     "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; "
-                    f"remove the columns {', '.join(sorted(data.REFERENCES))}, or set sync_ref_model=False"
+                    f"remove the columns {', '.join(sorted(prepare.REFERENCES))}, or set sync_ref_model=False"
                 )
             self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
-        base = model.get_base_model() if policies.is_peft_model(model) else model
+        base = model.get_base_model() if resolve.is_peft_model(model) else model
         self._aux_coef = coefficient(base, args.router_aux_loss_coef)
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
@@ -185,10 +189,10 @@ class DPOTrainer(Trainer):
         self.ref_model = None
         precompute = args.precompute_ref_log_probs
         if precompute is None and is_own_reference and data_collator is None:
-            precompute = precomputed.is_complete(self)
+            precompute = columns_module.is_complete(self)
             ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
         if precompute:
-            precomputed.add(self, self.model if ref_model is None else ref_model, self._layout)
+            columns_module.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
@@ -267,12 +271,12 @@ class DPOTrainer(Trainer):
                 scores: TokenScores = self.ref_model(**inputs)
                 return scores.logps
             policy = self.accelerator.unwrap_model(self.model)
-            if not policies.is_peft_model(policy):
+            if not resolve.is_peft_model(policy):
                 raise ValueError(
                     "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
                     "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
                 )
-            with evaluating(policy), policies.as_reference(policy, self.args.ref_adapter_name):
+            with evaluating(policy), resolve.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
@@ -395,4 +399,4 @@ class DPOTrainer(Trainer):
         return loss, None, None
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*data.COLUMNS]
+        self._signature_columns = [*prepare.COLUMNS]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdpo.kernels.logits_tile import interpreted, tanh_and_slope
 
-BLOCK = 1024  # tests/test_aot.py compiles it: no spilled register
+BLOCK = 1024  # tests/kernels/test_aot.py compiles it: no spilled register
 
 
 @triton.jit

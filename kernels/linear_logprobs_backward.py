@@ -41,7 +41,7 @@ from fastdpo.kernels.logits_tile import (
     store_dlogits_tile,
 )
 
-# tests/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, 128, 64, 8, 3),
     ((9, 0), 2): Config(128, 256, 64, 8, 3),

@@ -51,7 +51,7 @@ from fastdpo.kernels.row_lists import TILE
 
 MAX_SPLITS = 256  # shares of the vocabulary: fills any chip with a single row block
 
-# tests/test_aot.py compiles these: no spilled register. (9, 0) is for what TMA does not fit
+# tests/kernels/test_aot.py compiles these: no spilled register. (9, 0) is for what TMA does not fit
 CONFIGS: Configs = {capability: Config(128, 128, 64, 8, 3) for capability in (((8, 0), 2), ((9, 0), 2), ((10, 0), 2))}
 # Statistics keep a second tile alive, e beside x, and so do tile masses with a soft-cap, the slopes
 TWO_TILE_CONFIGS: Configs = {capability: Config(64, 128, 64, 8, 3) for capability in CONFIGS}

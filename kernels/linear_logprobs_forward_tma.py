@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdpo.kernels.logits_tile import Config, Configs, add_bias, add_low_rank, grouped_program_ids
 from fastdpo.kernels.online_logsumexp import empty_state, fold_tile, load_targets, store_state
 
-# tests/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these: no spilled register
 TMA_CONFIGS: Configs = {
     ((9, 0), 2): Config(128, 256, 64, 8, 3),
     ((10, 0), 2): Config(128, 128, 64, 8, 3),

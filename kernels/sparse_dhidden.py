@@ -26,7 +26,7 @@ from fastdpo.kernels.row_lists import TILE
 
 PROGRAMS = 4  # per multiprocessor: a program waits for its gathers, others work meanwhile
 
-# tests/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(64, TILE, 64, 4, 2),
     ((9, 0), 2): Config(64, TILE, 64, 4, 2),

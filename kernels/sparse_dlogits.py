@@ -28,7 +28,7 @@ from fastdpo.kernels.logits_tile import (
 )
 from fastdpo.kernels.row_lists import TILE
 
-# tests/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, TILE, 64, 8, 3),
     ((9, 0), 2): Config(128, TILE, 64, 8, 3),

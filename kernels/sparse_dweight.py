@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.kernels.logits_tile import FALLBACK, SMALL, Config, Configs, default_config, interpreted, loads_vectors
 from fastdpo.kernels.row_lists import TILE
 
-# tests/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these: no spilled register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(64, TILE, 128, 8, 3),
     ((9, 0), 2): Config(64, TILE, 128, 8, 3),

@@ -120,7 +120,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def forget_densities() -> None:
     """What one test's head was like must not choose another's algorithm."""
-    from fastdpo.impl import sparsity
+    from fastdpo.head.impl import sparsity
 
     sparsity._densities.clear()
     sparsity._calls.clear()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fastdpo.config import DPOConfig
-from fastdpo.config_file import read_settings
 from fastdpo.run import RunConfig, make_configs
+from fastdpo.settings.config_file import read_settings
 
 MINIMAL = "dataset_name: data\nconfig_name: model\nreport_to: none\n"
 

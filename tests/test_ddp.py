@@ -23,7 +23,7 @@ def test_two_ranks_equal_one(tmp_path: Path, names: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [*command, "tests/two_ranks.py", tmp_path / "two", result, *names],
+        [*command, "tests/helpers/two_ranks.py", tmp_path / "two", result, *names],
         cwd=ROOT,
         env=environment,
         check=True,

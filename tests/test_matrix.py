@@ -24,12 +24,12 @@ from torch import Tensor
 
 import fastdpo
 from fastdpo import cli
-from fastdpo.impl import sparsity
+from fastdpo.head.impl import sparsity
 from fastdpo.kernels import linear_logprobs_backward, linear_logprobs_forward
 from fastdpo.kernels.logits_tile import Config
-from fastdpo.loss import compute, step_mean
-from fastdpo.settings import from_config, kind_of
-from fastdpo.step import step_totals
+from fastdpo.loss.batch_loss import compute, step_mean
+from fastdpo.loss.options import from_config, kind_of
+from fastdpo.loss.whole_step import step_totals
 from tests.test_trainer import NoTokenizer
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"

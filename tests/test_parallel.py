@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.model import patch_forward
-from fastdpo.packing import shared_prefix_batch
-from tests.parallel_ranks import CASES
-from tests.tiny import PAIRS, assert_same_gradients, gradients, make_model, make_pairs, stock, stock_logps
+from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.model.scoring_forward import patch_forward
+from tests.helpers.parallel_ranks import CASES
+from tests.helpers.tiny import PAIRS, assert_same_gradients, gradients, make_model, make_pairs, stock, stock_logps
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,9 @@ def errors(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run_cases(result: Path) -> Any:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "tests/parallel_ranks.py", result], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run(
+        [*command, "tests/helpers/parallel_ranks.py", result], cwd=ROOT, env=environment, check=True, timeout=300
+    )
     return json.loads(result.read_text())
 
 

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from fastdpo.reference import precompute
 from fastdpo.scoring import score
+from tests.helpers.tiny import PAIRS, make_model, stock, stock_logps
 from tests.test_trainer import NoTokenizer
-from tests.tiny import PAIRS, make_model, stock, stock_logps
 
 
 def models() -> tuple[Any, Any]:

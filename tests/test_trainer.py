@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import fastdpo
-from fastdpo import data as data_module
-from fastdpo import heads
-from fastdpo.logprobs import linear_logprobs, linear_logprobs_with_stats
-from tests.no_logits import NoLogits
+from fastdpo.data import prepare as data_module
+from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
+from fastdpo.model import body_and_head
+from tests.helpers.no_logits import NoLogits
 
 VOCAB = 331
 
@@ -132,8 +132,8 @@ def test_no_allocation_of_a_training_step_reaches_the_logits(
 ) -> None:
     """N completion tokens times V entries never exist, in either model, forward or backward, beyond the workspace."""
     small = partial(linear_logprobs, workspace_bytes=2**20), partial(linear_logprobs_with_stats, workspace_bytes=2**20)
-    monkeypatch.setattr(heads, "linear_logprobs", small[0])
-    monkeypatch.setattr(heads, "linear_logprobs_with_stats", small[1])
+    monkeypatch.setattr(body_and_head, "linear_logprobs", small[0])
+    monkeypatch.setattr(body_and_head, "linear_logprobs_with_stats", small[1])
     trainer = make(tiny_llama(vocab_size=4096), per_device_train_batch_size=16, max_steps=2)
     batch = next(iter(trainer.get_train_dataloader()))
     N = batch["target_ids"].numel()

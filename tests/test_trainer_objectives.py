@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fastdpo.objectives import OBJECTIVES
-from fastdpo.settings import kind_of
+from fastdpo.loss.objectives import OBJECTIVES
+from fastdpo.loss.options import kind_of
 from tests.test_trainer import VOCAB, losses, make, rows, tiny_llama, weights  # noqa: F401 - make is a fixture
 
 OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "ipo": {"beta": 1.0}}

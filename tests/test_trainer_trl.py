@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import fastdpo
-from tests.test_data import byte_tokenizer
+from tests.data.test_prepare import byte_tokenizer
 from tests.test_trainer import TOKEN_METRICS, tiny_llama, weights
 
 trl = pytest.importorskip("trl")

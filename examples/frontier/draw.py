@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastdpo.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE, VERMILION
+from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE, VERMILION
 
 
 def draw(results: dict[str, Any], path: str | PathLike[str]) -> None:

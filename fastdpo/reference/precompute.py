@@ -2,7 +2,7 @@
 
 Each response is looked up in a `TokenCache` by its token ids; what is missing is scored by the packed forward that
 training uses, longest first, and written in shards as it comes. On one machine's CPU the values are those that training
-would have computed, bit for bit, however either was batched; `tests/test_reference_precompute.py` says in which bounds.
+would have computed, bit for bit, however either was batched; `tests/reference/test_precompute.py` says in which bounds.
 """
 
 import json
@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from fastdpo.model import evaluating, is_patched, patch_forward
-from fastdpo.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.model.scoring_forward import evaluating, is_patched, patch_forward
 from fastdpo.reference.cache import Logps, TokenCache, entry_key, write_file
 from fastdpo.reference.fingerprint import fingerprint
 

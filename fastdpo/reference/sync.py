@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastdpo.reference.cache import write_file
-from fastdpo.reference.policies import is_peft_model
+from fastdpo.reference.resolve import is_peft_model
 
 FILE = "reference.safetensors"
 

@@ -67,7 +67,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
         source = Path(name).resolve()  # what is edited meanwhile does not matter
         copy_sources(ROOT, source)
-        imported = run(source, "-c", "import fastdpo.op; print(fastdpo.op.__file__)").stdout
+        imported = run(source, "-c", "import fastdpo.head.op; print(fastdpo.head.op.__file__)").stdout
         if not imported.startswith(str(source)):
             print(f"not a copy is imported, but {imported}")  # noqa: T201
             return 1

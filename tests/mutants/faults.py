@@ -17,26 +17,26 @@ class Fault(NamedTuple):
 
 
 # A few tests each, so that a fault takes seconds
-FORWARD = "tests/test_forward_kernel.py -k 'float32 and (pointers or tma)'"
-FORWARD_SHAPES = "tests/test_forward_kernel.py -k every_shape"
-LOW_RANK = "tests/test_forward_kernel.py -k 'low_rank and not gradcheck'"
-MASSES = "tests/test_forward_kernel.py -k mass_of"
-OFFSETS = "tests/test_forward_kernel.py -k 2_to_the_31"
-OUTSIDE = "tests/test_forward_kernel.py -k 'target_outside or shards'"
-DLOGITS = "tests/test_forward_kernel.py -k 'test_backward or impossible'"
-CHOICES = "tests/test_forward_kernel.py -k 'tma_is_for or no_more_shares or fill'"
-STATS = "tests/test_impl_triton.py -k '(every_option and float64) or first_of_equal'"
-EDGES = "tests/test_impl_triton.py -k 'only_token or tanh_is_small or float16_gradients or workspace'"
-SPARSE = "tests/test_sparse_triton.py -k '(same_as and softcap) or shares_add or last_cell'"
-LISTS = "tests/test_sparse_kernels.py -k row_lists"
-RANGES = "tests/test_sparse_kernels.py -k float64-7"
-LONG_LISTS = "tests/test_sparse_kernels.py -k 'dlogits_has or test_dweight'"
-SPARSE_OFFSETS = "tests/test_sparse_kernels.py -k offsets"
-BLAS = "tests/test_impl_blas.py"
-TORCH = "tests/test_impl_torch.py"
-CELLS = "tests/test_sparse_backward.py -k 'not units'"
-OP = "tests/test_logprobs.py -k 'not opcheck and not compiles and not holds and not low_rank'"
-RANKS = "tests/test_vocab_parallel.py -k 2-"
+FORWARD = "tests/kernels/test_forward_kernel.py -k 'float32 and (pointers or tma)'"
+FORWARD_SHAPES = "tests/kernels/test_forward_kernel.py -k every_shape"
+LOW_RANK = "tests/kernels/test_forward_kernel.py -k 'low_rank and not gradcheck'"
+MASSES = "tests/kernels/test_forward_kernel.py -k mass_of"
+OFFSETS = "tests/kernels/test_forward_kernel.py -k 2_to_the_31"
+OUTSIDE = "tests/kernels/test_forward_kernel.py -k 'target_outside or shards'"
+DLOGITS = "tests/kernels/test_forward_kernel.py -k 'test_backward or impossible'"
+CHOICES = "tests/kernels/test_forward_kernel.py -k 'tma_is_for or no_more_shares or fill'"
+STATS = "tests/head/test_impl_triton.py -k '(every_option and float64) or first_of_equal'"
+EDGES = "tests/head/test_impl_triton.py -k 'only_token or tanh_is_small or float16_gradients or workspace'"
+SPARSE = "tests/head/test_sparse_triton.py -k '(same_as and softcap) or shares_add or last_cell'"
+LISTS = "tests/kernels/test_sparse_kernels.py -k row_lists"
+RANGES = "tests/kernels/test_sparse_kernels.py -k float64-7"
+LONG_LISTS = "tests/kernels/test_sparse_kernels.py -k 'dlogits_has or test_dweight'"
+SPARSE_OFFSETS = "tests/kernels/test_sparse_kernels.py -k offsets"
+BLAS = "tests/head/test_impl_blas.py"
+TORCH = "tests/head/test_impl_torch.py"
+CELLS = "tests/head/test_sparse_backward.py -k 'not units'"
+OP = "tests/head/test_linear_logprobs.py -k 'not opcheck and not compiles and not holds and not low_rank'"
+RANKS = "tests/head/test_vocab_parallel.py -k 2-"
 
 # fmt: off
 FAULTS: dict[str, list[Fault]] = {  # by file
@@ -195,7 +195,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("dweight-columns-int32", SPARSE_OFFSETS, "offsets of rows of dweight overflow",
               "offs_v = offs_v.to(tl.int64)", "offs_v = offs_v + 0"),
     ],
-    "fastdpo/impl/triton.py": [
+    "fastdpo/head/impl/triton.py": [
         Fault("shares-not-normalised", SPARSE, "shares are masses", "(part.tile_masses - part.others[:, None]).exp_()",
               "part.tile_masses.exp()"),
         Fault("unboost", EDGES, "float16's power of two stays in the gradients", "else accumulator / boost",
@@ -218,7 +218,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("needs-weight", SPARSE, "a gradient that nobody needs",
               "torch.empty_like(weight) if needs_weight else None", "torch.empty_like(weight)"),
     ],
-    "fastdpo/impl/torch.py": [
+    "fastdpo/head/impl/torch.py": [
         Fault("expected-decay", TORCH, "the kept mean of weight does not decay",
               "kept.expected[rs].mul_(tile.decay[:, None])", "kept.expected[rs]"),
         Fault("expected-norm", OP, "the kept mean of weight is a sum",
@@ -233,7 +233,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("workspace-ignored", TORCH, "tiles do not shrink to the workspace", "min(max_cols, fitting) // CELL",
               "min(max_cols, 10**9) // CELL"),
     ],
-    "fastdpo/impl/tiles.py": [
+    "fastdpo/head/impl/tiles.py": [
         Fault("tile-target", TORCH, "the target is among the other tokens", "picked.masked_fill(here, MASKED)",
               "picked"),
         Fault("tile-before", TORCH, "the maximum after the target, not before", "torch.where(first < targets",
@@ -247,18 +247,18 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "weight[whole:].mean(0, keepdim=True, dtype=dtype)",
               "weight[whole:].sum(0, keepdim=True, dtype=dtype) / T"),
     ],
-    "fastdpo/impl/blas.py": [
+    "fastdpo/head/impl/blas.py": [
         Fault("blas-targets", BLAS, "targets not counted from the tile's first column", "rows.targets - vs.start",
               "rows.targets"),
         Fault("blas-cap", BLAS, "the scale for the cap", "*rows[1:], transform.cap", "*rows[1:], transform.scale"),
     ],
-    "fastdpo/impl/interface.py": [
+    "fastdpo/head/impl/interface.py": [
         Fault("cap-not-cooled", OP, "temperature ignored with a soft-cap",
               "return cls(logit_scale / softcap, softcap / temperature)", "return cls(logit_scale / softcap, softcap)"),
         Fault("slope-uncapped", SPARSE, "the slope of a soft-cap without the cap", "else self.scale * self.cap",
               "else self.scale"),
     ],
-    "fastdpo/impl/sparsity.py": [
+    "fastdpo/head/impl/sparsity.py": [
         Fault("spread-size", CELLS, "the ragged cell's mass is spread over T",
               "sizes[-1] = V - (shares.shape[1] - 1) * T", "sizes[-1] = T"),
         Fault("spread-all", CELLS, "the mass of active cells is spread too",
@@ -282,10 +282,10 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("bound-of-shares", CELLS, "the bound is of shares, not of masses",
               "mass = shares.float() * weight.unsqueeze(1)", "mass = shares.float()"),
     ],
-    "fastdpo/op.py": [
+    "fastdpo/head/op.py": [
         Fault("shard-start", RANKS, "targets not counted from the shard's first token",
               "return self.targets - self.vocab_start if self.vocab_start else self.targets", "return self.targets"),
-        Fault("kept-for-entropy", "tests/test_logprobs.py -k low_rank_and_entropy",
+        Fault("kept-for-entropy", "tests/head/test_linear_logprobs.py -k low_rank_and_entropy",
               "what was kept for log-probabilities serves for the entropy",
               "result = result._replace(kept=Kept())", "result = result._replace()"),
         Fault("gradient-ignored", CELLS, "cells chosen without regard to the upstream gradient",
@@ -293,7 +293,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("target-V", OP, "target V is accepted", "(targets < 0) | (targets >= V)",
               "(targets < 0) | (targets > V)"),
     ],
-    "fastdpo/logprobs.py": [
+    "fastdpo/head/linear_logprobs.py": [
         Fault("target-not-nan", TORCH, "a target outside has a log-probability", "torch.where(valid, 1.0, math.nan)",
               "torch.where(valid, 1.0, 1.0)"),
         Fault("rest-entropy", TORCH, "the entropy's parts put together with the wrong sign",
@@ -310,7 +310,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("shard-hidden", RANKS, "hidden's gradient is that of one shard",
               "hidden = vocab_parallel.sum_gradients(hidden, group)", "pass"),
     ],
-    "fastdpo/vocab_parallel.py": [
+    "fastdpo/head/vocab_parallel.py": [
         Fault("shard-max", RANKS, "ranks merge relative to their maximum", "merged = largest[1] + total.log()",
               "merged = total.log()"),
         Fault("shard-share", RANKS, "every rank has the whole gradient of the others", "dothers * share, None",

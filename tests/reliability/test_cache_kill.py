@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdpo.reference.cache import TokenCache, entry_key
-from tests.cache_fill import fill
+from tests.helpers.cache_fill import fill
 
 KILLS = 20
 N = 4000  # more than any of the processes gets to; one that did would wait to be killed
@@ -43,7 +43,7 @@ def test_twenty_kills_lose_nothing_finished(tmp_path: Path) -> None:
     chance = random.Random(0)
     finished_before = 0
     context = multiprocessing.get_context("forkserver")  # threads of this process might hold locks in a fork
-    context.set_forkserver_preload(["tests.cache_fill"])
+    context.set_forkserver_preload(["tests.helpers.cache_fill"])
     grew = 0
     for kill in range(KILLS):
         process = context.Process(target=_fill_into, args=(folder, log))

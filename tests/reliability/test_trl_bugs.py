@@ -1,6 +1,7 @@
 """What TRL 1.16's DPO trainer gets silently wrong or breaks on, end to end: here it is right, or it is refused by name.
 
-Formulas alone are held in tests/test_objectives.py; this file goes through DPOConfig, dataset, trainer and its log.
+Formulas alone are held in tests/loss/test_objectives.py; this file goes through DPOConfig, dataset, trainer and its
+log.
 """
 
 import copy
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import fastdpo
-from fastdpo import data
-from fastdpo.model import find_head
-from tests.test_data import VOCAB as BYTES
-from tests.test_data import byte_tokenizer
-from tests.tiny import PAIRS, VOCAB, make_model, make_pairs, stock, stock_logps
+from fastdpo.data import prepare
+from fastdpo.model.scoring_forward import find_head
+from tests.data.test_prepare import VOCAB as BYTES
+from tests.data.test_prepare import byte_tokenizer
+from tests.helpers.tiny import PAIRS, VOCAB, make_model, make_pairs, stock, stock_logps
 
 BETA = 0.3
 
@@ -131,7 +132,7 @@ def test_a_prompt_without_tokens_is_named() -> None:
     """TRL would never score the completion's first token."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None  # adds no BOS
-    problem = data.tokenize_row({"prompt": "", "chosen": "a", "rejected": "b"}, 0, tokenizer, None, BYTES)["problem"]
+    problem = prepare.tokenize_row({"prompt": "", "chosen": "a", "rejected": "b"}, 0, tokenizer, None, BYTES)["problem"]
     assert "`prompt` has no tokens, so nothing predicts the first token of the completions" in problem
 
 
@@ -142,9 +143,9 @@ def test_a_tokenizer_that_ends_texts_itself_leaves_one_eos(tokenizer: PreTrained
         single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
     )
     row = {"prompt": "ab", "chosen": "c", "rejected": "de"}
-    ours, plain = (data.tokenize_row(row, 0, tok, None, BYTES) for tok in (ending, tokenizer))
-    assert {name: ours[name] for name in data.TOKEN_COLUMNS["preference"]} == {
-        name: plain[name] for name in data.TOKEN_COLUMNS["preference"]
+    ours, plain = (prepare.tokenize_row(row, 0, tok, None, BYTES) for tok in (ending, tokenizer))
+    assert {name: ours[name] for name in prepare.TOKEN_COLUMNS["preference"]} == {
+        name: plain[name] for name in prepare.TOKEN_COLUMNS["preference"]
     }
 
 

@@ -1,0 +1,1 @@
+"""From dataset rows to packed batches of token ids."""

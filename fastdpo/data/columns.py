@@ -1,0 +1,164 @@
+"""The columns of a dataset: what each is used for, which kind of rows they make, and which hold text nobody reads."""
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from datasets import List, Value
+
+RAW_COLUMNS = {
+    "preference": ("chosen", "rejected"),
+    "ranked": ("prompt", "responses"),
+    "unpaired": ("prompt", "completion", "label"),
+}
+TOKEN_COLUMNS = {
+    "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "ranked": ("prompt_ids", "ranked_ids"),
+    "unpaired": ("prompt_ids", "completion_ids", "label"),
+}
+NUMBERS = ("weight", "margin", "beta")
+REFERENCES = {
+    "ref_chosen_logps": Value("float64"),
+    "ref_rejected_logps": Value("float64"),
+    "ref_token_logps": List(List(Value("float32"))),
+}
+COLUMNS = (
+    *dict.fromkeys(column for columns in TOKEN_COLUMNS.values() for column in columns),
+    *("kl_ids", "pair_index", *NUMBERS, *REFERENCES),
+)
+"""All that `fastdpo.data.prepare.prepare_dataset` may return, of any kind."""
+
+_USES = {
+    "weight": "factor of the row's loss",
+    "margin": "what the row's reward margin must exceed",
+    "beta": "the row's own beta",
+    "tools": "for the chat template",
+    "chat_template_kwargs": "for the chat template",
+    "pair_index": "the row's number",
+    "kl_ids": "completion for the KL term",
+    **dict.fromkeys(REFERENCES, "the reference's log-probs, which are not computed then"),
+}
+_SYNONYMS = {
+    "prompt": ("question", "instruction", "input", "query", "problem", "request", "user", "context"),
+    "completion": ("response", "answer", "output"),
+}
+_SYSTEM = ("system", "system_prompt")
+
+
+def describe_columns(columns: Collection[str], kind: str) -> str:
+    """Which columns of a dataset are used, for what, and which are not.
+
+    Args:
+        columns: of the dataset.
+        kind: of its rows.
+    """
+    if "prompt_ids" in columns:
+        read, uses = TOKEN_COLUMNS[kind], {c: use for c, use in _USES.items() if use != "for the chat template"}
+    else:
+        read, uses = ("prompt", *RAW_COLUMNS[kind]), {c: use for c, use in _USES.items() if c != "kl_ids"}
+    used = [column for column in dict.fromkeys(read) if column in columns]
+    extra = [f"{column} ({uses[column]})" for column in columns if column in uses and column not in used]
+    unused = [column for column in columns if column not in used and column not in uses]
+    return f"{', '.join([*used, *extra])}; not used: {', '.join(unused) or 'none'}"
+
+
+def find_kind(columns: list[str], wanted: str, name: str) -> str:
+    """The kind of rows to read, which `wanted` can be made of.
+
+    Raises:
+        ValueError: a column is missing, or the rows are of another kind; `name` is the dataset's.
+    """
+    if unsupported := {"image", "images"} & set(columns):
+        raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
+    table = TOKEN_COLUMNS if "prompt_ids" in columns else RAW_COLUMNS
+    fitting = [kind for kind, needed in table.items() if set(needed) <= set(columns)]
+    for kind in (wanted, "preference"):
+        if kind in fitting:
+            return kind
+    if fitting:
+        needed = " and ".join(map(repr, table[wanted]))
+        raise ValueError(
+            f"{name} dataset holds {fitting[0]} rows (it has the columns {columns}), but the objective needs {wanted} "
+            f"rows (columns {needed}); change the dataset or loss_type"
+        )
+    for column in table[wanted]:
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1) or _alike(column, columns)
+            hint = f"; rename {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{name} dataset has no column {column!r}, which {wanted} rows need; it has {columns}{hint}"
+            )
+    raise AssertionError("unreachable: a kind that lacks no column fits")
+
+
+def _alike(column: str, columns: Collection[str]) -> list[str]:
+    """The columns whose names say that they may hold what `column` should."""
+    plain = {name.lower(): name for name in columns if name != column}
+    near = difflib.get_close_matches(column, plain, n=1, cutoff=0.85)
+    return [plain[name] for name in dict.fromkeys([*near, *_SYNONYMS.get(column, ())]) if name in plain]
+
+
+def unread_prompt(rows: Sequence[Mapping[str, Any]], kind: str) -> str | None:
+    """Whether columns hold text that belongs into the prompt by their name but is not part of what is read.
+
+    Args:
+        rows: the first ones of the dataset, not tokenised.
+        kind: of the rows.
+
+    Returns:
+        What is wrong with which columns and how to mend it, or None.
+    """
+    columns = list(rows[0])
+    suspects = [*_alike("prompt", columns), *(name for name in columns if name.lower() in _SYSTEM)]
+    read = [name for name in ("prompt", *RAW_COLUMNS[kind]) if name in columns]
+    found = [
+        column
+        for column in suspects
+        if any(
+            (text := _strings(row.get(column)).strip()) and text not in _strings([row.get(name) for name in read])
+            for row in rows
+        )
+    ]
+    if not found:
+        return None
+    named = " and ".join(map(repr, found))
+    system = [name for name in found if name.lower() in _SYSTEM]
+    if "prompt" in columns:
+        message = ", a system prompt as its first message" if system else ""
+        return f"the text of {named} reaches no token: only {', '.join(read)} are read; write it into 'prompt'{message}"
+    mend = f"rename {named} to 'prompt'" if len(found) == 1 and not system else f"make a column 'prompt' of {named}"
+    return f"there is no column 'prompt', and {', '.join(read)} do not repeat the text of {named}; {mend}"
+
+
+def _strings(value: Any) -> str:
+    """All text in a value, on lines of its own."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return "\n".join(map(_strings, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+
+
+def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float | None) -> None:
+    """Check that reference log-probs among the columns of a prepared dataset can serve the objective.
+
+    Args:
+        columns: of the dataset.
+        kind: of rows that the objective needs.
+        ld_alpha: of the objective.
+
+    Raises:
+        ValueError: there is only one of `ref_chosen_logps` and `ref_rejected_logps`, or these sums are of no use to
+            the objective.
+    """
+    sums = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
+    if not sums:
+        return
+    drop = f"drop {' and '.join(sums)}"
+    if len(sums) == 1:
+        raise ValueError(f"a dataset has {sums[0]!r} without its counterpart; add or drop the column")
+    if kind != "preference":
+        raise ValueError(f"{sums[0]!r} is of preferences, and the objective takes {kind} rows; {drop}")
+    if ld_alpha is not None:
+        raise ValueError(
+            f"ld_alpha={ld_alpha} needs the reference's log-probs per token, not their sums; {drop}, or give "
+            "ref_token_logps instead"
+        )

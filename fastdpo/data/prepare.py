@@ -1,0 +1,345 @@
+"""Datasets to token ids: kinds of rows, truncation, numbers that go with a row, and errors that name the row.
+
+`fastdpo.data.rows` says what rows may look like. The result has the token columns of its kind,
+
+| kind | columns |
+|---|---|
+| preference | `prompt_ids`, `chosen_ids`, `rejected_ids` |
+| ranked | `prompt_ids`, `ranked_ids` |
+| unpaired | `prompt_ids`, `completion_ids`, `label` and, where asked for, `kl_ids` |
+
+and `pair_index`, the row it came from. Completions end with EOS unless they were cut. The columns `weight`, `margin`,
+`beta` and reference log-probs are carried along; all others are left behind.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.columns import COLUMNS as COLUMNS
+from fastdpo.data.columns import NUMBERS, RAW_COLUMNS, TOKEN_COLUMNS, unread_prompt
+from fastdpo.data.columns import REFERENCES as REFERENCES
+from fastdpo.data.columns import check_reference_columns as check_reference_columns
+from fastdpo.data.columns import find_kind as find_kind
+from fastdpo.data.messages import BadRow
+from fastdpo.data.rows import read_ids, response_names, tokenize
+from fastdpo.data.summary import CUTS, Reporter, report_streamed
+
+logger = logging.getLogger("fastdpo")
+
+RULES = 3
+"""Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
+
+_IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
+"""Columns that all rows of a stream have, or none."""
+_LOOKED_AT = 20
+"""Rows whose columns are looked at before all are tokenised."""
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    vocab_size: int,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    kind: str = "preference",
+    with_kl: bool = False,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+    name: str = "train",
+    show_example: bool | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenise a dataset; rows that are already tokenised are only checked and cut.
+
+    Args:
+        dataset: see the module's docstring.
+        tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
+        max_length: longest prompt + completion, in tokens; the end is cut. None: no limit.
+        vocab_size: rows of the model's embedding; a token id must be below it.
+        max_prompt_length: longest prompt; the start of longer ones is cut, but for a BOS token. None: no limit.
+        max_completion_length: longest completion; the end of longer ones is cut. None: no limit.
+        kind: of rows that the objective needs: `preference`, `ranked` or `unpaired`. A preference is also a ranking
+            of two, and two unpaired rows.
+        with_kl: give every unpaired row `kl_ids`, a completion that belongs to another prompt: that of the next row
+            with a different one, the last rows going on from the first.
+        on_bad_row: "error" raises on malformed rows, "drop" leaves them out with a warning.
+        num_proc: processes used by `Dataset.map`.
+        name: what errors, log lines and progress bars call this dataset.
+        show_example: log a summary of the dataset, with an example (True) or without (False). None: no summary.
+
+    Raises:
+        TypeError: not a `datasets` dataset.
+        ValueError: a column is missing or misnamed, the rows are of another kind, no row is left, no prompt differs
+            from another (with_kl), or (on_bad_row="error") rows are malformed; names the rows.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}; "
+            "for a list of dicts use datasets.Dataset.from_list(rows)"
+        )
+    if kind not in TOKEN_COLUMNS:
+        raise ValueError(f"kind must be one of {', '.join(TOKEN_COLUMNS)}, got {kind!r}")
+    if with_kl and isinstance(dataset, IterableDataset):
+        raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
+    is_stream = isinstance(dataset, IterableDataset)
+    dataset = unformatted(dataset)
+    head = list(itertools.islice(dataset, 1 if is_stream else _LOOKED_AT))
+    if not head:
+        raise ValueError(f"{name} dataset is empty")
+    first = head[0]
+    found = find_kind(list(first), kind, name)
+    if "prompt_ids" not in first and (wrong := unread_prompt(head, found)):
+        if "prompt" not in first:
+            raise ValueError(f"{name} dataset: {wrong}")
+        if not _is_silent():
+            logger.warning("%s dataset: %s", name, wrong)
+    ranked = kind == "ranked"
+    limits = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "max_completion_length": max_completion_length,
+    }
+    arguments: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "kind": found,
+        "as_ranked": ranked,
+        "columns": tuple(first),
+        "rules": RULES,
+        **limits,
+    }
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "remove_columns": list(first),
+        "fn_kwargs": arguments,
+        "features": _features("ranked" if ranked else found, first),
+    }
+    reporter = Reporter(
+        name=name,
+        columns=list(first),
+        kind=found,
+        limits=limits,
+        tokenizer=tokenizer,
+        on_bad_row=on_bad_row,
+        show_example=show_example,
+        is_silent=_is_silent(),
+    )
+    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a process of map
+    if is_stream:
+        reporter.report_stream(trial)
+        said: set[str] = set()
+        rows = dataset.map(tokenize_row, **options)
+        rows = rows.filter(report_streamed, fn_kwargs={"name": name, "on_bad_row": on_bad_row, "said": said})
+        rows = rows.remove_columns(["problem", "notes"])
+    else:
+        rows = dataset.map(tokenize_row, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
+        kept = reporter.report(rows)
+        rows = rows if len(kept) == len(rows) else rows.select(kept)
+        rows = rows.remove_columns(["problem", "notes"])
+    if kind == "unpaired" and found == "preference":
+        rows = rows.map(_unpair, batched=True, remove_columns=rows.column_names)
+    if with_kl and kind == "unpaired" and "kl_ids" not in rows.column_names:
+        rows = _add_kl(rows, name, max_length)
+    return rows
+
+
+def _is_silent() -> bool:
+    """Whether another process of this run writes the log."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+
+
+def unformatted(dataset: Any) -> Any:
+    """The dataset as plain Python values, whatever `with_format` made of them; columns it hid stay hidden."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.with_format(None)
+    kind, shown = dataset.format["type"], dataset.format["columns"]
+    if kind == "custom":  # a transform of the user's makes the rows
+        return dataset
+    if shown != dataset.column_names:
+        dataset = dataset.select_columns(shown)
+    return dataset.with_format(None) if kind else dataset
+
+
+def tokenize_row(
+    row: dict[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    vocab_size: int,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    kind: str = "preference",
+    as_ranked: bool = False,
+    columns: tuple[str, ...] | None = None,
+    rules: int = RULES,
+) -> dict[str, Any]:
+    """Token ids of one row of a kind, with `problem` saying why it can't be used, or empty.
+
+    A problem that begins with "dropped:" is no fault of the row's (nothing of it is left to learn from). `notes` names
+    what was done to it, by the keys of
+    `fastdpo.data.summary.NOTES`. `as_ranked` returns a preference as a ranking of two. `columns` are those
+    of the first row.
+    """
+    result = _empty("ranked" if as_ranked else kind, row, index)
+    notes: list[str] = result["notes"]
+    try:
+        is_tokenised = "prompt_ids" in row
+        for column in (TOKEN_COLUMNS if is_tokenised else RAW_COLUMNS)[kind]:
+            if column not in row:
+                raise BadRow(f"it has no `{column}`")
+        for column in _IN_ALL_ROWS:
+            if columns is not None and (column in row) != (column in columns):
+                raise BadRow(f"it has {'a' if column in row else 'no'} `{column}`, unlike the first row")
+        _check_fields(row, kind)
+        if is_tokenised:
+            prompt, responses = read_ids(row, kind)
+        else:
+            prompt, responses, found = tokenize(row, kind, tokenizer)
+            notes += found
+        _check_tokens(prompt, responses, kind, vocab_size)
+        _check_references(row, responses)
+        bos = tokenizer.bos_token_id
+        if bos is not None and prompt[:2] == [bos] * 2:
+            raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
+
+        if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models are lost without it
+            prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]
+            notes.append("prompt")
+        room = math.inf if max_length is None else max_length - len(prompt)
+        if room <= 0:
+            why = f"its prompt of {len(prompt)} tokens fills max_length={max_length}"
+            return result | {"problem": f"dropped: {why}"}
+        room = min(room, max_completion_length or math.inf)
+        if max(map(len, responses)) > room:
+            responses = [ids[: int(room)] for ids in responses]
+            notes.append("completion")
+        if set(CUTS) & set(notes) and (given := REFERENCES.keys() & row.keys()):
+            raise BadRow(f"`{min(given)}` is of the whole row, but the row is too long and gets cut; raise the limits")
+    except BadRow as error:
+        return result | dict.fromkeys(REFERENCES.keys() & row.keys()) | {"problem": str(error)}
+    if len(responses) > 1 and all(ids == responses[0] for ids in responses):
+        what = "all responses" if kind == "ranked" else "chosen and rejected"
+        return result | {"problem": f"dropped: {what} are the same tokens"}
+    columns = TOKEN_COLUMNS["ranked" if as_ranked else kind][1:]
+    ids = {columns[0]: responses} if as_ranked or kind == "ranked" else dict(zip(columns, responses, strict=False))
+    return result | {"prompt_ids": prompt, **ids}
+
+
+def _features(kind: str, first: dict[str, Any]) -> Features:
+    """Types of what `tokenize_row` returns, so that they do not hang on the first rows."""
+    ids = List(Value("int64"))
+    features = {column: ids for column in TOKEN_COLUMNS[kind]}
+    if kind == "ranked":
+        features["ranked_ids"] = List(ids)
+    if kind == "unpaired":
+        features["label"] = Value("bool")
+    features |= {column: Value("float64") for column in NUMBERS if column in first}
+    features |= {column: feature for column, feature in REFERENCES.items() if column in first}
+    if "kl_ids" in first:
+        features["kl_ids"] = ids
+    return Features(
+        features | {"pair_index": Value("int64"), "problem": Value("string"), "notes": List(Value("string"))}
+    )
+
+
+def _empty(kind: str, row: dict[str, Any], index: int) -> dict[str, Any]:
+    """What is returned of a row with a problem."""
+    kept: dict[str, Any] = dict.fromkeys(NUMBERS, (int, float)) | {"pair_index": (int,)}
+    if kind == "unpaired":
+        kept |= {"label": (bool,), "kl_ids": (list,)}
+    # None instead of a type that Arrow would refuse; the row has a problem then
+    carried = {c: row[c] if type(row[c]) in types else None for c, types in kept.items() if c in row}
+    carried |= {column: row[column] for column in REFERENCES if column in row}
+    ids: dict[str, Any] = {column: [] for column in TOKEN_COLUMNS[kind] if column != "label"}
+    return {"pair_index": index, **ids, **carried, "problem": "", "notes": []}
+
+
+def _check_fields(row: dict[str, Any], kind: str) -> None:
+    """Check what goes with the tokens."""
+    for field in NUMBERS:
+        if field not in row:
+            continue
+        value = row[field]
+        if not _is_finite(value):
+            raise BadRow(f"`{field}` must be a finite number, got {value!r:.80}")
+        if (field == "weight" and value < 0) or (field == "beta" and value <= 0):
+            raise BadRow(f"`{field}` must be {'at least' if field == 'weight' else 'above'} 0, got {value}")
+    if kind == "unpaired" and not isinstance(row["label"], bool):
+        raise BadRow(f"`label` must be true (desirable) or false, got {row['label']!r:.80}")
+    if type(row.get("pair_index", 0)) is not int:
+        raise BadRow(f"`pair_index` must be an int, got {row['pair_index']!r:.80}; rename or remove the column")
+
+
+def _check_tokens(prompt: list[int], responses: list[list[int]], kind: str, vocab_size: int) -> None:
+    if not prompt:
+        raise BadRow("`prompt` has no tokens, so nothing predicts the first token of the completions; add a BOS token")
+    for field, ids in zip(["prompt", *response_names(kind, len(responses))], [prompt, *responses], strict=True):
+        if not ids:
+            raise BadRow(f"`{field}` has no tokens")
+        if (worst := max(ids)) >= vocab_size or min(ids) < 0:
+            bad = worst if worst >= vocab_size else min(ids)
+            raise BadRow(f"`{field}` holds token id {bad}, but the model's vocabulary has {vocab_size} entries")
+
+
+def _check_references(row: dict[str, Any], responses: list[list[int]]) -> None:
+    for field in ("ref_chosen_logps", "ref_rejected_logps"):
+        if field in row and not _is_finite(row[field]):
+            raise BadRow(f"`{field}` must be a finite number, got {row[field]!r:.80}")
+    if "ref_token_logps" not in row:
+        return
+    given = row["ref_token_logps"]
+    if not isinstance(given, list) or not all(isinstance(each, list) for each in given):
+        raise BadRow(f"`ref_token_logps` must be a list of numbers for each response, got {given!r:.80}")
+    if (found := [*map(len, given)]) != (expected := [*map(len, responses)]):
+        raise BadRow(f"`ref_token_logps` has lists of {found} numbers, but the responses have {expected} tokens")
+    if bad := [value for each in given for value in each if not _is_finite(value)]:
+        raise BadRow(f"`ref_token_logps` must hold finite numbers, got {bad[0]!r:.80}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Rows of another kind
+
+
+def _unpair(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Every preference as two rows with a label: the batch's chosen ones, then its rejected ones."""
+    chosen, rejected = batch.pop("chosen_ids"), batch.pop("rejected_ids")
+    doubled = {column: values * 2 for column, values in batch.items() if column not in REFERENCES}
+    label = [True] * len(chosen) + [False] * len(rejected)
+    return doubled | {"completion_ids": chosen + rejected, "label": label}
+
+
+def _add_kl(rows: Dataset, name: str, max_length: int | None) -> Dataset:
+    prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
+    if len(set(prompts)) == 1:
+        raise ValueError(f"{name} dataset has one prompt only; the KL term needs completions of other prompts")
+    following, other = [0] * len(prompts), 0
+    for i in reversed(range(2 * len(prompts) - 1)):  # twice around, so that the last rows know the first ones
+        i, after = i % len(prompts), (i + 1) % len(prompts)
+        other = after if prompts[after] != prompts[i] else other
+        following[i] = other
+    kl = rows.select(following).select_columns(["completion_ids"]).rename_column("completion_ids", "kl_ids")
+    result: Dataset = concatenate_datasets([rows, kl], axis=1)
+    return result if max_length is None else result.map(_cut_kl, fn_kwargs={"max_length": max_length})
+
+
+def _cut_kl(row: dict[str, Any], max_length: int) -> dict[str, Any]:
+    return {"kl_ids": row["kl_ids"][: max_length - len(row["prompt_ids"])]}
+
+
+def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
+    """`function(rows, name)` of one dataset, called "eval", or of each in a dict of them; None of None."""
+    if isinstance(datasets, dict):
+        return {name: function(rows, name) for name, rows in datasets.items()}
+    return None if datasets is None else function(datasets, "eval")

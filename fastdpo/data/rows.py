@@ -1,0 +1,280 @@
+"""One dataset row to token ids: the three kinds of rows, each as text or as messages, and what is wrong with a row.
+
+| kind | columns |
+|---|---|
+| preference | `chosen`, `rejected`, with or without `prompt`: without, the common start of the two is the prompt |
+| ranked | `prompt`, `responses`: a list of at least two, best first |
+| unpaired | `prompt`, `completion`, `label`: true where the completion is desirable |
+
+Prompts and responses are text (standard format) or lists of `{"role", "content"}` messages (conversational format).
+`tools` and `chat_template_kwargs` columns go to the chat template.
+"""
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.columns import RAW_COLUMNS, TOKEN_COLUMNS
+from fastdpo.data.messages import (
+    BadRow,
+    Message,
+    common_prefix_length,
+    end_of_turn,
+    find_template,
+    fit,
+    is_same,
+    left_out,
+    read_template_inputs,
+    read_value,
+    render,
+    text_of,
+    without_prompt,
+)
+
+logger = logging.getLogger("fastdpo")
+
+
+def tokenize(
+    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[list[int]], list[str]]:
+    """Ids of the prompt and of each response, and notes of what is odd about the row.
+
+    Responses end with EOS, or as the chat template ends a turn. Each starts where it and the prompt alone part company.
+    Notes are "special" (text spells out a special token), "repeated" (responses repeated the prompt, and that copy
+    was left out) and "lost" (the chat template leaves out text of an earlier answer).
+
+    Raises:
+        BadRow: the row is malformed, or text of it would reach no token.
+        ValueError: the tokenizer lacks an EOS token or a chat template.
+    """
+    prompt, responses, names, notes = _prompt_and_responses(row, kind)
+    named = list(zip(names, responses, strict=True))
+    if any(_has_special_token(each, name, tokenizer) for name, each in [("prompt", prompt), *named]):
+        notes.append("special")
+    if isinstance(prompt, str):
+        prompt_ids = _encode(prompt, tokenizer, "prompt")
+        full_ids = [_encode_to_end(prompt + response, tokenizer, name) for name, response in named]
+    else:
+        prompt_ids, full_ids = _encode_messages(row, prompt, named, tokenizer, notes)
+    start = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+    if start < len(prompt_ids):
+        _warn_merged_boundary(tokenizer.decode(prompt_ids[start:]))
+    return prompt_ids[:start], [ids[start:] for ids in full_ids], notes
+
+
+def _encode_messages(
+    row: dict[str, Any],
+    prompt: list[Message],
+    named: list[tuple[str, list[Message]]],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: list[str],
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of the prompt and of the prompt with each response, as the chat template renders them."""
+    tools, options = read_template_inputs(row)
+    template = find_template(tokenizer, tools)
+    options = {"tools": tools, **options}
+    if template is None:  # its own way to ids, which can't be looked into
+        options |= {"tokenize": True, "return_dict": True}
+        start = render(prompt, "prompt", tokenizer, template, add_generation_prompt=True, **options)
+        whole = [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
+        return start["input_ids"], [each["input_ids"] for each in whole]
+    prompt = fit(prompt, tokenizer, template)
+    named = [(name, fit(each, tokenizer, template)) for name, each in named]
+    texts = [render(prompt, "prompt", tokenizer, template, add_generation_prompt=True, **options)]
+    texts += [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
+
+    for tool in tools or ():
+        if (called := tool.get("function", tool).get("name")) and called not in texts[1]:
+            raise BadRow(f"the chat template leaves out the tool {called!r}; use one that knows tools, or drop `tools`")
+    for lost in left_out(prompt, texts[1]):
+        if lost.is_whole and lost.role != "assistant":
+            raise _lost("prompt", lost.text)
+        notes += ["lost"] if "lost" not in notes else []
+    for (name, response), text in zip(named, texts[1:], strict=True):
+        for lost in left_out(response, text):
+            raise _lost(name, lost.text)
+    fields = ["prompt", *(name for name, _ in named)]
+    prompt_ids, *full_ids = (
+        _encode(text, tokenizer, field, add_special_tokens=False) for field, text in zip(fields, texts, strict=True)
+    )
+    return prompt_ids, full_ids
+
+
+def _lost(field: str, text: str) -> BadRow:
+    return BadRow(
+        f"`{field}` has text that the chat template leaves out: {text!r:.80}; set a tokenizer.chat_template that keeps "
+        "it, or take it out of the row"
+    )
+
+
+def read_ids(row: dict[str, Any], kind: str) -> tuple[list[int], list[list[int]]]:
+    """Prompt and responses of a row that is tokenised already.
+
+    Raises:
+        BadRow: they are not lists of ints.
+    """
+    ids = {column: row[column] for column in TOKEN_COLUMNS[kind] if column != "label"}
+    if kind == "ranked":
+        ranked = ids.pop("ranked_ids")
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            raise BadRow(f"`ranked_ids` must be a list of at least two lists of token ids, got {ranked!r:.80}")
+        ids |= {f"ranked_ids[{k}]": each for k, each in enumerate(ranked)}
+    for column, value in ids.items():
+        if not isinstance(value, list) or any(type(i) is not int for i in value):
+            raise BadRow(f"`{column}` must be a list of token ids, got {value!r:.80}")
+    prompt, *responses = ids.values()
+    return prompt, responses
+
+
+def response_names(kind: str, count: int) -> list[str]:
+    """What errors call the responses of a row."""
+    return [f"responses[{k}]" for k in range(count)] if kind == "ranked" else list(RAW_COLUMNS[kind][-2:])[:count]
+
+
+def _prompt_and_responses(row: dict[str, Any], kind: str) -> tuple[Any, list[Any], list[str], list[str]]:
+    """Prompt, responses, what to call these, and notes; an implicit or repeated prompt is split off."""
+    if kind == "ranked":
+        responses = row["responses"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise BadRow(f"`responses` must be a list of at least two responses, best first, got {responses!r:.80}")
+    else:
+        responses = [row[column] for column in RAW_COLUMNS[kind] if column not in ("prompt", "label")]
+    names = response_names(kind, len(responses))
+    prompt = row.get("prompt")
+    if prompt is None and "prompt" in row:
+        implicit = "; give it a value, or remove the column where prompts are implicit"
+        raise BadRow("`prompt` is None" + (implicit if kind == "preference" else ""))
+    responses = [read_value(response, name) for name, response in zip(names, responses, strict=True)]
+    formats = [_format(response) for response in responses]
+    for name, other in zip(names, formats, strict=True):
+        if other != formats[0]:
+            raise BadRow(f"`{names[0]}` is {formats[0]} but `{name}` is {other}; make them alike")
+    if prompt is None:
+        return *_split_implicit(responses, names), names, []
+    prompt = read_value(prompt, "prompt")
+    if isinstance(prompt, str):
+        if formats[0] == "messages":
+            return *_join_text_prompt(prompt, responses, names, kind), names, []
+        # a short prompt may well be how an answer begins, as "Hi" is
+        if not all(response.startswith(prompt) for response in responses) or len(prompt.split()) < 3:
+            return prompt, responses, names, []
+        rest = [response[len(prompt) :] for response in responses]
+    else:
+        if formats[0] == "text":
+            raise BadRow(f"`prompt` is messages but `{names[0]}` is text; make them alike")
+        found = [without_prompt(prompt, response) or (prompt, response) for response in responses]
+        if any(start != found[0][0] for start, _ in found):
+            raise BadRow(f"`prompt` is repeated by {' and '.join(map('`{}`'.format, names))}, but not alike")
+        prompt, rest = found[0][0], [response for _, response in found]
+        if rest == responses:
+            return prompt, responses, names, []
+    for name, response in zip(names, rest, strict=True):
+        if not response:
+            raise BadRow(f"`{name}` is nothing but the prompt: no completion is left")
+    return prompt, rest, names, ["repeated"]
+
+
+def _format(value: str | list[Message]) -> str:
+    return "text" if isinstance(value, str) else "messages"
+
+
+def _split_implicit(responses: list[Any], names: list[str]) -> tuple[Any, list[Any]]:
+    """The common start of a pair, and what is left of each."""
+    chosen, rejected = responses
+    start = common_prefix_length(chosen, rejected)
+    if isinstance(chosen, str) and 0 < start < min(len(chosen), len(rejected)) and chosen[start - 1] == " ":
+        start -= 1  # the space belongs to the completions, as tokenizers see it
+    if not start:
+        raise BadRow(
+            f"there is no `prompt`, and `{names[0]}` and `{names[1]}` have no common start to be one; add a column "
+            "`prompt` (where it is to be empty, of empty text)"
+        )
+    for name, response in zip(names, responses, strict=True):
+        if not response[start:]:
+            raise BadRow(f"`{name}` is nothing but the start of the other response: no completion is left")
+    return chosen[:start], [chosen[start:], rejected[start:]]
+
+
+def _join_text_prompt(
+    text: str, responses: list[list[Message]], names: list[str], kind: str
+) -> tuple[list[Message], list[list[Message]]]:
+    """A text prompt beside messages: their first user turn, unless they have turns of the user's that repeat it.
+
+    UltraFeedback has such a copy of the user turn, others one of the whole conversation so far.
+    """
+    turn: Message = {"role": "user", "content": text}
+    if all(response[0]["role"] == "assistant" for response in responses) and text.strip():
+        return [turn], responses
+    start = common_prefix_length(responses[0], responses[-1])
+    is_copy = any(is_same(turn, message) for message in responses[0][:start])
+    is_copy = is_copy or (start > 0 and all(text_of(message).strip() in text for message in responses[0][:start]))
+    if kind == "preference" and (is_copy or not text.strip()):
+        return _split_implicit(responses, names)
+    found = [split for response in responses if (split := without_prompt([turn], response))]
+    if len(found) < len(responses) or any(start != found[0][0] or not rest for start, rest in found):
+        raise BadRow(
+            f"`prompt` is text that the user's turns in `{names[0]}` don't repeat; write it as messages, or leave the "
+            f"turns before the answer out of `{names[0]}`"
+        )
+    return found[0][0], [rest for _, rest in found]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, field: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"`{field}` is not valid Unicode: {error.reason} at character {error.start}") from None
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
+    return ids
+
+
+def _encode_to_end(text: str, tokenizer: PreTrainedTokenizerBase, field: str) -> list[int]:
+    """Ids that end with EOS; but text that a chat template made ends as it ended the turn."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token, so completions would have no end; set tokenizer.eos_token")
+    ids = _encode(text, tokenizer, field)
+    template: Any = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    ends = {tokenizer.eos_token, end_of_turn(tokenizer, template) if template else ""} - {""}
+    return ids if ids[-1] == eos or text.rstrip().endswith(tuple(ends)) else [*ids, eos]
+
+
+# Special tokens spelt out in the data
+
+
+def _has_special_token(value: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text holds a special token other than a BOS where a prompt begins or an EOS where a response ends."""
+    if not isinstance(value, str):
+        texts = [text_of(message) for message in value]
+    elif name == "prompt":
+        texts = [value.removeprefix(tokenizer.bos_token or "")]
+    else:
+        texts = [value.removesuffix(tokenizer.eos_token or "")]
+    pattern = _special_tokens(tokenizer)
+    return any(pattern.search(text) for text in texts)
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, filter(None, tokens))) or r"(?!)")
+
+
+_warned_merged_boundary = False
+
+
+def _warn_merged_boundary(end: str) -> None:
+    global _warned_merged_boundary
+    if not _warned_merged_boundary:
+        _warned_merged_boundary = True
+        logger.warning(
+            "the prompt alone and prompt + completion are tokenised differently from %r on, so this end of the prompt "
+            "counts as completion. End prompts on a token boundary, or use a chat template that renders both alike. "
+            "Said once; other rows are likely the same.",
+            end,
+        )

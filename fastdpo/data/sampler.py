@@ -1,0 +1,271 @@
+"""Batches by a budget of rows instead of a number of examples.
+
+Each epoch is planned as a whole, the same on every process: the examples are shuffled, cut into windows, and packed
+first-fit-decreasing within each window; then batches are split until there are as many as in every other epoch, which
+is a multiple of the processes. So every example comes once an epoch, every process has the same number of batches,
+and the Trainer can count on the length. Batches of about as many rows go side by side onto the processes, which wait
+for each other. The plan depends on the sizes, the settings, the seed and the epoch alone: skipping the first batches
+of an epoch resumes it.
+
+Shapes: N examples.
+"""
+
+import heapq
+import inspect
+import logging
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+
+from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of
+
+logger = logging.getLogger("fastdpo")
+
+MAX_NAMED_ROWS = 5
+_WINDOW = 1024  # examples, at least; small enough for the order to stay random
+_WINDOW_BATCHES = 64  # so that the one half-empty batch a window leaves is under a hundredth of them
+_MAX_PLANS = 8  # of their batches: later epochs repeat the examples of a batch, in another order of batches
+
+
+class BudgetSampler(Sampler[list[int]]):
+    """One process' batches: lists of positions in the dataset.
+
+    Args:
+        sizes: `[N, 2]` int, see `example_sizes`.
+        tokens_per_batch: most rows of a batch; an example that has more is a batch of its own.
+        batch_size: instead of `tokens_per_batch`, so many examples.
+        seed: of the shuffling, with the epoch.
+        epochs: how many epochs are meant to come; the length is that of the one with most batches.
+        rank: of this process.
+        world_size: number of processes.
+        longest_first: the batches with most rows begin the first epoch, to run out of memory at once if at all.
+
+    Raises:
+        ValueError: not exactly one of `tokens_per_batch` and `batch_size`, one that is not positive, or no examples.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray[Any, Any],
+        *,
+        tokens_per_batch: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        epochs: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        longest_first: bool = False,
+    ) -> None:
+        if (tokens_per_batch is None) == (batch_size is None):
+            raise ValueError(f"give tokens_per_batch or batch_size, got {tokens_per_batch} and {batch_size}")
+        for name, value in (("tokens_per_batch", tokens_per_batch), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not len(sizes):
+            raise ValueError("sizes must hold at least one example, got none")
+        self.batch_size = None  # of varying size: what accelerate reads here
+        self._sizes, self._budget, self._count = sizes, tokens_per_batch, batch_size
+        self._seed, self._plans = seed % 2**63, max(1, min(epochs, _MAX_PLANS))
+        self._rank, self._world_size, self._longest_first = rank, world_size, longest_first
+        self._epoch = 0
+        most = max(len(self._fill(plan)) for plan in range(self._plans))
+        self._length = -(-most // world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration is of."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of each process in each epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches of this process in this epoch."""
+        return iter(self.plan(self._epoch)[self._rank :: self._world_size])
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Every process' batches, in the order in which they are dealt."""
+        batches = _split(self._fill(epoch % self._plans), self._length * self._world_size)
+        rng = np.random.default_rng((self._seed, epoch, 1))
+        # groups of similar sizes, in random order, each dealt at random
+        order = np.argsort([-_rows(self._sizes[batch]) for batch in batches], kind="stable")
+        groups = rng.permuted(order.reshape(self._length, self._world_size), axis=1)
+        turns = rng.permutation(self._length)
+        if self._longest_first and epoch == 0:
+            turns = np.concatenate(([0], turns[turns != 0]))
+        return [batches[i] for i in groups[turns].ravel()]
+
+    def _fill(self, plan: int) -> list[list[int]]:
+        order = np.random.default_rng((self._seed, plan, 0)).permutation(len(self._sizes))
+        if self._count is not None:
+            return [chunk.tolist() for chunk in np.split(order, range(self._count, len(order), self._count))]
+        assert self._budget is not None
+        window = max(_WINDOW, int(_WINDOW_BATCHES * self._budget / self._sizes.prod(1).mean()))
+        batches = []
+        for start in range(0, len(order), window):
+            batches += _first_fit(order[start : start + window], self._sizes, self._budget)
+        return batches
+
+
+def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget: int) -> list[list[int]]:
+    """Pack examples into batches, the largest first, each into the first batch that has room."""
+    order = order[np.lexsort((-sizes[order, 0], -sizes[order, 1]))]
+    batches: list[list[int]] = []
+    count, width = np.zeros((2, len(order)), np.int64)  # of each batch; the first example of each is the widest
+    for i, (n, w) in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        room = (count[: len(batches)] + n) * width[: len(batches)] <= budget
+        at = int(room.argmax()) if len(batches) else 0
+        if not batches or not room[at]:
+            at = len(batches)
+            batches.append([])
+            width[at] = w
+        batches[at].append(i)
+        count[at] += n
+    return batches
+
+
+def _split(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Halve the batches of most examples until there are so many; where all have one, some come twice."""
+    heap = [(-len(batch), i, batch) for i, batch in enumerate(batches)]
+    heapq.heapify(heap)
+    for i in range(len(batches), count):
+        _, at, batch = heap[0]
+        keep, rest = (batch[::2], batch[1::2]) if len(batch) > 1 else (batch, heap[i % len(heap)][2])
+        heapq.heapreplace(heap, (-len(keep), at, keep))
+        heapq.heappush(heap, (-len(rest), i, rest))
+    return [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
+
+
+def _rows(sizes: np.ndarray[Any, Any]) -> int:
+    return int(sizes[:, 0].sum() * sizes[:, 1].max())
+
+
+def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
+    """Read off a tokenised dataset what its examples add to a batch.
+
+    Args:
+        dataset: with columns as in `fastdpo.shared_prefix_batch`.
+        layout: as in `fastdpo.shared_prefix_batch`.
+
+    Returns:
+        `[N, 2]` int64: (rows, 1), or (responses, row length) of padded batches. A batch of some examples has the sum
+        of the first times the greatest of the second.
+    """
+    kind = kind_of(dict.fromkeys(dataset.column_names))
+    columns = [c for c in ("prompt_ids", *RESPONSE_FIELDS[kind]) if c in dataset.column_names]
+    sizes = np.ones((len(dataset), 2), np.int64)
+    row = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
+        lists = [_as_lists(table[column].combine_chunks()) for column in columns]
+        for values in zip(*lists, strict=True):
+            example = dict(zip(columns, values, strict=True))
+            rows = rows_of(example, layout)
+            if layout == "padded":
+                responses = len(example["ranked_ids"]) if kind == "ranked" else len(columns) - 1
+                sizes[row] = responses, rows // responses
+            else:
+                sizes[row, 0] = rows
+            row += 1
+    return sizes
+
+
+def _as_lists(column: Any) -> list[Any]:
+    """Arrays of an Arrow column of (lists of) lists, without a copy of its numbers."""
+    bounds = column.offsets.to_numpy()
+    values = _as_lists(column.values) if hasattr(column.values, "offsets") else column.values.to_numpy()
+    return [values[a:b] for a, b in pairwise(bounds)]
+
+
+def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
+    """The loader, or with `tokens_per_batch` or `longest_first` in a run's settings one of the batches they ask for."""
+    if args.tokens_per_batch is None and not args.longest_first:
+        return loader
+    return rebatch(
+        loader,
+        layout=layout,
+        tokens_per_batch=args.tokens_per_batch,
+        batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epochs=math.ceil(args.num_train_epochs),
+        rank=args.process_index,
+        world_size=args.world_size,
+        longest_first=args.longest_first,
+    )
+
+
+def rebatch(
+    loader: DataLoader[Any],
+    *,
+    layout: str,
+    tokens_per_batch: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    longest_first: bool = False,
+) -> DataLoader[Any]:
+    """Give a `transformers.Trainer`'s loader the batches of a `BudgetSampler`; its collator and workers stay.
+
+    Args:
+        loader: what `Trainer.get_train_dataloader` returned.
+        layout: as in `fastdpo.shared_prefix_batch`.
+        tokens_per_batch: and all below: see `BudgetSampler`.
+        batch_size: see there.
+        seed: see there.
+        epochs: see there.
+        rank: see there.
+        world_size: see there.
+        longest_first: see there.
+
+    Raises:
+        ValueError: the dataset is a stream, or as `BudgetSampler`.
+    """
+    dataset: Any = loader.dataset
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "tokens_per_batch and longest_first need a datasets.Dataset, to plan whole epochs; "
+            f"got {type(dataset).__name__}: use per_device_train_batch_size"
+        )
+    sizes = example_sizes(dataset, layout)
+    if tokens_per_batch is not None and rank == 0:
+        _warn_of_large_examples(dataset, sizes.prod(1), tokens_per_batch)
+    sampler = BudgetSampler(
+        sizes,
+        tokens_per_batch=tokens_per_batch,
+        batch_size=batch_size,
+        seed=seed,
+        epochs=epochs,
+        rank=rank,
+        world_size=world_size,
+        longest_first=longest_first,
+    )
+    options = set(inspect.signature(DataLoader).parameters)
+    options -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
+    plain = DataLoader(dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in options})
+    # one process, as far as accelerate knows: the sampler has dealt already
+    device = getattr(loader, "device", None)
+    result: DataLoader[Any] = prepare_data_loader(
+        plain, device, num_processes=1, process_index=0, put_on_device=device is not None
+    )
+    return result
+
+
+def _warn_of_large_examples(dataset: Dataset, rows: np.ndarray[Any, Any], tokens_per_batch: int) -> None:
+    large = np.flatnonzero(rows > tokens_per_batch)
+    if not len(large):
+        return
+    large = large[np.argsort(-rows[large], kind="stable")]
+    index = dataset.select(large[:MAX_NAMED_ROWS])["pair_index"] if "pair_index" in dataset.column_names else large
+    named = ", ".join(f"row {i}: {n}" for i, n in zip(index, rows[large[:MAX_NAMED_ROWS]], strict=False))
+    logger.warning(
+        "%d of %d examples take more rows than tokens_per_batch=%d, and become batches of their own (%s%s). "
+        "Raise tokens_per_batch, or lower max_length.",
+        *(len(large), len(rows), tokens_per_batch, named, ", ..." if len(large) > MAX_NAMED_ROWS else ""),
+    )

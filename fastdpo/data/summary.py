@@ -1,0 +1,192 @@
+"""What the log says of a dataset: a summary with one example, the rows that are left out, and what was done to others.
+
+Counts come from Arrow's columns, not from a loop over the rows.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.data.columns import describe_columns
+
+logger = logging.getLogger("fastdpo")
+
+MAX_NAMED_ROWS = 5
+NOTES = {
+    "prompt": "have a prompt that is too long and cut at its start",
+    "completion": "have a completion that is too long and cut at its end",
+    "special": "spell out a special token, which becomes the real one; fine if a chat template made the text",
+    "repeated": "repeat the prompt at the start of their responses, where it is left out",
+    "lost": "have text in their prompt that the chat template leaves out, such as the reasoning of an earlier answer",
+}
+CUTS = ("prompt", "completion")
+_SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
+_HEAD, _TAIL = 240, 120
+"""Characters that are shown of a longer text."""
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Writes to the log what became of a dataset."""
+
+    name: str
+    """What the log calls the dataset."""
+    columns: list[str]
+    """Those it was given with."""
+    kind: str
+    """Of its rows."""
+    limits: Mapping[str, int | None]
+    """The lengths that rows are cut to, by setting."""
+    tokenizer: PreTrainedTokenizerBase
+    on_bad_row: str
+    show_example: bool | None
+    """Whether the summary has an example; None: there is no summary, and cut rows are told of by themselves."""
+    is_silent: bool
+    """Whether another process writes the log."""
+
+    def report(self, rows: Dataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Log what `tokenize_row` says of all rows; the numbers of those to keep.
+
+        Raises:
+            ValueError: no row is left, or (on_bad_row="error") rows are malformed; names the rows.
+        """
+        problems = rows.data.column("problem")
+        kept = np.flatnonzero(pc.equal(problems, ""))
+        self._report_problems(problems)
+        if not len(kept):
+            raise ValueError(f"{self.name} dataset has no usable row left out of {len(rows)}")
+        if self.is_silent:
+            return kept
+        notes = _rows_by_note(rows.data.column("notes"))
+        for key, found in notes.items():
+            if key not in CUTS or self.show_example is None:
+                limits = f"; {self._limits()}" if key in CUTS else ""
+                logger.warning(
+                    *("%s dataset: %d of %d rows %s (%s%s)", self.name, len(found), len(rows), NOTES[key]),
+                    *(_numbers(found), limits),
+                )
+        if self.show_example is not None:
+            cuts = {key: found for key, found in notes.items() if key in CUTS}
+            lines = [self._counts(len(rows), len(kept), cuts), *self._lengths(rows, kept), *self._columns()]
+            level = logging.WARNING if cuts else logging.INFO
+            logger.log(level, "%s", "\n".join([*lines, *self._example(rows[int(kept[0])])]))
+        return kept
+
+    def report_stream(self, first: Mapping[str, Any]) -> None:
+        """Log what can be said of a stream by its first row, as `tokenize_row` returns it."""
+        if self.show_example is not None and not self.is_silent:
+            lines = [f"{self.name} dataset: a stream, so its rows are not counted", *self._columns()]
+            logger.info("%s", "\n".join([*lines, *([] if first["problem"] else self._example(first))]))
+
+    def _report_problems(self, problems: pa.ChunkedArray) -> None:
+        rows = np.flatnonzero(pc.not_equal(problems, ""))
+        found = list(zip(rows.tolist(), problems.take(pa.array(rows)).to_pylist(), strict=True))
+        bad = [(i, p) for i, p in found if not p.startswith("dropped: ")]
+        dropped = [(i, p.removeprefix("dropped: ")) for i, p in found if p.startswith("dropped: ")]
+        if bad and self.on_bad_row == "error":
+            raise ValueError(
+                f"{self.name} dataset: {len(bad)} of {len(problems)} rows are malformed. {_name_rows(bad)}. "
+                "Mend them, or set on_bad_row='drop' to leave them out."
+            )
+        for what, named in (("malformed", bad), ("useless", dropped)):
+            if named and not self.is_silent:
+                logger.warning(
+                    *("%s dataset: dropped %d %s rows of %d. %s.", self.name, len(named), what, len(problems)),
+                    _name_rows(named),
+                )
+
+    # The lines of the summary
+
+    def _counts(self, given: int, kept: int, cuts: Mapping[str, Any]) -> str:
+        parts = [f"{given:,} rows" if given > 1 else "1 row"]
+        if kept < given:
+            parts.append(f"{_share(given - kept, given)} dropped")
+        for key, found in cuts.items():
+            parts.append(f"{_share(len(found), given)} with a {key} cut ({_numbers(found)})")
+        return f"{self.name} dataset: {', '.join(parts)}" + (f"; {self._limits()}" if cuts else "")
+
+    def _lengths(self, rows: Dataset, kept: Any) -> list[str]:
+        lines = []
+        for column, name in [*_SHOWN.items(), ("ranked_ids", "response")]:
+            if column in rows.column_names:
+                ids = rows.data.column(column)
+                lengths = pc.list_value_length(pc.list_flatten(ids) if column == "ranked_ids" else ids).to_numpy()
+                lengths = lengths if column == "ranked_ids" else lengths[kept]  # what is left out has none
+                lines.append(f"  {name:10} {lengths.mean():,.1f} tokens on average, {lengths.max():,} at most")
+        return lines
+
+    def _columns(self) -> list[str]:
+        return [f"  columns    {describe_columns(self.columns, self.kind)}"]
+
+    def _example(self, row: Mapping[str, Any]) -> list[str]:
+        """One row, decoded from its token ids."""
+        decode = getattr(self.tokenizer, "decode", None)  # rows that come as ids need no tokenizer that knows text
+        if not self.show_example or decode is None:
+            return []
+        responses = {name: row[column] for column, name in _SHOWN.items() if column in row and name != "prompt"}
+        responses |= {f"response {k}": ids for k, ids in enumerate(row.get("ranked_ids", ()))}
+        prompt = decode(row["prompt_ids"])
+        lines = [f"  example    row {row['pair_index']}; the tokens between ⟦ and ⟧ are scored"]
+        lines.append(f"    {'prompt':10} {_shown(prompt)}")
+        for name, ids in responses.items():
+            whole = decode([*row["prompt_ids"], *ids])
+            # by itself, some tokenizers take the space from its start
+            text = whole[len(prompt) :] if whole.startswith(prompt) else decode(ids)
+            lines.append(f"    {name:10} ⟦{_shown(text)}⟧")
+        return lines
+
+    def _limits(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.limits.items() if value is not None)
+
+
+def report_streamed(row: Mapping[str, Any], name: str, on_bad_row: str, said: set[str]) -> bool:
+    """For streamed datasets: the reports of one row, when it comes by, and whether to keep it."""
+    problem, index = row["problem"], row["pair_index"]
+    if problem and not problem.startswith("dropped: ") and on_bad_row == "error":
+        raise ValueError(f"{name} dataset: row {index}: {problem}. Mend it, or set on_bad_row='drop'.")
+    if problem:
+        logger.warning("%s dataset: dropped row %d: %s", name, index, problem.removeprefix("dropped: "))
+    for key in set(row["notes"]) - said:
+        said.add(key)
+        logger.warning("%s dataset: rows %s; row %d is the first, others are not named", name, NOTES[key], index)
+    return not problem
+
+
+def _rows_by_note(notes: pa.ChunkedArray) -> dict[str, "np.ndarray[Any, np.dtype[np.int64]]"]:
+    """The numbers of the rows with each note."""
+    rows = np.repeat(np.arange(len(notes)), pc.list_value_length(notes).to_numpy())
+    keys = pc.list_flatten(notes)
+    found = {key: rows[pc.equal(keys, key).to_numpy()] for key in NOTES}
+    return {key: numbers for key, numbers in found.items() if len(numbers)}
+
+
+def _numbers(rows: Any) -> str:
+    return "rows " + ", ".join(map(str, rows[:MAX_NAMED_ROWS])) + (", ..." if len(rows) > MAX_NAMED_ROWS else "")
+
+
+def _name_rows(rows: list[tuple[int, str]]) -> str:
+    named = "; ".join(f"row {i}: {problem}" for i, problem in rows[:MAX_NAMED_ROWS])
+    return named + (f"; and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")
+
+
+def _share(part: int, whole: int) -> str:
+    share = part / whole
+    return f"{part:,} ({'under 0.1%' if share < 0.0005 else f'{share:.1%}'})"
+
+
+def _shown(text: str) -> str:
+    """Text on one line, its middle left out where it is long, with nothing in it that a terminal would obey."""
+    if (rest := len(text) - _HEAD - _TAIL) > 0:
+        return f"{_escape(text[:_HEAD])} [{rest:,} characters left out] {_escape(text[-_TAIL:])}"
+    return _escape(text)
+
+
+def _escape(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,1 @@
+"""The fused LM head: log-probabilities of tokens without the logits."""

@@ -1,0 +1,125 @@
+"""Implementations of the head. Each module has `forward` and `backward`, which speak in the terms defined here.
+
+The op is cut where it is exact: the target's logit is kept apart from the other tokens',
+
+    target[n] = x[n, targets[n]]          others[n] = log sum_{v != targets[n]} exp(x[n, v])
+
+x being the transformed logits. Then logps = log sigmoid(target - others), which is never above 0 and loses no digit
+where p approaches 1. A vocabulary cut into shards has its `target` in one of them and adds up its `others`.
+
+With q[n, v] = exp(x[n, v] - others[n]), the distribution given that the token is not the target, gradients are
+
+    dx[n, v] = dothers[n] * q[n, v]  for v != targets[n],     dx[n, targets[n]] = dtarget[n]
+
+Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part, T columns of a tile, J = ceil(V / T) tiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Bound of what a call allocates besides its results and float32 `[N, D]`, and of what it keeps for the backward."""
+
+
+class Transform(NamedTuple):
+    """What makes the logits x of the raw ones z: x = scale * z, or cap * tanh(scale * z) with a soft-cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0) -> "Transform":
+        """Fold, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature."""
+        if softcap is None:
+            return cls(logit_scale / temperature)
+        return cls(logit_scale / softcap, softcap / temperature)
+
+    @property
+    def slope(self) -> float:
+        """dx / dz at z = 0: the largest with a soft-cap, and the only one without."""
+        return self.scale if self.cap is None else self.scale * self.cap
+
+
+class LinearHead(NamedTuple):
+    """z = hidden @ weight.T + bias + hidden2 @ weight2.T, and the transform."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    weight2: Tensor | None = None  # [V, R]
+    transform: Transform = Transform()
+
+
+class Keep(NamedTuple):
+    """What a forward is to leave for its backward."""
+
+    expected: bool = False
+    shares: bool = False
+    probs: bool = False
+
+
+NOTHING = Keep()
+
+
+class Kept(NamedTuple):
+    """What it left; None where not asked for."""
+
+    expected: Tensor | None = None
+    """`[N, D + R]`: sum_v q * slope * (weight, weight2). With a frozen head the whole matmul of the backward."""
+    shares: Tensor | None = None
+    """`[N, J]`: sum over a tile of q * slope; slope is 1, or 1 - tanh^2 with a soft-cap."""
+    probs: Tensor | None = None
+    """`[N, columns]`: q of the last columns, up to the factors."""
+    factors: Tensor | None = None
+    """`[N, ceil(columns / block)]`: q = factor * probs, one factor for a row and a block of columns."""
+
+
+class OtherStats(NamedTuple):
+    """Statistics of q, all `[N]`; merged with the target's by `fastdpo.head.linear_logprobs`."""
+
+    entropy: Tensor
+    """-sum_v q log q"""
+    log_sum_sq: Tensor
+    """log sum_v q^2"""
+    sum_logits: Tensor
+    """Sum of all x, the target's included."""
+    top_before: Tensor
+    """An x of a token before the target, or -inf: the target is the first maximum if it is above this, and not below
+    top."""
+    top: Tensor
+    """Largest x of all but the target; -inf if there is none."""
+
+
+class Forward(NamedTuple):
+    """What a forward computes, in float32 (float64 for float64 inputs)."""
+
+    target: Tensor
+    """`[N]`: -inf for a target outside [0, V)."""
+    others: Tensor
+    """`[N]`: -inf if there is no other token."""
+    stats: OtherStats | None
+    kept: Kept
+
+
+class Grads(NamedTuple):
+    """Upstream gradients of a backward, `[N]` in the dtype of `Forward`."""
+
+    target: Tensor
+    others: Tensor
+    entropy: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients to compute."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    hidden2: bool = False
+    weight2: bool = False
+
+
+def result_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of results and of sums."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -1,0 +1,179 @@
+"""Which cells of the softmax a backward computes, and how wrong it is to compute no more.
+
+A cell is one row by one tile of T neighbouring vocabulary entries, its mass the probability that the token lies in the
+tile without being the target. A cell that is not computed acts as its mass, spread evenly over the tile, so that the
+gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass is spread:
+
+    |error of dhidden[n]| <= |dlogps[n]| * sum over the skipped cells j of mass[n, j] * radius[j]
+
+with radius[j] the largest distance between a row of weight in tile j and their mean: the error of a cell is its mass
+times the difference of two points in the convex hull of the tile's embeddings. In a trained model p grows along hidden,
+so the errors of many small cells point the same way and do add up like that; those of a few large ones do not cancel
+either. So a row skips only cells of little mass, and only as many as have little mass together; little beside the root
+mean square of the rows' |dlogps| * (1 - p), which is the size of their gradients. Of all rows together it follows that
+
+    |error of dhidden| <= MAX_ROW_MASS * max radius * |dlogps * (1 - p)|                 (Frobenius norms)
+
+Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.head.impl.interface import LinearHead, result_dtype
+from fastdpo.head.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
+
+MAX_ROW_MASS, MAX_CELL_MASS = 0.005, 2.0**-12
+"""Largest mass that a row may skip, in all and in a cell, in terms of the root mean square of the rows' gradients.
+docs/sparse_backward.md has the errors and densities."""
+STEPS = 5
+"""Thresholds are MAX_CELL_MASS / sqrt(2)^k for k < 2^STEPS, found by bisection."""
+DENSE = 0.4
+"""Density from which computing all cells with large matmuls is cheaper."""
+
+
+class Selection(NamedTuple):
+    """The cells to compute: those with a share above their row's threshold, and the target's. All `[N]`."""
+
+    threshold: Tensor
+    bound: Tensor  # mass that is skipped
+    active: Tensor  # share of the row's cells that is computed
+
+
+def select(shares: Tensor, weight: Tensor, row: float = MAX_ROW_MASS, cell: float = MAX_CELL_MASS) -> Selection:
+    """Choose the largest threshold of each row that skips no more than `row` in all, and `cell` in a cell.
+
+    Args:
+        shares: `[N, J]`: a cell's mass is its share of `weight`.
+        weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
+        row: in terms of the root mean square of `weight`.
+        cell: likewise.
+    """
+    weight = weight.abs().float()
+    finite = weight.nan_to_num(0.0, 0.0).double()
+    scale = (finite.square().sum() / finite.count_nonzero().clamp(min=1)).sqrt().float()
+    blocks = zip(shares.split(1024), weight.split(1024), strict=True)
+    rows = [_select(*block, row * scale, cell * scale) for block in blocks]
+    return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
+
+
+def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Selection:
+    mass = shares.float() * weight.unsqueeze(1)
+
+    def limit(k: Tensor) -> Tensor:
+        return cell * torch.exp2(-k / 2)
+
+    def skipped(k: Tensor) -> Tensor:
+        return torch.where(mass <= limit(k).unsqueeze(1), mass, 0.0).sum(1)
+
+    k = torch.full_like(weight, 2**STEPS - 1)  # where it skips next to nothing
+    for step in reversed(range(STEPS)):
+        k = torch.where(skipped(k - 2**step) <= row, k - 2**step, k)
+    threshold = limit(k) / weight
+    return Selection(threshold, skipped(k), (shares > threshold.unsqueeze(1)).float().mean(1))
+
+
+def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
+    """Mask `[N, J]` of the cells to compute, for a chunk of tiles.
+
+    Args:
+        shares: `[N, J]`, of the chunk.
+        threshold: `[N]`.
+        target_tiles: `[N]` int64: tile that holds the target, counted from the chunk's first; outside [0, J) if none.
+        upstream: `[N]` bool: rows with a gradient to propagate.
+    """
+    tiles = torch.arange(shares.shape[1], device=shares.device)
+    active = (shares > threshold.unsqueeze(1)) | (tiles == target_tiles.unsqueeze(1))
+    return active & upstream.unsqueeze(1)
+
+
+def spread_skipped(
+    dhidden: Tensor | None,
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    head: LinearHead,
+    all_rows: Rows,
+    shares: Tensor | None,
+    selection: Selection,
+    trained: slice,
+    T: int,
+    operand: torch.dtype,
+) -> Tensor:
+    """Let every cell that is skipped act as its share, spread evenly over its columns.
+
+    Adds that to `dhidden`, and returns what each row of (weight, weight2) in a tile gets, `[J, trained + 1]`: columns
+    `trained` of its gradient, and the gradient of its bias. Matmuls are in the dtype `operand`.
+    """
+    assert shares is not None
+    V = head.weight.shape[0]
+    dtype = result_dtype(hidden)
+    spread = hidden.new_zeros(shares.shape[1], trained.stop - trained.start + 1, dtype=dtype)
+    for vs in slices(V, 256 * T):
+        means = cell_means(head.weight[vs], T, dtype)
+        if head.weight2 is not None:
+            means = torch.cat([means, cell_means(head.weight2[vs], T, dtype)], 1)
+        means = means.to(operand)
+        cells = slice(vs.start // T, -(-vs.stop // T))
+        for rs in slices(hidden.shape[0], 1024):
+            some, threshold = all_rows.at(rs), selection.threshold[rs]
+            active = active_cells(shares[rs, cells], threshold, some.targets // T - cells.start, some.has_upstream)
+            skipped = (shares[rs, cells] * some.dothers[:, None]).masked_fill(active, 0)
+            if dhidden is not None:
+                addmm(dhidden[rs], skipped.to(operand), means)
+            if trained.stop > trained.start:
+                h = side_by_side(hidden, hidden2, rs, operand)
+                addmm(spread[cells, :-1], skipped.to(operand).t(), h[:, trained])
+            spread[cells, -1] += skipped.sum(0)
+    sizes = torch.full_like(spread[:, :1], T)
+    sizes[-1] = V - (shares.shape[1] - 1) * T
+    return spread.div_(sizes)
+
+
+Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
+RETRY = 64
+"""Calls after which a head that was too dense is tried again."""
+
+_densities: dict[Key, list[Any]] = {}
+_calls: dict[Key, int] = {}
+
+
+def too_dense(selection: Selection) -> bool:
+    """Whether all cells are cheaper. Never on a device, which would have to be waited for."""
+    return selection.active.device.type == "cpu" and bool(selection.active.mean() > DENSE)
+
+
+def remember(key: Key, selection: Selection) -> None:
+    """Note the density of a head, for `expect_dense`."""
+    density = selection.active.mean()
+    if density.is_cuda:
+        host = torch.empty((), pin_memory=True)
+        host.copy_(density, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        _note(key, host, ready)
+    else:
+        _densities[key] = [(density, None), (density, None)]
+
+
+def _note(key: Key, density: Tensor, ready: Any) -> None:
+    """Keep this and the one before: compiled code notes, and never asks."""
+    _densities[key] = [*_densities.get(key, [])[-1:], (density, ready)]
+
+
+def expect_dense(key: Key) -> bool:
+    """Whether the last but one backward of this head was too dense; asked again every RETRY calls.
+
+    The last but one: a device has long finished it, so its density is there without waiting, and the same in every run.
+    """
+    history = _densities.get(key, [])
+    if len(history) < 2:
+        return False
+    density, ready = history[-2]
+    if ready is not None:
+        ready.synchronize()
+    if float(density) <= DENSE:
+        return False
+    _calls[key] = _calls.get(key, 0) + 1
+    return _calls[key] % RETRY != 0

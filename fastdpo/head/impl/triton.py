@@ -1,0 +1,285 @@
+"""The head in Triton: logits live in registers, and a sparse backward never computes those of a cell it skips.
+
+Forward: one kernel. Backward, chunk of the vocabulary by chunk, and within it block of rows by block of rows:
+
+    dlogits        = gradient of the raw logits [rows, chunk], in the dtype of the inputs
+    dhidden[rows] += dlogits @ weight[chunk]                      float32 [N, D], rounded once, at the end
+    dweight       += dlogits.T @ hidden[rows]                     float32 [chunk, D], rounded once, after the last rows
+
+so the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
+accumulate in float64.) Dense, dlogits is recomputed in full and the matmuls are the vendor's: 1 unit of 2 N D V FLOPs
+each. Sparse, kernels work through the list of rows that each tile of the vocabulary has, and cost what is active: all
+three of them, or dhidden alone where dweight is to be exact. There are no atomics and no synchronisation with the host;
+the same inputs give the same bits. `expected` and `probs` of `Keep` are not kept: `fastdpo.head.impl.blas` does that.
+
+Names and shapes as in `fastdpo.head.impl.interface`.
+"""
+
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.head.impl import sparsity
+from fastdpo.head.impl.interface import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    Forward,
+    Grads,
+    Keep,
+    Kept,
+    LinearHead,
+    Needs,
+    OtherStats,
+    result_dtype,
+)
+from fastdpo.head.impl.sparsity import Selection
+from fastdpo.head.impl.tiles import Rows, addmm, ieee_matmul, slices
+from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
+from fastdpo.kernels.linear_logprobs_forward import linear_logprobs_forward
+from fastdpo.kernels.row_lists import TILE, row_lists
+from fastdpo.kernels.sparse_dhidden import sparse_dhidden
+from fastdpo.kernels.sparse_dlogits import sparse_dlogits
+from fastdpo.kernels.sparse_dweight import sparse_dweight
+
+
+def cell_columns(device: torch.device) -> int:
+    """Return the columns of a cell."""
+    return TILE
+
+
+def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> Kept:
+    """Allocate what `forward` keeps."""
+    if not keep.shares:
+        return Kept()
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
+    return Kept(shares=hidden.new_empty(hidden.shape[0], -(-head.weight.shape[0] // TILE), dtype=stored))
+
+
+@torch.no_grad()
+def forward(
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    targets: Tensor,
+    head: LinearHead,
+    stats: bool = False,
+    keep: Keep = NOTHING,
+    workspace: int = WORKSPACE_BYTES,
+) -> Forward:
+    """Compute the `Forward` of arguments that have been checked."""
+    N, V = hidden.shape[0], head.weight.shape[0]
+    kept = kept_like(hidden, head, keep, workspace)
+    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # of tile masses in float32
+    parts = []
+    for rs in slices(N, max(1, rows)):
+        part = linear_logprobs_forward(
+            hidden[rs], head.weight, targets[rs], head.bias, *head.transform, stats,
+            tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
+        )  # fmt: skip
+        if kept.shares is not None and part.tile_masses is not None:
+            kept.shares[rs] = (part.tile_masses - part.others[:, None]).exp_()
+        parts.append((part.target_logits, part.others, *(part.stats or ())))
+    target, others, *statistics = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return Forward(target, others, OtherStats(*statistics) if stats else None, kept)
+
+
+@torch.no_grad()
+def backward(
+    grads: Grads,
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    targets: Tensor,
+    head: LinearHead,
+    result: Forward,
+    needs: Needs,
+    selection: Selection | None = None,
+    exact_weight: bool = True,
+    workspace: int = WORKSPACE_BYTES,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of `Needs`, as `fastdpo.head.impl.torch.backward`."""
+    N, V = hidden.shape[0], head.weight.shape[0]
+    acc = result_dtype(hidden)
+    others = result.others.masked_fill(result.others == -torch.inf, torch.inf)  # no other token: q is 0, not infinite
+    boost = _float16_boost(grads, head) if hidden.dtype == torch.float16 else None
+    if boost is not None:
+        entropy_grad = None if grads.entropy is None else grads.entropy * boost
+        grads = Grads(grads.target * boost, grads.others * boost, entropy_grad)
+    needs_weights = needs.weight or needs.bias or needs.weight2
+    sparse = selection is not None and not (exact_weight and needs_weights)
+
+    width = hidden.shape[1] + (0 if hidden2 is None else hidden2.shape[1])
+    rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, workspace)
+    buffer = hidden.new_empty(rows, _aligned(columns))
+    factors = [_Factor.of(hidden, head.weight, needs.hidden, needs.weight, sparse and needs.bias, columns, acc)]
+    if hidden2 is not None and head.weight2 is not None:
+        factors.append(_Factor.of(hidden2, head.weight2, needs.hidden2, needs.weight2, False, columns, acc))
+    dbias = head.weight.new_empty(V) if needs.bias else None
+    bias_sum = hidden.new_zeros(columns, dtype=acc) if needs.bias else None
+
+    with ieee_matmul():
+        spread = None
+        if selection is not None:
+            spread = _spread_skipped(factors, hidden, hidden2, targets, head, grads, result, selection, sparse)
+        for vs in slices(V, columns):
+            for rs in slices(N, rows):
+                dlogits = buffer[: rs.stop - rs.start, : vs.stop - vs.start]
+                lists = None
+                if selection is not None:
+                    lists = row_lists(_active(targets, grads, result, selection, rs, vs))
+                arguments = (
+                    hidden[rs], head.weight[vs], targets[rs] - vs.start, None if head.bias is None else head.bias[vs],
+                    others[rs], grads.target[rs], grads.others[rs], *head.transform,
+                )  # fmt: skip
+                low_rank = _low_rank(hidden2, head, rs, vs)
+                if sparse and lists is not None:
+                    sparse_dlogits(dlogits, lists[0], lists[1], *arguments, low_rank=low_rank)
+                else:
+                    entropy = None
+                    if grads.entropy is not None and result.stats is not None:
+                        entropy = grads.entropy[rs], result.stats.entropy[rs]
+                    linear_logprobs_backward(dlogits, *arguments, low_rank=low_rank, entropy=entropy)
+                for factor in factors:
+                    factor.accumulate(dlogits, lists, rs, vs, sparse, bias_sum if factor is factors[0] else None)
+                if bias_sum is not None and not sparse:
+                    total = bias_sum[: vs.stop - vs.start]
+                    total.mul_(float(rs.start > 0)).add_(dlogits.sum(0, dtype=acc))
+
+            sums = [factor.dweight_sum for factor in factors] + [None if bias_sum is None else bias_sum[:, None]]
+            results = [factor.dweight for factor in factors] + [None if dbias is None else dbias[:, None]]
+            column = 0
+            sizes = [*(factor.weight.shape[1] for factor in factors), 1]
+            for accumulated, out, size in zip(sums, results, sizes, strict=True):
+                if accumulated is not None and out is not None:
+                    total = accumulated[: vs.stop - vs.start]
+                    if sparse and spread is not None:
+                        cells = spread[vs.start // TILE : -(-vs.stop // TILE), column : column + size]
+                        total += cells.repeat_interleave(TILE, 0)[: len(total)]
+                    out[vs] = _unboost(total, boost)
+                column += size
+    dhidden = [None if f.dhidden is None else _unboost(f.dhidden, boost).to(hidden.dtype) for f in factors]
+    second = (dhidden[1], factors[1].dweight) if len(factors) == 2 else (None, None)
+    return dhidden[0], factors[0].dweight, dbias, *second
+
+
+class _Factor(NamedTuple):
+    """One of the two products that make the logits, hidden @ weight.T, and its gradients so far; None if not needed."""
+
+    hidden: Tensor  # [N, K]
+    weight: Tensor  # [V, K]
+    dhidden: Tensor | None  # [N, K] in ACC
+    dweight: Tensor | None  # [V, K]
+    dweight_sum: Tensor | None  # [columns, K] in ACC
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool, columns: int, acc: Any
+    ) -> "_Factor":
+        return _Factor(
+            hidden,
+            weight,
+            hidden.new_zeros(hidden.shape, dtype=acc) if needs_hidden else None,
+            torch.empty_like(weight) if needs_weight else None,
+            weight.new_zeros(columns, weight.shape[1], dtype=acc) if needs_weight or needs_bias else None,
+        )
+
+    def accumulate(
+        self,
+        dlogits: Tensor,
+        lists: tuple[Tensor, Tensor] | None,
+        rs: slice,
+        vs: slice,
+        sparse: bool,
+        bias_sum: Tensor | None,
+    ) -> None:
+        """Add what the block `dlogits [rs, vs]` makes; with `lists`, dhidden from the active cells alone."""
+        if self.dhidden is not None and lists is not None:
+            sparse_dhidden(self.dhidden[rs], dlogits, *lists, self.weight[vs])
+        elif self.dhidden is not None:
+            addmm(self.dhidden[rs], dlogits, self.weight[vs])
+        if self.dweight_sum is None:
+            return
+        total = self.dweight_sum[: vs.stop - vs.start]
+        if sparse and lists is not None:
+            sparse_dweight(total, dlogits, *lists, self.hidden[rs], rs.start > 0, dbias=bias_sum)
+        else:
+            addmm(total, dlogits.T, self.hidden[rs], beta=float(rs.start > 0))
+
+
+def _active(targets: Tensor, grads: Grads, result: Forward, selection: Selection, rs: slice, vs: slice) -> Tensor:
+    """Mask of the active cells of a block of rows and a chunk of the vocabulary."""
+    assert result.kept.shares is not None
+    shares = result.kept.shares[rs, vs.start // TILE : -(-vs.stop // TILE)]
+    upstream = (grads.target[rs] != 0) | (grads.others[rs] != 0)
+    return sparsity.active_cells(shares, selection.threshold[rs], targets[rs] // TILE - vs.start // TILE, upstream)
+
+
+def _spread_skipped(
+    factors: list[_Factor],
+    hidden: Tensor,
+    hidden2: Tensor | None,
+    targets: Tensor,
+    head: LinearHead,
+    grads: Grads,
+    result: Forward,
+    selection: Selection,
+    sparse: bool,
+) -> Tensor:
+    """Let the skipped cells act as their share, see `sparsity.spread_skipped`."""
+    scale = head.transform.slope
+    rows = Rows(targets, result.others, scale * grads.target, scale * grads.others, None, None)
+    widths = [factor.weight.shape[1] for factor in factors]
+    trained = slice(0, sum(widths) if sparse and any(f.dweight_sum is not None for f in factors) else 0)
+    dhidden = None
+    if any(factor.dhidden is not None for factor in factors):
+        dhidden = hidden.new_zeros(hidden.shape[0], sum(widths), dtype=result_dtype(hidden))
+    spread = sparsity.spread_skipped(
+        dhidden, hidden, hidden2, head, rows, result.kept.shares, selection, trained, TILE, hidden.dtype
+    )
+    if dhidden is not None:
+        for factor, part in zip(factors, dhidden.split(widths, 1), strict=True):
+            if factor.dhidden is not None:
+                factor.dhidden.add_(part)
+    return spread
+
+
+def _low_rank(hidden2: Tensor | None, head: LinearHead, rs: slice, vs: slice) -> tuple[Tensor, Tensor] | None:
+    return None if hidden2 is None or head.weight2 is None else (hidden2[rs], head.weight2[vs])
+
+
+def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int, workspace: int) -> tuple[int, int]:
+    """Choose the rows and columns of a block of dlogits; the columns are whole cells.
+
+    Half of the workspace for the block, half for dweight's accumulator. The matmuls read and write their accumulators
+    8 N V D (1 / rows + 1 / columns) bytes in all: the block is square, unless the accumulator wants it narrower.
+    """
+    half = workspace // 2
+    columns = min(isqrt(half // itemsize), half // (acc_itemsize * max(D, 1)), -(-V // TILE) * TILE)
+    columns = max(columns // TILE * TILE, TILE)
+    rows = min(_whole_tiles(half // (itemsize * _aligned(columns))), max(N, 1))
+    return rows, columns
+
+
+def _whole_tiles(length: int) -> int:
+    """Round down to a multiple of 256, from there up; at least 1."""
+    return max(length // 256 * 256 if length >= 256 else length, 1)
+
+
+def _aligned(columns: int) -> int:
+    """Round up to a multiple of 64: the stride of dlogits that suits the matmuls."""
+    return -(-columns // 64) * 64
+
+
+def _float16_boost(grads: Grads, head: LinearHead) -> Tensor:
+    """Return the power of two that brings the largest gradient of a logit to [2^14, 2^15), as a 0-dim tensor.
+
+    Float16 ends at 2^16, and loses precision below 2^-14: a gradient of 1e-4 spread over 1e5 tokens would vanish.
+    """
+    slope = head.transform.slope
+    largest = torch.cat([(g * slope).abs().nan_to_num(0.0, 0.0) for g in grads if g is not None])
+    exponent = torch.cat([largest, largest.new_zeros(1)]).amax().frexp().exponent  # largest < 2^exponent
+    return torch.ldexp(largest.new_ones(()), 15 - exponent.clamp(min=-100))
+
+
+def _unboost(accumulator: Tensor, boost: Tensor | None) -> Tensor:
+    return accumulator if boost is None else accumulator / boost

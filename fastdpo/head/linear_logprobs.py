@@ -1,0 +1,298 @@
+"""Log-probabilities of a linear head without logits: arguments checked, results put together.
+
+    logps[n] = log softmax(transform(hidden[n] @ weight.T + bias))[targets[n]]
+
+`transform` is, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
+
+Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fastdpo.head import eager, vocab_parallel
+from fastdpo.head.eager import Stats
+from fastdpo.head.impl import sparsity
+from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, result_dtype
+from fastdpo.head.op import check_targets, choose, density_key, linear_logprobs_op, results_of
+
+Impl = Literal["auto", "eager", "torch", "triton", "blas"]
+Backward = Literal["auto", "exact", "sparse"]
+
+IMPLS = ("auto", "eager", "torch", "triton", "blas")
+BACKWARDS = ("auto", "exact", "sparse")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: Impl = "auto",
+    backward: Backward = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+    shard: tuple[ProcessGroup, int, int] | None = None,
+) -> Tensor:
+    """Compute the log-probability of every row's target, without ever holding `[N, V]` logits.
+
+    Differentiable once with respect to all floating-point tensors; only the gradients asked for are computed. Under
+    `torch.autocast` they are cast as `F.linear` would cast them.
+
+    Args:
+        hidden: `[N, D]`, float64, float32, bfloat16 or float16, any strides.
+        weight: `[V, D]`, dtype and device of `hidden`.
+        targets: `[N]` int64 in [0, V).
+        bias: `[V]`, dtype and device of `hidden`.
+        low_rank: `hidden2 [N, R]` and `weight2 [V, R]`, whose product is added to the logits: LoRA's
+            `(scaling * hidden @ A.T, B)`, for which neither `weight + scaling * B @ A` nor its gradient is formed. Or
+            trainable rows of some tokens: `(hidden @ (rows - weight[tokens]).T, one_hot(tokens, V).T)`.
+        logit_scale: factor of the raw logits, finite and not 0.
+        softcap: bound of the soft-capped logits, above 0; None for no soft-cap.
+        temperature: divisor of the logits, above 0.
+        impl: "triton" (CUDA, or TRITON_INTERPRET=1: logits in registers, sparse backward), "blas" (as well, vendor
+            matmuls, dense backward), "torch" (any device), "eager" (`[N, V]` logits in the dtype of
+            the inputs, for tests) or "auto": on CUDA the faster of triton and blas, measured on the first calls of a
+            shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); torch elsewhere, and without Triton.
+        backward: which cells (a row by some neighbouring tokens) of the gradient of the logits to compute. "exact":
+            all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, up to 0.005
+            of the rows' root mean square, which then act as their average, where that is quicker; all other gradients
+            are exact. "sparse": so may all gradients, in every dtype. See docs/sparse_backward.md for what that costs,
+            and `Stats` to watch it.
+        workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
+        shard: `(group, start, V)` where a process group shares the vocabulary: `weight`, `bias` and `weight2` are this
+            rank's part, which begins with token `start` of V; `hidden` and `targets` are the same on all ranks, and so
+            are the result and the gradient of `hidden`.
+
+    Returns:
+        `[N]` float32 (float64 for float64 inputs), in nats, never above 0. Logits are not rounded below float32.
+
+    Raises:
+        ValueError: an argument breaks a rule above. On CUDA a target outside [0, V) cannot be seen without waiting for
+            the device: there its row, and every gradient it takes part in, is NaN.
+    """
+    logps, _ = _compute(
+        hidden,
+        weight,
+        targets,
+        bias,
+        low_rank=low_rank,
+        transform=_checked_transform(logit_scale, softcap, temperature),
+        impl=impl,
+        backward=backward,
+        workspace=workspace_bytes,
+        shard=shard,
+        with_stats=False,
+    )
+    return logps
+
+
+def linear_logprobs_with_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: Impl = "auto",
+    backward: Backward = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Stats]:
+    """Compute `linear_logprobs` and the statistics of each row's distribution, in the same pass over the vocabulary.
+
+    Arguments and errors as `linear_logprobs`.
+
+    Returns:
+        The log-probabilities and `Stats`, all `[N]`: entropy, log_sum_sq_probs and mean_logits in the dtype of the
+        log-probabilities, is_top1 bool; density and bound are None where the backward is dense. The log-probabilities
+        and the entropy are differentiable, the rest is not. A backward through the entropy is exact.
+    """
+    logps, stats = _compute(
+        hidden,
+        weight,
+        targets,
+        bias,
+        low_rank=low_rank,
+        transform=_checked_transform(logit_scale, softcap, temperature),
+        impl=impl,
+        backward=backward,
+        workspace=workspace_bytes,
+        shard=None,
+        with_stats=True,
+    )
+    assert stats is not None
+    return logps, stats
+
+
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None,
+    transform: Transform,
+    impl: str,
+    backward: str,
+    workspace: int,
+    shard: tuple[ProcessGroup, int, int] | None,
+    with_stats: bool,
+) -> tuple[Tensor, Stats | None]:
+    """Check, compute, and put the target and the other tokens together."""
+    hidden2, weight2 = low_rank or (None, None)
+    hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
+    _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
+    _check_options(impl, backward, workspace)
+    if impl == "eager":
+        if shard is not None or low_rank is not None:
+            raise ValueError("impl must be other than 'eager' with shard or low_rank, got 'eager'")
+        return _eager(hidden, weight, targets, bias, transform, with_stats)
+
+    group, start, V = shard or (None, 0, weight.shape[0])
+    if not 0 <= start <= V - weight.shape[0]:
+        raise ValueError(f"shard must leave room for the {weight.shape[0]} rows of weight, got start {start} of {V}")
+    if group is not None:
+        hidden = vocab_parallel.sum_gradients(hidden, group)
+        hidden2 = None if hidden2 is None else vocab_parallel.sum_gradients(hidden2, group)
+    grad = torch.is_grad_enabled()
+    needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, hidden2, weight2)]
+    sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
+    if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
+        sparse = not sparsity.expect_dense(density_key(hidden, weight))
+    impl, trial = choose(impl, hidden, weight, needs, sparse)
+    outputs = linear_logprobs_op(
+        hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
+        backward != "sparse", start, V, workspace, trial,
+    )  # fmt: skip
+    result = results_of(outputs, with_stats)
+    target, others = result.target, result.others
+    if group is not None:
+        target, others = vocab_parallel.merge(target, others, group)
+    valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
+    logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
+    return logps, _merge_stats(logps, result, V) if with_stats else None
+
+
+def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
+    """Put the statistics of the other tokens, q, and the target's p together: all is p and (1 - p) q."""
+    stats, kept = result.stats, result.kept
+    assert stats is not None
+    log_rest = F.logsigmoid(result.others - result.target)
+    lowest = torch.finfo(logps.dtype).min  # 0 * -inf must be 0
+    p, rest = logps.exp(), log_rest.exp()
+    with torch.no_grad():
+        log_sum_sq = torch.logaddexp(2 * logps, 2 * log_rest + stats.log_sum_sq)
+        is_top1 = (result.target >= stats.top) & (result.target > stats.top_before)
+        density = bound = None
+        if kept.shares is not None:
+            _, bound, density = sparsity.select(kept.shares, rest)
+    return Stats(
+        entropy=rest * (stats.entropy - log_rest.clamp(min=lowest)) - p * logps.clamp(min=lowest),
+        log_sum_sq_probs=log_sum_sq,
+        mean_logits=stats.sum_logits / V,
+        is_top1=is_top1,
+        density=density,
+        bound=bound,
+    )
+
+
+def _eager(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, with_stats: bool
+) -> tuple[Tensor, Stats | None]:
+    if not torch.compiler.is_compiling():
+        check_targets(targets, weight.shape[0])
+    logps, _, values = eager.linear_logprobs(
+        hidden, weight, targets, bias, transform.slope, transform.cap, stats=with_stats
+    )
+    dtype = result_dtype(hidden)
+    if values is None:
+        return logps.to(dtype), None
+    return logps.to(dtype), Stats(
+        values.entropy.to(dtype),
+        values.log_sum_sq_probs.detach().to(dtype),
+        values.mean_logits.detach().to(dtype),
+        values.is_top1,
+    )
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast as `F.linear` would under autocast."""
+    hidden = tensors[0]
+    assert hidden is not None
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return list(tensors)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, hidden2: Tensor | None, weight2: Tensor | None
+) -> None:
+    """Check ranks, sizes, dtypes and devices."""
+    tensors = [
+        ("hidden", hidden, 2, "[N, D]"), ("weight", weight, 2, "[V, D]"), ("targets", targets, 1, "[N]"),
+        ("bias", bias, 1, "[V]"), ("low_rank[0]", hidden2, 2, "[N, R]"), ("low_rank[1]", weight2, 2, "[V, R]"),
+    ]  # fmt: skip
+    for name, tensor, ndim, layout in tensors:
+        if tensor is None:
+            continue
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+        if tensor is not targets and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden must have a dtype among {', '.join(map(str, DTYPES))}, got {hidden.dtype}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must have dtype torch.int64, got {targets.dtype}")
+
+    (N, D), (V, weight_D) = hidden.shape, weight.shape
+    if weight_D != D:
+        raise ValueError(f"weight must have the D of hidden, {D}, got {weight_D} (shape {tuple(weight.shape)})")
+    if targets.shape[0] != N:
+        raise ValueError(f"targets must have the N of hidden, {N}, got {targets.shape[0]}")
+    if bias is not None and bias.shape[0] != V:
+        raise ValueError(f"bias must have the V of weight, {V}, got {bias.shape[0]}")
+    if hidden2 is not None and weight2 is not None:
+        if hidden2.shape[0] != N:
+            raise ValueError(f"low_rank[0] must have the N of hidden, {N}, got {hidden2.shape[0]}")
+        if weight2.shape != (V, hidden2.shape[1]):
+            expected, shape = (V, hidden2.shape[1]), tuple(weight2.shape)
+            raise ValueError(f"low_rank[1] must have the V of weight and the R of low_rank[0], {expected}, got {shape}")
+    if V == 0:
+        raise ValueError(f"weight must have at least one vocabulary entry, got shape {tuple(weight.shape)}")
+
+
+def _checked_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None, or finite and above 0, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    return Transform.of(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+
+def _check_options(impl: str, backward: str, workspace: int) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
+    if workspace < 2**20:
+        raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")

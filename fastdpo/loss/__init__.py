@@ -1,0 +1,1 @@
+"""From token log-probabilities to the loss of an optimizer step."""

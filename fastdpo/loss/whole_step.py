@@ -1,0 +1,99 @@
+"""Objectives that look at the whole optimizer step: what its examples must know of each other.
+
+AOT sorts the pairs of the step, and KTO estimates a divergence over it. So a pass without gradients computes each
+micro-batch's values (`fastdpo.loss.batch_loss.step_values`), they are put together over micro-batches and processes,
+and each micro-batch gets what its own loss needs of the others, as constants:
+
+    matched_ref_margins[i]  the reference's margin of the rank that pair i's margin has under the policy    (aot)
+    matched_rejected[i]     the rejected log-ratio of the rank of pair i's chosen one                (aot_unpaired)
+    matched_chosen[i]       the chosen log-ratio of the rank of pair i's rejected one                (aot_unpaired)
+    kl                      max(0, mean of log pi - log pi_ref over the `kl_ids` responses)                   (kto)
+
+Sorting is stable, so that ties match one to one. Then the micro-batches' losses add up to the step's, and so do their
+gradients: a sorted sum's gradient keeps the order fixed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+"""Detached values of one micro-batch by name, `[B]` each."""
+
+
+class StepTotals(NamedTuple):
+    """What the loss of an optimizer step is divided by: float32 scalars on the device."""
+
+    examples: Tensor
+    chosen_tokens: Tensor
+
+
+def step_totals(batches: Sequence[Mapping[str, Any]]) -> StepTotals:
+    """Totals of micro-batches of `fastdpo.shared_prefix_batch`, to be summed over processes."""
+    examples = [len(batch["pair_index"]) for batch in batches]
+    ends = [batch["cu_target"][B] for B, batch in zip(examples, batches, strict=True)]
+    tokens = torch.stack(ends).sum().float()
+    return StepTotals(torch.full_like(tokens, sum(examples)), tokens)
+
+
+def step_context(
+    values: Sequence[Values],
+    *,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    rank: int = 0,
+    capacity: int | None = None,
+) -> list[Values]:
+    """Put the values of an optimizer step together and hand each micro-batch what it needs of the others.
+
+    Args:
+        values: of this process's micro-batches, in their order, from `fastdpo.loss.batch_loss.step_values`.
+        gather: all processes' tensors of the same shape `[X]`, as `[processes, X]`; None where there is one process.
+        rank: this process's row in what `gather` returns.
+        capacity: at least as many examples as any process has in the step, the same on all of them. None: found out,
+            which takes one more collective and waits for the device.
+
+    Returns:
+        One dict per micro-batch: the `context` of `fastdpo.loss.batch_loss.compute`.
+    """
+    counts = [len(next(iter(v.values()))) for v in values]
+    mine = torch.stack([torch.cat([v[name] for v in values]) for name in values[0]])  # [names, N]
+    valid = mine.new_ones(1, sum(counts))
+    rows = torch.cat((mine, valid))
+    if gather is not None:
+        if capacity is None:
+            capacity = int(gather(torch.full((1,), sum(counts), device=mine.device)).max())
+        if sum(counts) > capacity:
+            raise ValueError(f"capacity must hold the process's examples of the step, got {capacity} for {sum(counts)}")
+        rows = torch.nn.functional.pad(rows, (0, capacity - sum(counts)))
+        rows = gather(rows.flatten()).view(-1, len(rows), capacity).transpose(0, 1).flatten(1)  # [names, all]
+    start = 0 if capacity is None else rank * capacity
+    table = dict(zip(values[0], rows[:-1], strict=True))
+    matched = _contexts(table, rows[-1] > 0)
+    own = {name: x if x.ndim == 0 else x[start : start + sum(counts)] for name, x in matched.items()}
+    return [
+        {name: x if x.ndim == 0 else x[end - n : end] for name, x in own.items()}
+        for n, end in zip(counts, accumulate(counts), strict=True)
+    ]
+
+
+def _contexts(table: Values, valid: Tensor) -> Values:
+    """What each example must know of all, `[all]` or a scalar, by name; `valid` is False where a row is filled up."""
+    contexts = {}
+    if "margins" in table:
+        contexts["matched_ref_margins"] = _matched(table["margins"], table["ref_margins"], valid)
+    if "chosen" in table:
+        contexts["matched_rejected"] = _matched(table["chosen"], table["rejected"], valid)
+        contexts["matched_chosen"] = _matched(table["rejected"], table["chosen"], valid)
+    if "kl" in table:
+        contexts["kl"] = (table["kl"].where(valid, 0.0).sum() / valid.sum()).clamp(min=0)
+    return contexts
+
+
+def _matched(x: Tensor, other: Tensor, valid: Tensor) -> Tensor:
+    """For each element of `x` the element of `other` that has the same rank."""
+    order = x.where(valid, torch.inf).argsort(stable=True)
+    ranked = other.where(valid, torch.inf).sort(stable=True).values
+    return torch.empty_like(x).scatter_(0, order, ranked)

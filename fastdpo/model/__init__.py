@@ -1,0 +1,1 @@
+"""Running any causal language model on packed batches, or refusing it."""

@@ -1,0 +1,362 @@
+"""The backends: ways to compute attention over key paths, and which of them a layer can have.
+
+- `varlen`: `torch.nn.attention.varlen`, FlashAttention inside torch, with more keys than queries in a segment and the
+  causal diagonal at the bottom right. FlashAttention 3 or 4 where the user has activated it
+  (`torch.nn.attention.activate_flash_attention_impl`); nothing is activated here, for that is for the whole process.
+- `flash`: the same by the flash_attn package, which also knows soft-caps.
+- `grid`: whole paths as right-padded rows of scaled_dot_product_attention, segments of like length together. No
+  padding mask is needed, for padding comes after everything a real query may see. Soft-caps and attention sinks are
+  computed by plain matmuls with the softmax in float32, at most `SCORES` scores at a time, and again in the backward
+  instead of being kept.
+
+Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads, D head size.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastdpo.model.attention.key_paths import Paths, gather
+
+BACKENDS = ("varlen", "flash", "grid")
+"""In the order of preference."""
+
+SCORES = 2**24
+"""Scores that the plain computation has at a time, 64 MiB in float32; with the softmax a few times that is in use."""
+
+
+class Usable(NamedTuple):
+    """What backends a batch may have."""
+
+    backend: str
+    """The one asked for, or "auto"."""
+    refused: dict[str, str]
+    """Why the device cannot have others."""
+
+
+def usable(backend: str, device: torch.device) -> Usable:
+    """Say which backends a device can have.
+
+    Raises:
+        ValueError: there is no such backend, or the device cannot have it.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"attention_backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+    refused = {name: why for name in BACKENDS if (why := _refused_by_device(name, device))}
+    if why := refused.get(backend):
+        raise ValueError(f"attention_backend={backend!r} cannot be used: {why}; 'auto' takes what can")
+    return Usable(backend, refused)
+
+
+def choose(usable: Usable, query: Tensor, value: Tensor, **options: Any) -> tuple[str, str]:
+    """Return a backend for a layer, and the reasons against those before it.
+
+    Args:
+        usable: by the device.
+        query: `[T, H, D]`.
+        value: `[T, G, Dv]`.
+        **options: `scaling`, `window`, `softcap` and `sinks` of `attend`.
+
+    Raises:
+        ValueError: the layer cannot have the backend asked for.
+    """
+    against: list[str] = []
+    for name in BACKENDS if usable.backend == "auto" else (usable.backend,):
+        why = usable.refused.get(name) or _refused_by_layer(name, query, value, **options)
+        if why is None:
+            return name, "; ".join(against)
+        against.append(f"not {name}: {why}")
+    raise ValueError(f"attention_backend={name!r} cannot be used: {why}; 'auto' takes what can")
+
+
+def _refused_by_device(name: str, device: torch.device) -> str | None:
+    if name == "grid":
+        return None
+    if name == "varlen" and _VARLEN is None:
+        return "this torch has no torch.nn.attention.varlen"
+    if name == "flash" and _FLASH is None:
+        return "the flash_attn package is not installed (pip install 'fastdpo[flash]')"
+    if device.type != "cuda":
+        return f"it runs on CUDA, not on {device.type}"
+    if name == "varlen" and torch.version.hip is not None:
+        return "it runs on CUDA, not on ROCm"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    return None
+
+
+def _refused_by_layer(
+    name: str,
+    query: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> str | None:
+    D = query.shape[-1]
+    if name == "grid":
+        return None
+    takes = (_VARLEN if name == "varlen" else _FLASH) or frozenset()
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        dtype = str(query.dtype).removeprefix("torch.")
+        return f"it takes bfloat16 or float16 (bf16=True), not {dtype}"
+    if D > 256 or D % 8 or value.shape[-1] != D:
+        return f"heads of {D} and {value.shape[-1]} are not of one size, a multiple of 8 and at most 256"
+    if sinks is not None:
+        return "it does not know attention sinks"
+    if softcap is not None and "softcap" not in takes:
+        return "it does not know soft-caps"
+    if window and "window_size" not in takes:
+        return "this version does not know windows"
+    if scaling not in (None, D**-0.5) and not {"scale", "softmax_scale"} & takes:
+        return "this version does not know a scale"
+    return None
+
+
+def _optional(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _parameters(function: Callable[..., Any] | None) -> frozenset[str] | None:
+    return frozenset(inspect.signature(function).parameters) if function else None
+
+
+_varlen_attn = _optional("torch.nn.attention.varlen", "varlen_attn")
+_flash_attn = _optional("flash_attn", "flash_attn_varlen_func")
+# what the installed ones take: torch 2.10 is_causal, 2.11 window_size instead, 2.12 also enable_gqa
+_VARLEN = _parameters(_varlen_attn)
+_FLASH = _parameters(_flash_attn)
+
+
+# Computing it
+
+
+def attend(
+    name: str,
+    paths: Paths,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend causally within key paths by one of `BACKENDS`.
+
+    Args:
+        name: as returned by `choose`.
+        paths: of the batch.
+        query: `[T, H, D]`.
+        key: `[T, G, D]`.
+        value: `[T, G, Dv]`.
+        scaling: factor of the scores, 1/sqrt(D) if None.
+        window: a query sees itself and so many entries of its path less one before it; None: all.
+        softcap: bound c of c * tanh(scores / c), after the factor.
+        sinks: `[H]`, scores of a key without a value that every query of the head sees; not scaled.
+
+    Returns:
+        `[T, H, Dv]`.
+    """
+    if name == "grid":
+        return _grid(query, key, value, paths, scaling, window, softcap, sinks)
+    if paths.kv_index.shape[0] != key.shape[0]:  # as many entries as rows: nothing is shared
+        key, value = (gather(x, paths.kv_index, paths.order, paths.bounds) for x in (key, value))
+    # the window's left side does not count the query itself
+    window_size = (window - 1 if window else -1, 0)
+    return (_varlen if name == "varlen" else _flash)(query, key, value, paths[1:5], scaling, window_size, softcap)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Any, ...],
+    scaling: float | None,
+    window_size: tuple[int, int],
+    softcap: float | None,
+) -> Tensor:
+    assert _VARLEN is not None
+    assert softcap is None
+    options: dict[str, Any] = {"window_size": window_size} if "window_size" in _VARLEN else {"is_causal": True}
+    if "scale" in _VARLEN:
+        options["scale"] = scaling
+    if "enable_gqa" in _VARLEN:  # before it was asked for, fewer key-value heads were taken as they came
+        options["enable_gqa"] = True
+    out = _varlen_attn(query, key, value, *bounds, **options)
+    assert isinstance(out, Tensor)  # a tuple only where return_aux asks for more
+    return out
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Any, ...],
+    scaling: float | None,
+    window_size: tuple[int, int],
+    softcap: float | None,
+) -> Tensor:
+    options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    out: Tensor = _flash_attn(
+        query,
+        key,
+        value,
+        *bounds,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=window_size,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **options,
+    )
+    return out
+
+
+def _grid(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    paths: Paths,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    query = gather(query, paths.grid, paths.grid_back, None)
+    key, value = (gather(x, paths.grid, paths.grid_order, paths.bounds) for x in (key, value))
+    sizes = [s * length for s, length in paths.shapes]
+    parts = []
+    for shape, *rows in zip(paths.shapes, *(x.split(sizes) for x in (query, key, value)), strict=True):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in rows)
+        if softcap is None and sinks is None:
+            out = _sdpa(q, k, v, scaling, window)
+        else:
+            out = plain(q, k, v, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, paths.grid_back)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    L, groups = query.shape[2], query.shape[1] // key.shape[1]
+    band = None
+    if window and window < L:
+        place = torch.arange(L, device=query.device)
+        age = place[:, None] - place
+        band = (age >= 0) & (age < window)
+    if groups > 1 and query.is_cuda:
+        # the memory-efficient kernel, the best one for what comes here, knows no grouped heads
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        groups = 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=groups > 1
+    )
+
+
+# Soft-caps and sinks
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention by the book with the softmax in float32, at most `SCORES` scores at a time.
+
+    Args:
+        query: `[N, H, Q, D]`.
+        key: `[N, G, K, D]`.
+        value: `[N, G, K, Dv]`.
+        scaling: this and the next two as in `attend`.
+        softcap: after the factor.
+        sinks: `[H]`.
+        window: as in `attend`.
+        mask: `[N or 1, H or 1, Q, K]`, True where a key is seen, or added to the scores. None: causal, K = Q.
+        dropout: of the probabilities.
+
+    Returns:
+        `[N, H, Q, Dv]`.
+    """
+    N, H, Q, D = query.shape
+    K = key.shape[2]
+    n = min(max(SCORES // (H * Q * K), 1), N)
+    q = min(max(SCORES // (n * H * K), 1), Q)
+    scaling = D**-0.5 if scaling is None else scaling
+    parts = []
+    for a in range(0, N, n):
+        for i in range(0, Q, q):
+            # a causal block needs no later keys, and with a window no much earlier ones
+            first, last = (max(i - window + 1, 0) if window else 0, min(i + q, Q)) if mask is None else (0, K)
+            args: tuple[Any, ...] = (
+                query[a : a + n, :, i : i + q],
+                *(x[a : a + n, :, first:last] for x in (key, value)),
+                _seen(mask, slice(a, a + n), slice(i, i + q)) if mask is not None else (i - first, window),
+                *(scaling, softcap, sinks, dropout),
+            )
+            if torch.is_grad_enabled():
+                out = checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=dropout > 0)
+            else:
+                out = _block(*args)
+            parts.append(out)
+    blocks = [torch.cat(parts[i : i + -(-Q // q)], dim=2) for i in range(0, len(parts), -(-Q // q))]
+    return torch.cat(blocks)
+
+
+def _seen(mask: Tensor, batch: slice, queries: slice) -> Tensor:
+    return (mask if mask.shape[0] == 1 else mask[batch])[:, :, queries]
+
+
+def _block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | tuple[int, int | None],
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`plain` of one block; the mask may be (place of the first query among the keys, window)."""
+    _, H, Q, _ = query.shape
+    G, K = key.shape[1:3]
+    grouped = query.unflatten(1, (G, H // G)).flatten(2, 3)
+    scores = (grouped @ key.transpose(2, 3)).unflatten(2, (H // G, Q)).flatten(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    lowest = torch.finfo(scores.dtype).min
+    if not isinstance(mask, Tensor):
+        first, window = mask
+        age = torch.arange(first, first + Q, device=query.device)[:, None] - torch.arange(K, device=query.device)
+        mask = (age >= 0) & (age < (window or K))
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.to(scores.dtype)[:, None, None])
+        weights = (scores - total).exp()
+    weights = weights.to(value.dtype)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    out: Tensor = torch.matmul(weights.unflatten(1, (G, H // G)).flatten(2, 3), value)
+    out = out.unflatten(2, (H // G, Q)).flatten(1, 2)
+    return out

@@ -1,0 +1,238 @@
+"""Attention over packed batches, registered with transformers under the name "fastdpo".
+
+Each segment of a packed row (see `fastdpo.data.packing`) attends causally to its key path: the shared rows before it,
+then its own. Gathering keys and values by path makes that an ordinary variable-length call, so nothing here is a
+kernel; `fastdpo.model.attention.backends` has the ways to compute it. Which one a layer gets is logged once.
+
+The window of a layer comes by way of its mask: while `packing()` is on, the mask a model builds is the width of its
+window, or None. Some models (Qwen2-MoE, Phi-MoE) tell the layer nothing else.
+
+Without the batch's metadata the function is transformers' own SDPA, so that generation works; while `packing()` is on
+it raises instead, because a model that drops the metadata would mix sequences silently.
+
+Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads, D head size.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fastdpo.model.attention import backends
+from fastdpo.model.attention.backends import Usable
+from fastdpo.model.attention.key_paths import Paths, key_paths
+
+logger = logging.getLogger("fastdpo")
+
+_WORDS = {
+    "varlen": "torch's FlashAttention, on sequences of any length",
+    "flash": "the flash_attn package's FlashAttention, on sequences of any length",
+    "grid": "torch's scaled_dot_product_attention, on sequences of similar length together",
+    "plain grid": "matmuls and a softmax in float32, for it has soft-caps or attention sinks",
+}
+
+NAME = "fastdpo"
+
+METADATA = (
+    "tree_kv_index",
+    "tree_cu_seqlens_q",
+    "tree_cu_seqlens_k",
+    "tree_max_seqlen_q",
+    "tree_max_seqlen_k",
+)
+"""Fields of a packed batch that every attention layer needs."""
+
+
+class _Packing(threading.local):  # torch.compile does not follow a ContextVar
+    on = False
+
+    def get(self) -> bool:
+        return self.on
+
+
+_PACKING = _Packing()
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """Within it masks are windows, and attention without the batch's metadata raises."""
+    before, _PACKING.on = _PACKING.on, True
+    try:
+        yield
+    finally:
+        _PACKING.on = before
+
+
+def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]:
+    """What the layers need of a packed batch: its `METADATA`, and what is made of it, once per forward.
+
+    Args:
+        batch: of `fastdpo.shared_prefix_batch`, on the device. With `tree_seqlens_k`, the lengths of the key paths as
+            Python ints, a grid on CUDA has less padding.
+        backend: "auto", or one of `fastdpo.model.attention.backends.BACKENDS`. It travels with the batch, for
+            checkpointing runs layers again where no context would reach them.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot run on the batch's device.
+    """
+    metadata = {name: batch[name] for name in METADATA}
+    usable = backends.usable(backend, batch["input_ids"].device)
+    paths = key_paths(*metadata.values(), T=batch["input_ids"].shape[1], seqlens_k=batch.get("tree_seqlens_k"))
+    return metadata | {"tree_paths": paths, "tree_backends": usable}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | int | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    tree_kv_index: Tensor | None = None,
+    tree_paths: Paths | None = None,
+    tree_backends: Usable | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within key paths, or, without metadata and outside `packing()`, as transformers' SDPA.
+
+    Args:
+        module: the attention layer; its name appears in errors.
+        query: `[1, H, T, D]`, rotated.
+        key: `[1, G, T, D]`, rotated; H is a multiple of G.
+        value: `[1, G, T, D]`; its D may differ from the others'.
+        attention_mask: for a packed batch what `mask` returned: a query sees itself and so many entries of its path
+            less one before it; None: all.
+        scaling: factor of the scores, 1/sqrt(D) if None.
+        dropout: 0 for a packed batch: what is shared could have only one mask.
+        sliding_window: None or, for a packed batch, equal to `attention_mask`.
+        softcap: bound c of c * tanh(scores / c), after the factor.
+        s_aux: `[H]`, attention sinks: scores of a key without a value that all queries see.
+        tree_kv_index: `[K]`, tells that a batch is packed.
+        tree_paths: from `layer_kwargs`.
+        tree_backends: from `layer_kwargs`.
+        **kwargs: whatever else the model passes; only looked at for features that are not computed.
+
+    Returns:
+        `[1, T, H, D]` in the dtype of `query` (under autocast: autocast's), and None for the attention weights.
+
+    Raises:
+        ValueError: metadata is missing, the layer cannot have the backend asked for, or a packed batch's layer asks
+            for what is not computed (dropout, masks, biases, non-causal attention).
+    """
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise ValueError(
+            f"{type(module).__name__} has attention sinks of shape {tuple(s_aux.shape)}, not one for each of the "
+            f"{query.shape[1]} heads"
+        )
+    if tree_kv_index is None and not _PACKING.get():
+        kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return _unpacked(module, query, key, value, attention_mask, **kwargs), None
+    if tree_kv_index is None or tree_paths is None or tree_backends is None:
+        raise ValueError(
+            f"{type(module).__name__} got no packing metadata (the tree_* arguments of "
+            "fastdpo.model.attention.registered.layer_kwargs): the model does not pass its keyword arguments on to "
+            "attention"
+        )
+    if dropout > 0:
+        raise ValueError(
+            f"attention dropout must be 0 with packed batches, {type(module).__name__} has {dropout}; set "
+            "disable_dropout=True, or to 0.0 the field of the model's config that is not (attention_dropout, "
+            "attn_pdrop, ...)"
+        )
+    if isinstance(attention_mask, Tensor) or kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a mask or bias of its own, which packed batches cannot follow")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{type(module).__name__} is not causal, and packed batches need causal attention")
+    if sliding_window and sliding_window != attention_mask:
+        raise ValueError(
+            f"{type(module).__name__} has sliding_window={sliding_window}, but its mask is for {attention_mask}"
+        )
+
+    # from here on [T, heads, D], under autocast already in its dtype
+    dtype = _autocast_dtype(query)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
+    name, against = backends.choose(tree_backends, query, value, **options)
+    if not torch.compiler.is_compiling():
+        is_plain = softcap is not None or s_aux is not None
+        _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
+    return backends.attend(name, tree_paths, query, key, value, **options)[None], None
+
+
+def _autocast_dtype(query: Tensor) -> torch.dtype:
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+@lru_cache
+def _say(layer: str, name: str, against: str) -> None:
+    """Log how a layer attends, and what keeps it from a faster way; elsewhere than on CUDA there is none."""
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() if name == "varlen" else None
+    against = against.replace("not varlen:", "not torch's FlashAttention:").replace("not flash:", "not flash_attn's:")
+    words = _WORDS[name] + f" ({active})" * bool(active)
+    logger.info("attention of %s: %s%s", layer, words, f"; {against}" * bool(against))
+
+
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' SDPA, `[B, T, H, D]`, and what it lacks: soft-caps and sinks."""
+    if softcap is None and s_aux is None:
+        output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+        return output
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a bias besides a soft-cap or sinks, which is not computed")
+    Q = query.shape[2]
+    if attention_mask is None:
+        causal = kwargs.get("is_causal")
+        if Q == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            attention_mask = torch.ones(1, 1, Q, key.shape[2], dtype=torch.bool, device=query.device)
+        else:  # a cache may be longer than what it holds
+            key, value = key[:, :, :Q], value[:, :, :Q]
+    options = {name: kwargs[name] for name in ("scaling", "dropout")}
+    out: Tensor = backends.plain(query, key, value, mask=attention_mask, softcap=softcap, sinks=s_aux, **options)
+    return out.transpose(1, 2).contiguous()
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | int | None:
+    """Within `packing()` the width of the window, None if there is none; else transformers' SDPA mask.
+
+    Args:
+        *args: as `transformers.masking_utils.sdpa_mask`; models give them by name.
+        **kwargs: the same.
+
+    Raises:
+        ValueError: within `packing()` the model asks for more than a causal mask with or without a window.
+    """
+    if not _PACKING.get():
+        built: Tensor | None = sdpa_mask(*args, **kwargs)
+        return built
+    if kwargs.get("use_vmap") or "allow_is_bidirectional_skip" in kwargs:
+        raise ValueError("the model's attention is not plain causal or sliding, so its batches cannot be packed")
+    window: int | None = kwargs.get("local_size")
+    return window
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,102 @@
+"""The balancing loss of a mixture's router, of a batch in any layout: Switch Transformer, https://arxiv.org/abs/2101.03961.
+
+    E * sum_e f_e P_e        f_e: tokens sent to expert e, P_e: mean probability of e, over all layers' tokens
+
+Both are means over the tokens of the full sequences, a prompt counted once for each of its responses. transformers
+takes them over the rows that the attention mask has, and multiplies by it; so a row that n responses share has n in
+its place, and the rows that fill up a batch have 0. The loss itself and its coefficient are the model's own.
+
+The last token of a sequence predicts nothing, is in no batch, and does not count; a plain forward of the full
+sequences counts it too.
+
+Shapes: T rows, S segments, K key-path entries, R responses, D hidden size.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.model.body_and_head import own_outputs
+
+logger = logging.getLogger("fastdpo")
+
+
+def coefficient(model: Any, given: float | None) -> float:
+    """The coefficient of a model's balancing loss; 0.0: there is none in the objective.
+
+    Args:
+        model: a causal LM of transformers, not PEFT's wrapper.
+        given: by the user; None takes the model config's, as TRL does.
+
+    Raises:
+        ValueError: a coefficient was given for a model that computes no balancing loss; names its class.
+    """
+    config = model.config.get_text_config()
+    takes = inspect.signature(type(model).forward).parameters
+    if hasattr(config, "output_router_logits") and "output_router_logits" in takes:
+        return float((getattr(config, "router_aux_loss_coef", None) or 0.0) if given is None else given)
+    if given:
+        raise ValueError(
+            f"router_aux_loss_coef is {given}, but {type(model).__name__} computes no balancing loss of a router; "
+            "leave it out"
+        )
+    if given is None and (own := getattr(config, "router_aux_loss_coef", None)):
+        logger.warning(
+            "router_aux_loss_coef=%s of the model's config has no effect: %s computes no balancing loss",
+            own,
+            type(model).__name__,
+        )
+    return 0.0
+
+
+def balancing_loss(
+    forward: Callable[..., Any], decoder: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any], hidden: Tensor
+) -> Tensor:
+    """Scalar: the balancing loss as the model's own forward makes it of its decoder's router logits.
+
+    Args:
+        forward: the causal LM's own, bound.
+        decoder: the module in it that ran the batch.
+        outputs: what it returned, once or for each padded row, with `output_router_logits=True`.
+        batch: from `fastdpo.shared_prefix_batch`.
+        hidden: `[rows, D]`, of which the first stands in for what the forward's head wants.
+
+    Raises:
+        ValueError: there are no router logits, none has a gradient, or the forward makes no loss of them.
+    """
+    logits = [getattr(each, "router_logits", None) for each in outputs]
+    if all(logits):
+        weights = _multiplicity(batch) if batch.get("attention_mask") is None else batch["attention_mask"].float()
+        layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
+        if hidden.requires_grad and not any(layer.requires_grad for layer in layers):
+            raise ValueError(
+                "no gradient reaches the router's balancing loss; set use_reentrant=False for gradient checkpointing, "
+                "or router_aux_loss_coef=0"
+            )
+        options = {"attention_mask": weights, "output_router_logits": True}
+        output = own_outputs(forward, decoder, hidden[:1].detach(), router_logits=layers, **options)
+        if isinstance(loss := getattr(output, "aux_loss", None), Tensor):
+            return loss
+    raise ValueError("this model returns no balancing loss of its router; set router_aux_loss_coef=0")
+
+
+def _multiplicity(batch: Mapping[str, Any]) -> Tensor:
+    """`[1, T]` float32: of how many full sequences a row of a packed batch is a token; on the device, without a sync.
+
+    The last target of a response is predicted from a segment whose key path is the whole sequence.
+    """
+    if batch.get("cu_target") is None:
+        raise ValueError("the balancing loss needs cu_target, the bounds of the responses; pass the whole batch")
+    kv_index, ends = batch["tree_kv_index"], batch["tree_cu_seqlens_q"][1:]
+    last_rows = batch["logit_index"][batch["cu_target"][1:].long() - 1]
+    segments = torch.searchsorted(ends, last_rows.to(ends.dtype), right=True)
+    one = torch.ones((), device=kv_index.device)
+    responses = torch.zeros(len(ends), device=kv_index.device).index_add_(0, segments, one.expand(len(segments)))
+    entries = torch.arange(len(kv_index), device=kv_index.device, dtype=ends.dtype)
+    of_entry = responses[torch.searchsorted(batch["tree_cu_seqlens_k"][1:], entries, right=True)]
+    rows = torch.zeros(batch["input_ids"].shape[1], device=kv_index.device)
+    return rows.index_add_(0, kv_index, of_entry)[None]

@@ -1,0 +1,1 @@
+"""What a run will need, counted and computed before it starts."""

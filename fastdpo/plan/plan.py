@@ -1,0 +1,290 @@
+"""`fastdpo plan`: what a run will do and need, told before it starts; no weights are loaded.
+
+The tokens are counted, exactly. The memory is computed, see `fastdpo.plan.memory`; nothing of it is measured here.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from fastdpo.config import DPOConfig
+from fastdpo.loss.options import from_config
+from fastdpo.model.attention.backends import Usable
+from fastdpo.model.policy import choose_layout, disable_dropout
+from fastdpo.plan.memory import Memory, Precision, Ratios, memory_model, meta_model
+from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
+from fastdpo.report.page import summary_table
+from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
+from fastdpo.run import RunConfig, lora
+
+logger = logging.getLogger("fastdpo")
+
+GIB = 2**30
+RESERVED = GIB
+"""Bytes of a GPU's memory left to its context and its matmul library."""
+FRAGMENTED = 0.05
+"""Share of the rest that is lost between allocations, or to a batch unlike the others."""
+BUDGETS = (4096, 8192, 16384, 32768, 65536)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_plan` found out."""
+
+    stats: TokenStats
+    batches: Batches
+    """As the config has them."""
+    steps: int
+    """Optimizer steps of an epoch."""
+    memory: dict[bool, Memory]
+    """By whether gradient checkpointing is on; empty where batches are padded, of which there is no model."""
+    checkpointing: bool
+    """Whether the config has it on."""
+    assumed: tuple[str, ...]
+    """What the memory model took for granted."""
+    gpu_memory: float | None
+    """GiB."""
+
+    @property
+    def fits(self) -> dict[bool, int]:
+        """The largest `tokens_per_batch` that fits into the GPU, by gradient checkpointing; 0 if none does."""
+        if self.gpu_memory is None:
+            return {}
+        usable = int((self.gpu_memory * GIB - RESERVED) * (1 - FRAGMENTED))
+        return {on: memory.largest(usable) // 64 * 64 for on, memory in self.memory.items()}
+
+
+def make_plan(
+    run: RunConfig,
+    args: DPOConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    gpu_memory: float | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Count the tokens of a run's dataset and compute its memory.
+
+    Args:
+        run: names the model, whose config alone is read, and the adapter.
+        args: all other settings.
+        dataset: rows to train on, not tokenised.
+        tokenizer: of the model.
+        gpu_memory: GiB of the GPU to train on; None: the one of this machine, if it has one.
+        processes: GPUs.
+
+    Raises:
+        ValueError: as `fastdpo.plan.token_stats.token_stats` and `fastdpo.plan.memory.memory_model`.
+    """
+    if gpu_memory is not None and gpu_memory <= 0:
+        raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory}")
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if gpu_memory is None and torch.cuda.is_available():
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    code = args.trust_remote_code
+    config, adapter = _described(run.model_name_or_path or run.config_name, code)
+    if adapter is not None and run.use_peft:
+        raise ValueError(f"use_peft=True would put an adapter on {run.model_name_or_path}, which is one already")
+    adapter = adapter or lora(run)
+    own_reference = run.ref_model_name_or_path and _described(run.ref_model_name_or_path, code)[0]
+    models = [meta_model(each, trust_remote_code=code) for each in (config, own_reference) if each]
+    if args.disable_dropout:
+        for model in models:
+            disable_dropout(model)
+    layout = choose_layout(models, args.prefix_sharing)
+    stats = token_stats(dataset, tokenizer, args, models[0].get_input_embeddings().weight.shape[0], layout)
+    batches = epoch(stats, args, processes)
+
+    precision = _precision(run, args, config, on_gpu=gpu_memory is not None)
+    needs_reference = from_config(args).needs_reference
+    runs_reference = needs_reference and not args.precompute_ref_log_probs
+    has_reference = runs_reference and bool(adapter is None or own_reference)
+    kinds = () if layout == "padded" else (True, False)
+    memory = {
+        on: memory_model(
+            config,
+            ratios(batches),
+            precision=precision,
+            checkpointing=on,
+            accumulates=args.gradient_accumulation_steps > 1,
+            has_reference=has_reference,
+            runs_reference=runs_reference,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            peft_config=adapter,
+            reference_config=own_reference,
+            backends=_backends(args, on_gpu=gpu_memory is not None),
+            trust_remote_code=code,
+        )
+        for on in kinds
+    }
+    cast = f", autocast to {_name(precision.autocast)}" if precision.autocast else ""
+    assumed = (
+        f"{layout} batches",
+        f"weights in {_name(precision.weights)}{cast}",
+        *(f"attention by {' and '.join(each.attention)}" for each in list(memory.values())[:1]),
+        "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
+        f"optimizer {getattr(args.optim, 'value', args.optim)}",
+    )
+    return Plan(
+        stats=stats,
+        batches=batches,
+        steps=-(-len(batches.rows) // (processes * args.gradient_accumulation_steps)),
+        memory=memory,
+        checkpointing=bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing)),
+        assumed=assumed,
+        gpu_memory=gpu_memory,
+    )
+
+
+def ratios(batches: Batches) -> Ratios:
+    """What batches hold for each of their rows: not the mean, but what one in twenty exceeds."""
+    parts = (batches.paths, batches.targets, batches.grid)
+    return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
+
+
+def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
+    """The config of the model that `load_policy` would load, and that of its adapter where `path` is an adapter's."""
+    adapter = None
+    if (Path(path or "") / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(path)
+        adapter.inference_mode = False
+        path = adapter.base_model_name_or_path
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
+
+
+def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
+    """Attention backends of the device planned for, which may be another machine's."""
+    refused = {}
+    for name, module in (("varlen", "torch.nn.attention.varlen"), ("flash", "flash_attn")):
+        if not on_gpu:
+            refused[name] = "there is no GPU"
+        elif name != args.attention_backend and find_spec(module) is None:
+            refused[name] = f"there is no {module}"
+    return Usable(args.attention_backend, refused)
+
+
+def _precision(run: RunConfig, args: DPOConfig, config: Any, *, on_gpu: bool) -> Precision:
+    """Dtypes as the trainer will choose them; here there may be no GPU, for which bf16 would be the default."""
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    # random weights are in the config's dtype
+    weights: Any = options.get("torch_dtype", options.get("dtype", "float32" if run.model_name_or_path else "auto"))
+    weights = (config.dtype or "float32") if weights == "auto" else weights
+    weights = getattr(torch, weights) if isinstance(weights, str) else weights
+    autocast = torch.float16 if args.fp16 else torch.bfloat16
+    planned_elsewhere = on_gpu and not torch.cuda.is_available() and args.bf16_is_default
+    return Precision(weights, autocast if args.fp16 or args.bf16 or planned_elsewhere else None)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Showing it
+
+
+def tables(plan: Plan) -> str:
+    """All of a plan in plain-text tables."""
+    stats, batches = plan.stats, plan.batches
+    lengths = [(name, *_spread(values)) for name, values in stats.lengths.items()]
+    lengths.append(("rows of an example", *_spread(stats.sizes.prod(1))))
+    counted = [
+        ("rows of the dataset", f"{stats.given:,}"),
+        *((f"left out: {reason}", _rows(rows)) for reason, rows in stats.dropped.items()),
+        *((f"{name} cut to its limit", _rows(rows)) for name, rows in stats.cut.items()),
+        ("examples trained on", f"{len(stats.prompts):,}"),
+        ("batches of an epoch, all processes", f"{len(batches.rows):,}"),
+        ("optimizer steps of an epoch", f"{plan.steps:,}"),
+        ("rows of a batch: median", f"{np.median(batches.rows):,.0f}"),
+        ("rows of a batch: largest", f"{batches.rows.max():,}"),
+        ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
+        ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
+    ]
+    title = "memory (computed, not measured)"
+    shown = [
+        summary_table(lengths, ("tokens", "min", "median", "p95", "max", "mean")),
+        summary_table(counted, ("data (counted)", "")),
+    ]
+    if not plan.memory:
+        return "\n".join([*shown, "memory: there is no memory model for padded batches"])
+    on, off = plan.memory[True], plan.memory[False]
+    constant = [
+        ("weights", on.weights),
+        ("gradients", on.gradients),
+        ("optimizer state", on.optimizer),
+        ("reference", on.reference),
+        ("head workspace, one of two", on.workspace(int(batches.rows.max()))),
+    ]
+    needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
+    needed.append(("kept of the body for each row", _size(on.kept_per_row), _size(off.kept_per_row)))
+    largest = int(batches.rows.max())
+    for rows, label in [(largest, "largest batch of the config"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
+        needed.append((f"peak, {label}", _size(on.peak(rows)), _size(off.peak(rows))))
+    if plan.gpu_memory is not None:
+        label = f"largest tokens_per_batch in {plan.gpu_memory:.0f} GiB"
+        needed.append((label, *(f"{plan.fits[kind]:,}" if plan.fits[kind] else "none" for kind in (True, False))))
+    kind = {True: "with gradient checkpointing", False: "without"}
+    return "\n".join(
+        [
+            *shown,
+            summary_table(needed, (title, kind[True], kind[False])),
+            f"memory assumes: {'; '.join(plan.assumed)}; the config has gradient checkpointing "
+            f"{'on' if plan.checkpointing else 'off'}",
+            *([f"fits: {RESERVED / GIB:.0f} GiB and {FRAGMENTED:.0%} of the rest are kept free"] if plan.fits else []),
+        ]
+    )
+
+
+def _spread(values: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    low, median, high, top = np.quantile(values, (0, 0.5, 0.95, 1))
+    return (f"{low:,.0f}", f"{median:,.0f}", f"{high:,.0f}", f"{top:,.0f}", f"{values.mean():,.1f}")
+
+
+def _rows(rows: Sequence[int]) -> str:
+    return f"{len(rows):,} (first: row {rows[0]})"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:,.0f} B"
+
+
+def draw_lengths(stats: TokenStats, path: str | PathLike[str]) -> None:
+    """Draw histograms of the lengths of prompts and responses, as a PNG of 1650 pixels' width.
+
+    Args:
+        stats: of a dataset.
+        path: the file to write.
+    """
+    colours = {"prompt": BLUE, "chosen": GREEN, "rejected": PURPLE}
+    figure = Figure(figsize=(11, 2.4 * len(stats.lengths)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(stats.lengths), 1, sharex=True, squeeze=False)[:, 0]
+    top = max(values.max() for values in stats.lengths.values())
+    bins = np.linspace(0, top, 1 + min(60, top)).tolist()
+    for panel, (name, values) in zip(panels, stats.lengths.items(), strict=True):
+        panel.hist(values, bins=bins, color=colours.get(name, GREEN), alpha=0.85)
+        median = float(np.median(values))
+        panel.axvline(median, color=GREY, linewidth=1, linestyle=(0, (6, 4)))
+        title = f"{name}, median {median:,.0f}"
+        panel.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)
+        panel.set_ylabel("examples" if name != "response" else "responses", color=INK)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=GREY, labelcolor=INK)
+        panel.grid(color=GRID, linewidth=0.8)
+        panel.set_axisbelow(True)
+    panels[-1].set_xlabel("tokens", color=INK)
+    figure.savefig(path, format="png", facecolor="white")

@@ -1,0 +1,105 @@
+"""Stand-ins for attention and head in `fastdpo.plan.memory`: they keep what the real ones keep, computing nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from fastdpo.model.attention import backends
+
+NAME = "fastdpo_memory"
+
+
+class HeadMemory(torch.autograd.Function):
+    """What the fused head keeps and allocates."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, live: Any) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        keeps = live.workspaces
+        live.workspaces += 1
+        scores = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        if needs_weight:  # probabilities, as many as fit
+            keeps += 1
+            ctx.save_for_backward(hidden, weight)
+        elif needs_hidden:  # the mean of weight that attention over the vocabulary leaves
+            ctx.save_for_backward(torch.empty_like(hidden, dtype=torch.float32), weight)
+        live.workspaces = keeps
+        ctx.live = live
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, dscores: Tensor) -> Any:
+        hidden, weight = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        ctx.live.workspaces += 1
+        dhidden = torch.empty_like(hidden, dtype=torch.float32) if needs_hidden else None
+        dweight = torch.empty_like(weight) if needs_weight else None
+        ctx.live.workspaces = 0
+        return None if dhidden is None else dhidden.to(weight.dtype), dweight, None
+
+
+class _AttentionMemory(torch.autograd.Function):
+    """What a flash kernel keeps and allocates, whatever the layout of its arguments.
+
+    The plain computation has `scores` at a time besides, in float32: three copies in the forward, six in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scores: int) -> Tensor:
+        ctx.scores = scores
+        query.new_empty(3 * scores, dtype=torch.float32)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        sums = None if query.dtype == torch.float32 else torch.empty_like(query, dtype=torch.float32)  # of dquery
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        del sums
+        query.new_empty(6 * ctx.scores, dtype=torch.float32)
+        return *grads, None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    memory_paths: Tensor,
+    memory_grid: Tensor,
+    memory_backends: backends.Usable,
+    memory_chosen: set[str],
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    rows = query.shape[2]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    options: dict[str, Any] = {"scaling": scaling, "window": None, "softcap": softcap, "sinks": s_aux}
+    name, _against = backends.choose(memory_backends, query, value, **options)
+    memory_chosen.add(name)
+    if name != "grid":
+        if len(memory_paths) != rows:
+            key, value = key.index_select(0, memory_paths), value.index_select(0, memory_paths)
+        return _AttentionMemory.apply(query, key, value, 0)[None], None
+    query, key, value = (x.index_select(0, memory_grid) for x in (query, key, value))
+    is_plain = softcap is not None or s_aux is not None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not is_plain:  # grouped heads are written out
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = backends.SCORES if is_plain else 0
+    out = _AttentionMemory.apply(query, key, value, scores).clone()  # the buckets' results put together
+    return out.index_select(0, torch.zeros(rows, dtype=torch.int64))[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)

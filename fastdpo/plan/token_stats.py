@@ -1,0 +1,201 @@
+"""What a dataset holds, in tokens: lengths, what is left out or cut and why, and the batches that an epoch is made of.
+
+Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastdpo.data.packing`).
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.config import DPOConfig
+from fastdpo.data.packing import kind_of
+from fastdpo.data.prepare import find_kind, prepare_dataset, tokenize_row, unformatted
+from fastdpo.data.sampler import BudgetSampler, example_sizes
+from fastdpo.loss.options import from_config
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+_RESPONSES = {
+    "chosen_ids": "chosen",
+    "rejected_ids": "rejected",
+    "ranked_ids": "response",
+    "completion_ids": "completion",
+    "kl_ids": "completion for the KL term",
+}
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """The examples of a dataset that are trained on, and what became of the others."""
+
+    given: int
+    """Rows of the dataset."""
+    lengths: dict[str, Numbers]
+    """Tokens of each prompt and response, as trained on; by name."""
+    sequences: list[list[int]]
+    """Of each example, tokens of its full sequences, prompt included."""
+    prompts: Numbers
+    """`[N]`"""
+    sizes: Numbers
+    """`[N, 2]`: of `fastdpo.data.sampler.example_sizes`."""
+    layout: str
+    dropped: dict[str, list[int]]
+    """Dataset rows that are left out, by reason; numbers in a reason are replaced by a #."""
+    cut: dict[str, list[int]]
+    """Dataset rows whose prompt or response is cut, by name."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one epoch on all processes, one number each."""
+
+    rows: Numbers
+    """T"""
+    tokens: Numbers
+    """Of all full sequences, prompts counted for each response."""
+    padded: Numbers
+    """Responses times the longest sequence."""
+    paths: Numbers
+    """K"""
+    targets: Numbers
+    """M"""
+    grid: Numbers
+    """Segments times the longest key path: what the grid has at most, where it is one bucket."""
+    processes: int
+    is_padded: bool
+    """Whether each sequence is a padded row of its own: then nothing is avoided or shared."""
+
+    @property
+    def padding_avoided(self) -> float:
+        """Share of the padded batches that is padding."""
+        return 0.0 if self.is_padded else 1 - float(self.tokens.sum() / self.padded.sum())
+
+    @property
+    def shared(self) -> float:
+        """Share of the tokens that are not computed, since another response has them."""
+        return 0.0 if self.is_padded else 1 - float(self.rows.sum() / self.paths.sum())
+
+
+def token_stats(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, vocab_size: int, layout: str = "shared"
+) -> TokenStats:
+    """Tokenise a dataset as the trainer does, and count.
+
+    Args:
+        dataset: rows as `fastdpo.data.prepare` describes them.
+        tokenizer: of the model.
+        args: of the run.
+        vocab_size: rows of the model's embedding.
+        layout: of the batches, see `fastdpo.shared_prefix_batch`.
+
+    Raises:
+        ValueError: as `fastdpo.data.prepare.prepare_dataset`; or the dataset is a stream, of which nobody knows the
+            end.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}: a stream has no known end")
+    dataset = unformatted(dataset)
+    limits: dict[str, Any] = {name: getattr(args, name) for name in LIMITS}
+    unlimited: dict[str, Any] = dict.fromkeys(LIMITS)
+    settings = from_config(args)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "kind": settings.kind,
+        "on_bad_row": args.on_bad_row,
+        "num_proc": args.dataset_num_proc,
+    }
+    if "pair_index" in dataset.column_names:
+        dataset = dataset.remove_columns("pair_index")  # below, rows go by their place
+    found = find_kind(dataset.column_names, settings.kind, "train")
+    # pairs become unpaired examples after they were cut: those that are equal then are none
+    is_unpaired = settings.kind == "unpaired" and found == "preference"
+    whole: Any = prepare_dataset(dataset, **options | {"kind": found} if is_unpaired else options, **unlimited)
+    kept: Any = prepare_dataset(whole, **options, **limits, with_kl=settings.needs_kl)
+
+    place = {row: at for at, row in enumerate(whole["pair_index"])}
+    used = kept["pair_index"]
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for row in sorted(set(range(len(dataset))) - set(used)):
+        here, kind = (whole[place[row]], kind_of(whole[0])) if row in place else (dataset[row], found)
+        problem = tokenize_row(here, row, tokenizer, vocab_size=vocab_size, kind=kind, **limits)["problem"]
+        dropped[re.sub(r"\d+", "#", problem.removeprefix("dropped: "))].append(row)
+
+    if is_unpaired:
+        whole = prepare_dataset(whole, **options, **unlimited)
+    uncut = {row: at for at, row in enumerate(_counted(whole["pair_index"]))}
+    before, lengths = _lengths(whole.select([uncut[row] for row in _counted(used)])), _lengths(kept)
+    cut = {}
+    for name, values in lengths.items():
+        if name in before and (rows := [row for row, a, b in zip(used, before[name], values, strict=True) if a != b]):
+            cut[name] = rows
+    prompts = np.array([sum(n) for n in lengths["prompt"]])
+    responses = [lengths[name] for name in lengths if name != "prompt"]
+    sequences = [
+        [int(prompt) + n for each in several for n in each]
+        for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
+    ]
+    return TokenStats(
+        given=len(dataset),
+        lengths={name: np.array([n for each in values for n in each]) for name, values in lengths.items()},
+        sequences=sequences,
+        prompts=prompts,
+        sizes=example_sizes(kept, layout),
+        layout=layout,
+        dropped=dict(dropped),
+        cut=cut,
+    )
+
+
+def _counted(rows: list[int]) -> list[tuple[int, int]]:
+    """Each dataset row with the number of times it came before: a pair may have become two unpaired examples."""
+    seen: dict[int, int] = defaultdict(int)
+    counted = []
+    for row in rows:
+        counted.append((row, seen[row]))
+        seen[row] += 1
+    return counted
+
+
+def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
+    """Tokens of each example's prompt and responses, by name; of a ranking, all responses under one name."""
+    names = {"prompt_ids": "prompt"} | {c: name for c, name in _RESPONSES.items() if c in dataset.column_names}
+    return {
+        name: [[len(ids)] if column != "ranked_ids" else [len(each) for each in ids] for ids in dataset[column]]
+        for column, name in names.items()
+    }
+
+
+def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_batch: int | None = None) -> Batches:
+    """Batches of the first epoch: of `tokens_per_batch` (of `args` where None), else of so many examples each.
+
+    Those of a budget are what the trainer will use. Those of so many examples are of an order as random as the
+    trainer's.
+    """
+    budget = tokens_per_batch or args.tokens_per_batch
+    sampler = BudgetSampler(
+        stats.sizes,
+        tokens_per_batch=budget,
+        batch_size=None if budget else args.train_batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=processes,
+    )
+    fields: dict[str, list[int]] = defaultdict(list)
+    for batch in sampler.plan(0):
+        lengths = [n for i in batch for n in stats.sequences[i]]
+        fields["rows"].append(int(stats.sizes[batch, 0].sum() * stats.sizes[batch, 1].max()))
+        fields["tokens"].append(sum(lengths))
+        fields["padded"].append(len(lengths) * max(lengths))
+        fields["paths"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing
+        fields["targets"].append(
+            sum(sum(stats.sequences[i]) - len(stats.sequences[i]) * int(stats.prompts[i]) for i in batch)
+        )
+        fields["grid"].append(len(lengths) * (max(lengths) - 1))
+    numbers = {name: np.array(values) for name, values in fields.items()}
+    return Batches(**numbers, processes=processes, is_padded=stats.layout == "padded")

@@ -1,0 +1,70 @@
+"""Reference log-probs of a trainer's datasets: whether the cache has them, and adding them."""
+
+import contextlib
+import logging
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+
+from fastdpo.data import prepare
+from fastdpo.model.scoring_forward import Layout
+from fastdpo.reference import resolve
+from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
+
+logger = logging.getLogger("fastdpo")
+
+
+def is_complete(trainer: Trainer) -> bool:
+    """Whether the cache holds all that the policy, which is its own reference, says of the datasets."""
+    args: Any = trainer.args
+    if trainer.is_fsdp_enabled or args.sync_ref_model:
+        return False
+    folder = reference_folder(args.reference_cache_dir)
+    datasets = [trainer.train_dataset]
+    prepare.each(trainer.eval_dataset, lambda rows, _: datasets.append(rows))
+    held = [False]
+    if trainer.is_world_process_zero():
+        with _answering(trainer.model, trainer.model, None):
+            held = [holds(datasets, trainer.model, folder=folder, autocast=options_of(args)["autocast"])]
+    broadcast_object_list(held)  # where another process lacks them, it computes them
+    if held[0]:
+        logger.info(
+            "reference: log-probs of all rows are in %s, so no reference model is kept; "
+            "precompute_ref_log_probs=False would not look",
+            folder,
+        )
+    return held[0]
+
+
+def add(trainer: Trainer, reference: Any, layout: Layout) -> None:
+    """Add the reference's log-probs to the trainer's datasets, from the cache as far as it has them.
+
+    Args:
+        trainer: its `train_dataset` and `eval_dataset` are replaced; those that came with values stay as they are.
+        reference: the model that answers; the trainer's own, not trained yet, is switched to its reference adapter.
+        layout: of the batches.
+    """
+    args: Any = trainer.args
+    options = options_of(args) | {
+        "folder": reference_folder(args.reference_cache_dir),
+        "layout": layout,
+        "model": reference.to(trainer.accelerator.device),
+        "process_index": args.process_index,
+        "num_processes": args.world_size,
+        "wait_for_everyone": trainer.accelerator.wait_for_everyone,
+    }
+
+    def score(rows: Any, name: str) -> Any:
+        given = not prepare.REFERENCES.keys().isdisjoint(rows.column_names or ())
+        return rows if given else with_reference(rows, name=name, **options)
+
+    with _answering(reference, trainer.model, args.ref_adapter_name):
+        trainer.train_dataset = score(trainer.train_dataset, "train")
+        trainer.eval_dataset = prepare.each(trainer.eval_dataset, score)
+
+
+def _answering(reference: Any, policy: Any, adapter: str | None) -> contextlib.AbstractContextManager[None]:
+    """Within it `reference` answers as the reference."""
+    switched = reference is policy and resolve.is_peft_model(policy)
+    return resolve.as_reference(policy, adapter) if switched else contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""What is measured of a run, shown in the terminal, drawn and written."""

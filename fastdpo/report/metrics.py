@@ -1,0 +1,376 @@
+"""Metrics under TRL's names, summed on the device and read once per logging step.
+
+Until it is read every metric is a sum over examples, responses or tokens, so that micro-batches and processes add up
+to what one batch gives. Beyond TRL's names:
+
+- `logps/chosen_below_ref`: share of chosen responses that have become less likely than under the reference
+  (likelihood displacement, https://arxiv.org/abs/2410.08847).
+- `kl_per_token`: mean of exp(r) - 1 - r over the completion tokens, chosen and rejected, where r is log pi - log pi_ref
+  of a token, and at most 20 in exp(r): k3 of http://joschu.net/blog/kl-approx.html. It is never negative, and 0 where
+  the policy is the reference. It is an unbiased estimate of KL(pi_ref || pi) where the reference wrote the responses.
+  Where it did not, it says how far the policy has moved on their tokens, most of all on those that became likelier. It
+  is left out where the dataset has the reference's log-probs as sums over responses only.
+- `rewards/length_correlation`: Pearson's, of a pair's reward margin and its difference of lengths, chosen - rejected.
+- `kl`: KTO's estimate of the divergence from the reference, mean over micro-batches.
+- `aux_loss`: the balancing loss of a mixture's router, before its coefficient, where the objective contains it.
+- `nll_loss`: the part of the loss that is a mean over chosen tokens.
+- `tokens_per_second`, `padding_saved`, `prompt_shared`: of full sequences, prompts counted for each; the shares of the
+  padded batch and of the unpadded one that were not computed.
+- `peak_memory_gib`: since the start, of the process that needed most. `head/density`: see `fastdpo.head.eager.Stats`.
+- `count/chosen`, `count/rejected`: desirable and undesirable responses, where examples are unpaired.
+
+Shapes: B examples, R responses, M completion tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import IterableDataset
+from torch import Tensor
+from transformers import Trainer
+
+from fastdpo.head.eager import Stats
+from fastdpo.loss.batch_loss import LossOutput
+
+
+class RunningSums:
+    """Rows of numbers by name. Adding costs no synchronisation; reading costs one collective and one synchronisation.
+
+    A row of two is a mean (total, weight), a row of one a total; `results` knows the others by their names.
+    """
+
+    def __init__(self) -> None:
+        self._on_device: dict[tuple[str, ...], Tensor] = {}
+        self._on_host: dict[str, list[float]] = {}
+
+    def add(self, names: tuple[str, ...], table: Tensor) -> None:
+        """Add row i of `table` [names, numbers] to the row of `names[i]`."""
+        table = table.detach().to(_exact_dtype(table.device))
+        self._on_device[names] = self._on_device[names] + table if names in self._on_device else table
+
+    def add_ratios(self, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Count in means by name: a total and a weight, both to be summed; all of one shape `[X]`."""
+        totals, weights = (torch.stack([x.detach() for x in side]) for side in zip(*columns.values(), strict=True))
+        self.add(tuple(columns), torch.stack([totals.sum(1), weights.sum(1)], 1))
+
+    def add_numbers(self, name: str, *numbers: float) -> None:
+        """Add a row that is known on the host."""
+        old = self._on_host.get(name, [0.0] * len(numbers))
+        self._on_host[name] = [a + b for a, b in zip(old, numbers, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._on_device) + len(self._on_host)
+
+    def read(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """The rows over all processes, which must have added the same names; starts afresh."""
+        device = accelerator.device
+        tables = [(names, table) for names, table in sorted(self._on_device.items(), key=lambda item: item[0])]
+        if self._on_host:
+            names, rows = zip(*sorted(self._on_host.items()), strict=True)
+            numbers = torch.tensor([x for row in rows for x in row], dtype=_exact_dtype(device))
+            if device.type == "cuda":  # or the copy would wait for the device
+                numbers = numbers.pin_memory()
+            numbers = numbers.to(device, non_blocking=True)
+            tables += [((name,), row) for name, row in zip(names, numbers.split([len(r) for r in rows]), strict=True)]
+        self._on_device.clear()
+        self._on_host.clear()
+        if not tables:
+            return {}
+        total: Any = accelerator.reduce(torch.cat([table.flatten() for _, table in tables]), reduction="sum")
+        values = iter(total.tolist())
+        return {
+            name: [next(values) for _ in range(table.numel() // len(names))]
+            for names, table in tables
+            for name in names
+        }
+
+
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    """A dtype in which counts of tokens are exact and moments lose nothing, where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
+class Grid(NamedTuple):
+    """Edges of bins, scale * sinh(step * k): evenly wide around 0, in proportion to the value far from it."""
+
+    bins: int
+    scale: float
+    step: float
+
+    def bin_of(self, values: Tensor) -> Tensor:
+        """The bin of each value, int64; the outermost ones take what lies beyond, 0's takes what is not a number."""
+        place = (torch.asinh(values / self.scale) / self.step).floor() + self.bins // 2
+        return place.nan_to_num(self.bins // 2).clamp(0, self.bins - 1).long()
+
+    def edge(self, i: int) -> float:
+        """Where bin i begins."""
+        return self.scale * math.sinh(self.step * (i - self.bins // 2))
+
+
+REWARDS = Grid(512, 0.01, 0.05)
+"""Nats, up to 1800 either way; bins of 5 % of the value."""
+LENGTHS = Grid(64, 16.0, 0.2)
+"""Tokens, up to 4800 either way; bins of three tokens, or a fifth of the value."""
+
+
+class Histogram(NamedTuple):
+    """Counts of the bins from the first to the last that has any."""
+
+    edges: list[float]
+    counts: list[float]
+    means: list[float] | None = None
+    """Of another quantity in each bin; NaN where it is empty."""
+
+
+def add_examples(
+    sums: RunningSums,
+    batch: Mapping[str, Any],
+    out: LossOutput,
+    *,
+    keep: int | None = None,
+    stats: Stats | None = None,
+    log_ratios: Tensor | None = None,
+) -> None:
+    """Count in a micro-batch, without a synchronisation.
+
+    Args:
+        sums: what to add to.
+        batch: from `fastdpo.shared_prefix_batch`, on the device of `out`. Ranked examples count as their best response
+            against the mean of the others; of unpaired ones the desirable responses are the chosen, the undesirable
+            the rejected ones, and they have no margins.
+        out: the micro-batch's losses, rewards and log-probs.
+        keep: how many of the examples count, from the first on; None: all.
+        stats: statistics of the completion tokens, `[M]` each. None leaves them and the histograms out.
+        log_ratios: log pi - log pi_ref of the completion tokens, `[M]`. None leaves `kl_per_token` out.
+    """
+    B, lengths = len(out.chosen_rewards), batch["cu_target"].diff()
+    kept = torch.arange(B, device=lengths.device) < (B if keep is None else keep)
+    kept = kept.to(_exact_dtype(lengths.device))
+    chosen, rejected = (kept * batch["label"], kept * ~batch["label"]) if "label" in batch else (kept, kept)
+    chosen_logps, rejected_logps = _sides(batch, out.sequence_logps)
+    examples = {
+        "loss": (out.losses * kept, kept),
+        "rewards/chosen": (out.chosen_rewards * chosen, chosen),
+        "rewards/rejected": (out.rejected_rewards * rejected, rejected),
+        "logps/chosen": (chosen_logps * chosen, chosen),
+        "logps/rejected": (rejected_logps * rejected, rejected),
+    }
+    margins, longer = out.chosen_rewards - out.rejected_rewards, torch.sub(*_sides(batch, lengths))
+    if "label" in batch:
+        sums.add(("count/chosen", "count/rejected"), torch.stack([chosen.sum(), rejected.sum()])[:, None])
+    else:
+        examples["rewards/margins"] = (margins * kept, kept)
+        examples["rewards/accuracies"] = ((margins.sign() + 1) / 2 * kept, kept)  # a tie, as at the start, is one half
+        x, y = longer.to(kept.dtype), margins.to(kept.dtype)
+        moments = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])
+        sums.add(("rewards/length_correlation",), (moments * kept).sum(1)[None])
+    if out.token_loss is not None:  # all examples', so those kept get the share that their weighted log-probs have
+        total = out.token_loss
+        if keep is not None:
+            nll = chosen_logps if out.weights is None else chosen_logps * out.weights
+            share = (nll * kept).sum() / nll.sum()
+            total = (total * share).where(nll.sum() != 0, 0.0)  # where nothing weighs anything, it is 0 / 0
+        sums.add_ratios({"nll_loss": (total[None], (_sides(batch, lengths)[0] * kept).sum()[None])})
+    if out.ref_sequence_logps is not None:
+        below = chosen_logps < _sides(batch, out.ref_sequence_logps)[0]
+        examples["logps/chosen_below_ref"] = (below * chosen, chosen)
+    sums.add_ratios(examples)
+    if out.kl is not None:
+        add_scalars(sums, {"kl": out.kl})
+    _add_responses(sums, batch, kept, stats, log_ratios)
+    if stats is not None:
+        rewards = {"chosen": (out.chosen_rewards, chosen), "rejected": (out.rejected_rewards, rejected)}
+        if "label" not in batch:
+            rewards["margins"] = (margins, kept)
+            counts = torch.stack([kept, kept * margins])
+            profile = counts.new_zeros(2, LENGTHS.bins).scatter_add(1, LENGTHS.bin_of(longer).expand(2, -1), counts)
+            sums.add(("profile/length",), profile.view(1, -1))
+        values, weights = (torch.stack(side) for side in zip(*rewards.values(), strict=True))
+        bins = weights.new_zeros(len(rewards), REWARDS.bins).scatter_add(1, REWARDS.bin_of(values), weights)
+        sums.add(tuple(f"histogram/rewards/{name}" for name in rewards), bins)
+
+
+def _add_responses(
+    sums: RunningSums, batch: Mapping[str, Any], kept: Tensor, stats: Stats | None, log_ratios: Tensor | None
+) -> None:
+    """Count in the means over completion tokens."""
+    lengths = batch["cu_target"].diff()
+    chosen, rejected = _responses(batch, kept, len(lengths))
+    both = chosen + rejected
+    responses = {}
+    if log_ratios is not None:
+        r = log_ratios.detach().to(kept.dtype)
+        kl = r.clamp(max=20).expm1() - r  # beyond, a single token would be all that the mean tells
+        responses["kl_per_token"] = (_sums(kl.clamp(min=0), batch["cu_target"]) * both, lengths * both)
+    if stats is not None:
+        tokens = torch.stack([stats.entropy.float(), stats.is_top1.float(), stats.mean_logits.float()], 1)
+        totals = _sums(tokens, batch["cu_target"])
+        entropy, is_top1, mean_logits = totals.unbind(1)
+        responses["entropy"] = (entropy * both, lengths * both)
+        responses["mean_token_accuracy"] = (is_top1 * chosen, lengths * chosen)
+        responses["logits/chosen"] = (mean_logits * chosen, lengths * chosen)
+        responses["logits/rejected"] = (mean_logits * rejected, lengths * rejected)
+        # each process and micro-batch chooses its own backward, so the name is added without a density too
+        density = torch.zeros_like(entropy) if stats.density is None else _sums(stats.density, batch["cu_target"])
+        responses["head/density"] = (density * both, lengths * both * (stats.density is not None))
+    if responses:
+        sums.add_ratios(responses)
+
+
+def _sums(tokens: Tensor, bounds: Tensor) -> Tensor:
+    """Sums over each response's tokens, `[M, ...]` to `[R, ...]`."""
+    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: its checks wait for the device
+
+
+def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:
+    """`[R]` values of responses to `[B]` of the chosen and `[B]` of the rejected side of each example."""
+    if "label" in batch:
+        own = values[: len(batch["label"])]
+        return own, own
+    if "response_index" in batch:
+        index = batch["response_index"]
+        table = F.pad(values, (0, 1))[index]
+        return table[:, 0], table[:, 1:].sum(1) / (index[:, 1:] < len(values)).sum(1)
+    return values.chunk(2)
+
+
+def _responses(batch: Mapping[str, Any], kept: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """`[R]` each: 1 where a response is chosen, or rejected, and its example is kept."""
+    if "label" in batch:  # the KL responses that may follow are neither
+        filling = (0, R - len(kept))
+        return F.pad(kept * batch["label"], filling), F.pad(kept * ~batch["label"], filling)
+    if "response_index" in batch:
+        index, nothing = batch["response_index"], kept.new_zeros(R + 1)
+        chosen = nothing.scatter(0, index[:, 0], kept)
+        rejected = nothing.scatter(0, index[:, 1:].flatten(), kept.repeat_interleave(index.shape[1] - 1))
+        return chosen[:R], rejected[:R]
+    return torch.cat((kept, torch.zeros_like(kept))), torch.cat((torch.zeros_like(kept), kept))
+
+
+def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    """Count in numbers that a micro-batch has one of each, as `aux_loss`: means over micro-batches, by their weight."""
+    sums.add_ratios({name: (weight * x.detach()[None], torch.full_like(x[None], weight)) for name, x in values.items()})
+
+
+def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:
+    """Count in the tokens of a training batch, and what packing and sharing saved."""
+    tokens, padded, packed = (batch[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
+    computed = tokens - (len(batch["cu_target"]) - 1)  # the last token of a sequence predicts nothing
+    sums.add_numbers("num_tokens", tokens)
+    sums.add_numbers("padding_saved", 0 if "attention_mask" in batch else padded - tokens, padded)
+    sums.add_numbers("prompt_shared", computed - packed, computed)
+
+
+def distinct_examples(accelerator: Accelerator, B: int) -> int:
+    """How many of an evaluation batch's examples are no repetitions that make the processes' last batches even."""
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return B
+    before = accelerator.process_index * B
+    return int(min(max(state.remainder - before, 0), B))
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the step under way is the last one before a log, as far as that can be known.
+
+    The batches of the step have all been read by now, so an epoch's last step is known by them. A stream may end within
+    a step, which is then not made, so every step of a stream counts where epochs are logged.
+    """
+    args, state = trainer.args, trainer.state
+    step, is_stream = state.global_step + 1, isinstance(trainer.train_dataset, IterableDataset)
+    ends = trainer.accelerator.gradient_state.end_of_dataloader
+    if step == state.max_steps or (step == 1 and args.logging_first_step) or (ends and is_stream):
+        return True
+    if args.logging_strategy == "epoch":
+        return ends or is_stream
+    return bool(args.logging_strategy == "steps" and step % state.logging_steps == 0)
+
+
+def training_logs(
+    sums: RunningSums,
+    accelerator: Accelerator,
+    *,
+    seconds: float | None,
+    log_history: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, float], dict[str, Histogram]]:
+    """What `results` makes of the sums, and the numbers of the run: all tokens so far, their rate, the peak memory.
+
+    Args:
+        sums: of the training steps since the last call; all processes must call.
+        accelerator: the processes.
+        seconds: since the last call; None where that is unknown.
+        log_history: what was logged before, for the tokens so far.
+    """
+    _add_peak_memory(sums, accelerator)
+    numbers, histograms = results(sums.read(accelerator))
+    numbers.pop("loss", None)  # the Trainer logs its own
+    if (tokens := numbers.get("num_tokens")) is not None:
+        logged = (entry["num_tokens"] for entry in reversed(log_history) if "num_tokens" in entry)
+        numbers["num_tokens"] = next(logged, 0.0) + tokens
+        if seconds:
+            numbers["tokens_per_second"] = tokens / seconds
+    return numbers, histograms
+
+
+def _add_peak_memory(sums: RunningSums, accelerator: Accelerator) -> None:
+    """Each process in a column of its own, so that a sum over processes can tell the largest."""
+    if accelerator.device.type in ("cpu", "mps"):
+        return
+    peaks = [0.0] * accelerator.num_processes
+    peaks[accelerator.process_index] = torch.accelerator.max_memory_allocated(accelerator.device) / 2**30
+    sums.add_numbers("peak_memory_gib", *peaks)
+
+
+def results(rows: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, Histogram]]:
+    """Metrics and histograms by name from what `RunningSums.read` returns; what nothing was counted for is left out."""
+    numbers: dict[str, float] = {}
+    histograms = {}
+    for name, row in rows.items():
+        if name.startswith("histogram/"):
+            if any(row):
+                histograms[name.removeprefix("histogram/")] = _histogram(REWARDS, row)
+        elif name.startswith("profile/"):
+            if any(row):
+                counts, totals = row[: len(row) // 2], row[len(row) // 2 :]
+                histograms[name.removeprefix("profile/")] = _histogram(LENGTHS, counts, totals)
+        elif (number := _FINISH.get(name, _mean)(row)) is not None:
+            numbers[name] = number
+    if "loss" in numbers:
+        numbers["loss"] += numbers.get("nll_loss", 0.0)
+    if "count/chosen" in numbers and {"rewards/chosen", "rewards/rejected"} <= numbers.keys():
+        numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
+    return numbers, histograms
+
+
+def _mean(row: list[float]) -> float | None:
+    total, weight = row
+    return total / weight if weight else None
+
+
+def _correlation(row: list[float]) -> float | None:
+    """Of x and y, from the sums of 1, x, y, xx, yy and xy; None where one of them is constant."""
+    n, x, y, xx, yy, xy = row
+    var_x, var_y = n * xx - x * x, n * yy - y * y
+    if var_x <= 1e-12 * n * xx or var_y <= 1e-12 * n * yy:  # what rounding leaves of a constant
+        return None
+    return max(-1.0, min(1.0, (n * xy - x * y) / math.sqrt(var_x * var_y)))
+
+
+_FINISH: dict[str, Callable[[list[float]], float | None]] = {
+    "rewards/length_correlation": _correlation,
+    "peak_memory_gib": max,
+    "num_tokens": sum,
+    "count/chosen": sum,
+    "count/rejected": sum,
+}
+
+
+def _histogram(grid: Grid, counts: list[float], totals: list[float] | None = None) -> Histogram:
+    filled = [i for i, count in enumerate(counts) if count]
+    bins = range(filled[0], filled[-1] + 1)
+    means = totals and [totals[i] / counts[i] if counts[i] else math.nan for i in bins]
+    return Histogram([grid.edge(i) for i in (*bins, bins.stop)], [counts[i] for i in bins], means)

@@ -1,0 +1,396 @@
+"""The pictures of a run. Only draws: a panel that nothing was logged for is left out.
+
+Each picture is a list of figures of one size, a panel each, so that a page can lay them out as its width allows.
+`log_history` is `trainer.state.log_history`: dicts with a `step` and what was logged there, keys of held-out splits
+beginning with `eval_` (and the split's name, where there are several). Values that are not finite leave gaps.
+`histograms` are the first and the last of each name, `{name: [(step, fastdpo.report.metrics.Histogram), ...]}`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+LogHistory: TypeAlias = Sequence[Mapping[str, Any]]
+Histograms: TypeAlias = Mapping[str, Sequence[tuple[int, Any]]]
+Points: TypeAlias = list[tuple[float, float]]
+
+# colour-blind readers can tell these apart: Okabe and Ito's (https://jfly.uni-koeln.de/color/), and Tol's purple
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+INK, GREY, GRID = "#333333", "#767676", "#E6E6E6"
+DASHES = (0, (6, 4))
+SIZE, DPI = (4.8, 3.6), 150  # of a panel, in inches
+LEGEND_SIZE, LEGEND_WIDTH = 9.5, 270.0  # points; the width that a legend may take
+FEW_POINTS = 60  # up to here each logged value gets a dot, so that a lone one shows
+MANY_POINTS = 400  # beyond it neighbouring values are drawn as their mean and range
+THINNED = 200  # to so many points
+MARKERS, MARKED = "os^Dv", 20  # of held-out splits; of a curve at most so many points get one
+LONGEST_NAME = 24  # of a held-out split
+MINUS = "\N{MINUS SIGN}"
+DISPLAY_BINS = 48
+
+
+def training(log_history: LogHistory, first_loss: float | None = math.log(2)) -> list[Figure]:
+    """Draw loss, reward margin, reward accuracy and log-probs over the optimizer steps.
+
+    Args:
+        log_history: see the module's docstring.
+        first_loss: the loss where the policy is its reference; None where that depends on the rows.
+    """
+    start = None if first_loss is None else (first_loss, f"{_tick(round(first_loss, 3))}: policy = reference")
+    curve = partial(_draw, log_history)
+    margin, accuracy = {"rewards/margins": ""}, {"rewards/accuracies": ""}
+    logps = {"logps/chosen": "chosen", "logps/rejected": "rejected"}
+    return _figures(
+        partial(curve, {"loss": ""}, "Loss", "nats per example", line=start, low=0.0),
+        partial(curve, margin, f"Reward margin, chosen {MINUS} rejected", "nats", line=(0, "no preference")),
+        partial(curve, accuracy, "Reward accuracy", "pairs with margin > 0", line=(0.5, "chance"), percent=True),
+        partial(curve, logps, "Log-probability of the responses", "nats per response"),
+    )
+
+
+def reference(log_history: LogHistory) -> list[Figure]:
+    """Draw where the policy went from the reference: rewards, chosen responses below it, drift."""
+    curve = partial(_draw, log_history)
+    sides = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
+    unit = "less likely than under the reference"
+    return _figures(
+        partial(curve, sides, "Rewards", "nats", line=(0, "as under the reference")),
+        partial(curve, {"logps/chosen_below_ref": ""}, "Displaced chosen responses", unit, percent=True),
+        partial(curve, {"kl_per_token": ""}, "Drift, estimated KL from the reference", "nats per token", low=0.0),
+    )
+
+
+def rewards(histograms: Histograms) -> list[Figure]:
+    """Draw how rewards and margins were distributed first and last, of a held-out split if any."""
+    prefix, split = _split_with(histograms, "rewards/chosen")
+    sides = {side: histograms.get(f"{prefix}rewards/{side}", ()) for side in ("chosen", "rejected")}
+    margins = histograms.get(f"{prefix}rewards/margins", ())
+    limits = _limits([histogram for snapshots in sides.values() for _, histogram in snapshots])
+    draws = []
+    for when in (0, 1):
+        shown = {side: snapshots[when] for side, snapshots in sides.items() if len(snapshots) > when}
+        colours = {"chosen": GREEN, "rejected": PURPLE}
+        layers = [(histogram, side, colours[side]) for side, (_, histogram) in shown.items()]
+        step = max((step for step, _ in shown.values()), default=0)
+        title = f"Rewards at step {_tick(step)}"
+        draws.append(partial(_stairs, layers, limits, title, "share of responses", _over("reward in nats", split)))
+    layers = [
+        (histogram, f"step {_tick(step)}", colour)
+        for (step, histogram), colour in zip(margins, (GREY, BLUE), strict=False)
+    ]
+    limits = _limits([histogram for _, histogram in margins])
+    unit, over = "pairs, relative to the fullest bin", _over(f"chosen {MINUS} rejected in nats", split)
+    draws.append(partial(_stairs, layers, limits, "Reward margin", unit, over, relative=True))
+    return _figures(*draws)
+
+
+def lengths(log_history: LogHistory, histograms: Histograms) -> list[Figure]:
+    """Draw whether longer responses get higher rewards: margins by difference of lengths."""
+    prefix, split = _split_with(histograms, "length")
+    profiles = histograms.get(f"{prefix}length", ())
+    correlation = partial(_draw, log_history, {"rewards/length_correlation": ""}, "Correlation of margin and length")
+    return _figures(
+        partial(_profile, profiles, _over(f"tokens of chosen {MINUS} rejected", split)),
+        partial(correlation, "Pearson's r", line=(0, "length does not matter"), low=-1.05, high=1.05),
+    )
+
+
+def running(log_history: LogHistory) -> list[Figure]:
+    """Draw throughput, memory, work saved, the gradient norm and the learning rate."""
+    curve = partial(_draw, log_history)
+    shares = {"padding_saved": "padding avoided", "prompt_shared": "shared between responses"}
+    shares["head/density"] = "computed in the head's backward"
+    unit = "GiB"
+    return _figures(
+        partial(curve, {"tokens_per_second": ""}, "Throughput", "tokens per second", low=0.0),
+        partial(curve, {"peak_memory_gib": ""}, "Peak memory", unit, low=0.0),
+        partial(curve, shares, "Shares of work", "share", percent=True),
+        partial(curve, {"grad_norm": ""}, "Gradient norm, before clipping", "norm", low=0.0),
+        partial(curve, {"learning_rate": ""}, "Learning rate", "learning rate", low=0.0),
+    )
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """`[height, width, 4]` RGBA of a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def tile(panels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One picture of several panels of one size, in rows of two or three; white where the last row ends early."""
+    columns = columns_of(len(panels))
+    filled = [*panels, *[np.full_like(panels[0], 255)] * (-len(panels) % columns)]
+    rows = [np.concatenate(filled[i : i + columns], 1) for i in range(0, len(filled), columns)]
+    return np.concatenate(rows)
+
+
+def columns_of(panels: int) -> int:
+    """Panels that stand side by side where there is room."""
+    return panels if panels < 3 else 2 if panels == 4 else 3
+
+
+# Curves over steps
+
+
+def _draw(
+    log_history: LogHistory,
+    curves: Mapping[str, str],
+    title: str,
+    unit: str,
+    panel: Axes,
+    *,
+    line: tuple[float, str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    percent: bool = False,
+) -> None:
+    """Draw quantities, `{key: label}`, of training and of the held-out splits.
+
+    Args:
+        log_history: see the module's docstring.
+        curves: what to draw; a lone quantity has the label "".
+        title: of the panel.
+        unit: of the quantities.
+        panel: where to draw.
+        line: height and meaning of a horizontal line for comparison.
+        low: where the axis begins, unless a value is below it.
+        high: where the axis ends, unless a value is above it.
+        percent: the quantities are shares, and the axis goes from 0 to 100 percent.
+    """
+    alone = len(curves) == 1
+    splits = list(zip(prefixes(log_history), MARKERS, strict=False))
+    in_one_dot = 1
+    for (key, label), colour in zip(curves.items(), (BLUE,) if alone else (GREEN, PURPLE, BLUE), strict=False):
+        in_one_dot = max(in_one_dot, _plot(panel, _points(log_history, key), label or "training", colour))
+        for prefix, marker in splits:
+            name, of_split = (split_name(prefix), VERMILION) if alone else ("", colour)
+            _plot(panel, _points(log_history, prefix + key), name, of_split, marker)
+    for prefix, marker in splits:  # several quantities have a colour each, and the splits only their markers
+        if not alone and any(_points(log_history, prefix + key) for key in curves):
+            panel.plot([], [], color=GREY, label=split_name(prefix), **_held_out(marker))
+    if not panel.has_data():
+        return
+    bottom, top = panel.dataLim.intervaly
+    if line:
+        panel.axhline(line[0], color=GREY, linewidth=1, linestyle=DASHES, zorder=2, label=line[1])
+    over = "optimizer step" + (f" (mean and range of {in_one_dot} records)" if in_one_dot > 1 else "")
+    _style(panel, title, unit, over)
+    panel.set_xlim(left=-0.02 * panel.dataLim.xmax)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
+    if percent:
+        low, high = -0.03, 1.03
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+    if low is not None:
+        panel.set_ylim(bottom=min(low, bottom))
+        if bottom >= low == 0:
+            panel.set_ylim(top=1.08 * max(top, line[0] if line else 0) or 1.0)
+    if high is not None:
+        panel.set_ylim(top=max(high, top))
+
+
+def _points(log_history: LogHistory, key: str) -> Points:
+    points = [(entry["step"], entry[key]) for entry in log_history if "step" in entry and key in entry]
+    return [point for point in points if all(isinstance(x, (int, float)) for x in point)]
+
+
+def values(log_history: LogHistory, key: str) -> list[float]:
+    """What was logged under a key over the steps, in their order."""
+    return [value for _, value in _points(log_history, key)]
+
+
+def prefixes(log_history: LogHistory) -> list[str]:
+    """Of the keys of held-out splits; `eval_` always."""
+    probe = "rewards/chosen"
+    found = {key.removesuffix(probe) for entry in log_history for key in entry if key.endswith(probe)} - {"", "eval_"}
+    return ["eval_", *sorted(found)]
+
+
+def split_name(prefix: str) -> str:
+    """What readers call the split whose keys have this prefix; the middle of a long name is left out."""
+    name = prefix.removeprefix("eval_").removesuffix("_")
+    if len(name) > LONGEST_NAME:
+        half = LONGEST_NAME // 2
+        name = f"{name[:half]}…{name[-half + 1 :]}"
+    return f"held out ({name})" if name else "held out"
+
+
+def _plot(panel: Axes, points: Points, label: str, colour: str, marker: str | None = None) -> int:
+    """Draw one curve, and return how many logged values each of its points stands for."""
+    if not any(math.isfinite(value) for _, value in points):
+        return 1
+    steps, means = np.array(points, dtype=float).T
+    in_one = 1
+    if len(points) > MANY_POINTS:
+        in_one = math.ceil(len(points) / THINNED)
+        chunks = [np.array(points[i : i + in_one], dtype=float).T for i in range(0, len(points), in_one)]
+        steps = np.array([chunk[0].mean() for chunk in chunks])
+        finite = [np.where(np.isfinite(chunk[1]).all(), chunk[1], math.nan) for chunk in chunks]
+        means = np.array([each.mean() for each in finite])
+        lows, highs = (np.array([reduce(each) for each in finite]) for reduce in (np.min, np.max))
+        if not marker:
+            panel.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0, zorder=2.5)
+    if marker:
+        marked = np.unique(np.linspace(0, len(steps) - 1, MARKED).round().astype(int))
+        style = _held_out(marker) | {"markevery": marked.tolist()}
+    else:
+        style = {"linewidth": 1.6, "marker": "o" if len(steps) <= FEW_POINTS else "", "markersize": 2.8, "zorder": 3}
+    panel.plot(steps, means, color=colour, label=label or "_", clip_on=False, **style)
+    return in_one
+
+
+def _held_out(marker: str) -> dict[str, Any]:
+    style = {"linestyle": (0, (1, 1.5)), "linewidth": 1.2, "zorder": 4}
+    return style | {"marker": marker, "markersize": 6, "markeredgewidth": 1.6, "markerfacecolor": "white"}
+
+
+# Histograms
+
+
+def _split_with(histograms: Histograms, name: str) -> tuple[str, str]:
+    """Prefix and name of a held-out split that has this histogram, else of the training."""
+    found = sorted(key.removesuffix(name) for key in histograms if key.startswith("eval_") and key.endswith(name))
+    return (found[0], split_name(found[0])) if found else ("", "training")
+
+
+def _over(unit: str, split: str) -> str:
+    """The label of an axis, in two lines where one would be wider than a panel."""
+    return f"{unit},{' ' if len(unit + split) < 40 else chr(10)}{split}"
+
+
+def _limits(histograms: Sequence[Any]) -> tuple[float, float]:
+    """What holds 99 % of each histogram, and 0."""
+    low = high = 0.0
+    for edges, counts, _ in histograms:
+        shares = np.cumsum([0.0, *counts]) / sum(counts)
+        low = min(low, float(np.interp(0.005, shares, edges)))
+        high = max(high, float(np.interp(0.995, shares, edges)))
+    return low, high
+
+
+def _stairs(
+    layers: Sequence[tuple[Any, str, str]],
+    limits: tuple[float, float],
+    title: str,
+    unit: str,
+    over: str,
+    panel: Axes,
+    *,
+    relative: bool = False,
+) -> None:
+    """Draw histograms, `(histogram, label, colour)`, in bins of one width, over which those logged are spread evenly.
+
+    `relative` draws each relative to its fullest bin instead of as shares.
+    """
+    width = (limits[1] - limits[0]) / DISPLAY_BINS or 1.0
+    bins = width * np.arange(math.floor(limits[0] / width), math.ceil(limits[1] / width) + 1)  # 0 is an edge
+    for (edges, counts, _), label, colour in layers:
+        shares = np.diff(np.interp(bins, edges, np.cumsum([0.0, *counts]) / sum(counts)))
+        if relative:
+            shares /= shares.max() or 1.0
+        panel.stairs(shares, bins, fill=True, color=colour, alpha=0.3, zorder=3)
+        panel.stairs(shares, bins, color=colour, linewidth=1.6, label=label, zorder=3)
+    if layers:
+        panel.axvline(0, color=GREY, linewidth=1, linestyle=DASHES, zorder=2)
+        _style(panel, title, unit, over)
+
+
+def _profile(profiles: Sequence[tuple[int, Any]], over: str, panel: Axes) -> None:
+    """Draw the mean margin of the pairs of each difference of lengths; areas are shares of pairs."""
+    for (step, (edges, counts, means)), colour in zip(profiles, (GREY, BLUE), strict=False):
+        centres, share = (np.array(edges[1:]) + edges[:-1]) / 2, np.array(counts) / max(sum(counts), 1)
+        label = f"step {_tick(step)}"
+        panel.scatter(centres, means, s=12 + 600 * share, color=colour, alpha=0.75, linewidths=0, label=label)
+    if profiles:
+        panel.axhline(0, color=GREY, linewidth=1, linestyle=DASHES, zorder=2)
+        _style(panel, "Margin by length (area: share of pairs)", "mean reward margin, nats", over)
+        panel.margins(0.12)  # areas are wide
+        legend = panel.get_legend()
+        assert legend is not None
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])  # type: ignore[union-attr]
+
+
+# Looks
+
+
+def _figures(*draws: Callable[[Axes], None]) -> list[Figure]:
+    """A figure of each panel that something was drawn into."""
+    figures = []
+    for draw in draws:
+        figure = Figure(
+            figsize=SIZE, dpi=DPI, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        )
+        panel = figure.subplots()
+        draw(panel)
+        if panel.has_data():
+            figures.append(figure)
+    return figures
+
+
+def _style(panel: Axes, title: str, unit: str, over: str) -> None:
+    """Put on title, axes and legend, after the data. The legend stands between title and data and covers neither."""
+    panel.set_ylabel(unit, color=INK)
+    panel.set_xlabel(over, color=INK)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(GREY)
+    panel.tick_params(colors=GREY, labelcolor=INK)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(_tick))
+    panel.grid(color=GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.margins(x=0.02, y=0.08)
+    low, high = panel.dataLim.intervaly
+    if high - low < (least := 1e-3 * max(abs(low), abs(high))):  # or rounding would look like a curve
+        panel.set_ylim((low + high - least) / 2, (low + high + least) / 2)
+    handles, labels = panel.get_legend_handles_labels()
+    columns = _legend_columns(labels)
+    panel.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.01),
+        ncols=columns,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=LEGEND_SIZE,
+        borderpad=0,
+        borderaxespad=0.2,
+        labelspacing=0.35,
+        handlelength=1.8,
+        columnspacing=1.2,
+    )
+    rows = math.ceil(len(labels) / columns)
+    panel.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=9 + 13.8 * rows)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """The most columns that are no wider than a panel."""
+    widths = [TextPath((0, 0), label, size=LEGEND_SIZE).get_extents().width + 4 * LEGEND_SIZE for label in labels]
+    for columns in range(len(labels), 1, -1):
+        if sum(max(column) for column in np.array_split(widths, columns)) <= LEGEND_WIDTH:
+            return columns
+    return 1
+
+
+def _tick(value: float, position: int | None = None) -> str:
+    """A number beside an axis: thousands are separated, very large and very small ones get an exponent."""
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        text = f"{value:,.6g}"
+    elif 1e5 <= abs(value) < 1e9:
+        text = f"{value:,.0f}"
+    else:
+        mantissa, _, exponent = f"{value:.3g}".partition("e")
+        text = f"{mantissa}e{int(exponent or 0)}"
+    return text.replace("-", MINUS)

@@ -1,0 +1,141 @@
+"""Sample generations before and after training, for the report.
+
+Decoding is greedy, with the policy in eval mode as it is in memory. It draws no random number and leaves nothing on the
+model, so that a run trains the same, bit by bit, with and without samples. A failure is a log line and costs only the
+samples.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from fastdpo.model.scoring_forward import evaluating
+
+logger = logging.getLogger("fastdpo")
+
+MAX_NEW_TOKENS = 64
+_SEARCHED = 1000
+"""Held-out rows that are looked at for prompts."""
+_RESPONSES = ("chosen_ids", "ranked_ids", "completion_ids")
+
+
+class Sample(NamedTuple):
+    """A held-out prompt and what was made of it."""
+
+    prompt_ids: list[int]
+    prompt: str
+    chosen: str
+    """The response of the dataset that is preferred, best or desirable."""
+    before: str | None = None
+    after: str | None = None
+
+
+def before_training(trainer: Any, count: int) -> list[Sample]:
+    """Generate from the first distinct prompts of the evaluation dataset.
+
+    Args:
+        trainer: a `DPOTrainer` that has not trained yet.
+        count: of prompts; 0 switches samples off.
+
+    Returns:
+        Nothing where there is no evaluation dataset, on processes other than the main one, and where the model is
+        sharded, which a log line says.
+    """
+    if not count or trainer.eval_dataset is None or not trainer.is_world_process_zero():
+        return []
+    if trainer.is_fsdp_enabled:
+        logger.info("no sample generations: the model's weights are sharded")
+        return []
+    try:
+        return _generate_all(trainer, _prompts(trainer, count), "before")
+    except Exception as error:
+        _say(error)
+        return []
+
+
+def after_training(trainer: Any, samples: list[Sample]) -> list[Sample]:
+    """Generate again from the same prompts; on failure the samples stay without it."""
+    try:
+        return _generate_all(trainer, samples, "after")
+    except Exception as error:
+        _say(error)
+        return samples
+
+
+def _say(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    logger.warning(
+        "no sample generations: %s (set report_samples to 0 to do without)",
+        reason,
+        exc_info=logger.isEnabledFor(logging.DEBUG),
+    )
+
+
+def _prompts(trainer: Any, count: int) -> list[Sample]:
+    """The first distinct prompts that have a response to show."""
+    dataset, tokenizer = trainer.eval_dataset, trainer.processing_class
+    if isinstance(dataset, Mapping):
+        dataset = next(iter(dataset.values()))
+    found: dict[tuple[int, ...], Sample] = {}
+    for row in itertools.islice(dataset, _SEARCHED):
+        ids = tuple(map(int, row["prompt_ids"]))
+        if ids in found or not row.get("label", True):  # an undesirable response
+            continue
+        response = next(row[column] for column in _RESPONSES if column in row)
+        response = response[0] if "ranked_ids" in row else response
+        found[ids] = Sample(list(ids), _text(tokenizer, ids), _text(tokenizer, response))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _text(tokenizer: Any, ids: Any) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
+
+
+def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "after"]) -> list[Sample]:
+    """The samples with `before` or `after` filled in."""
+    if not samples:
+        return []
+    policy = trainer.model
+    device = next(policy.parameters()).device
+    # never longer than what is trained on, nor than there are positions
+    limits = [trainer.args.max_length, getattr(policy.config.get_text_config(), "max_position_embeddings", None)]
+    autocast = trainer.accelerator.autocast()
+    done = []
+    with evaluating(policy), _plain_generation(policy, trainer.processing_class) as ends, autocast:
+        for sample in samples:
+            longest = min(limit for limit in (*limits, len(sample.prompt_ids) + MAX_NEW_TOKENS) if limit)
+            new = longest - len(sample.prompt_ids)
+            ids: list[int] = []
+            if new > 0:
+                prompt = torch.tensor([sample.prompt_ids], device=device)
+                options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new, "use_cache": True}
+                ids = policy.generate(input_ids=prompt, **options)[0, prompt.shape[1] :].tolist()
+            text = _text(trainer.processing_class, ids)
+            text = text if ids and ids[-1] in ends else f"{text} …"
+            done.append(sample._replace(before=text) if when == "before" else sample._replace(after=text))
+    return done
+
+
+@contextmanager
+def _plain_generation(policy: Any, tokenizer: Any) -> Iterator[set[int]]:
+    """Greedy decoding whatever the model's own generation config says, and the tokens that end a response."""
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    own = model.generation_config
+    ends = own.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad, disable_compile=True
+    )
+    try:
+        yield ends
+    finally:
+        model.generation_config = own

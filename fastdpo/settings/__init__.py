@@ -1,0 +1,1 @@
+"""What the user set, read and checked before anything slow is imported."""

@@ -1,0 +1,341 @@
+"""A config file and the settings behind it on the command line, read and checked without torch or transformers.
+
+What needs no model, dataset or network is answered here within a second: YAML, names, types, paths, packages.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdpo.settings.fields import Setting, settings
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""What reads a file of this suffix: a builder of the datasets library."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+LOCAL_SUFFIXES = (*DATA_FILES, *COMPRESSED, ".arrow", ".tsv", ".txt", ".safetensors", ".bin", ".gguf", ".yaml", ".yml")
+"""Names that end so are files here; a repository on the Hub may hold other dots, as in Qwen2.5-0.5B."""
+
+OTHER_NAMES = {
+    "model": "did you mean 'model_name_or_path'?",
+    "ref_model": "did you mean 'ref_model_name_or_path'?",
+    "dataset": "did you mean 'dataset_name'?",
+    "dataset_path": "did you mean 'dataset_name'?",
+    "torch_dtype": "did you mean 'dtype'?",
+    "max_target_length": "did you mean 'max_completion_length'?",
+    "max_new_tokens": "did you mean 'max_completion_length'?",
+    "evaluation_strategy": "did you mean 'eval_strategy'?",
+    "lr": "did you mean 'learning_rate'?",
+    "batch_size": "did you mean 'per_device_train_batch_size'?",
+    "epochs": "did you mean 'num_train_epochs'?",
+    "label_smoothing_epsilon": "did you mean 'label_smoothing'?",
+    "lora_task_type": "leave it out: the adapter is always that of a causal language model",
+    "attn_implementation": "write model_init_kwargs: {attn_implementation: ...}",
+    "model_revision": "write model_init_kwargs: {revision: ...}",
+    "load_in_4bit": "write model_init_kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}",
+    "load_in_8bit": "write model_init_kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_8bit: true}}",
+    "padding_free": "leave it out: batches are always without padding where the model allows it",
+    "truncation_mode": "leave it out: max_prompt_length cuts the start of prompts, max_length the end of completions",
+    "dataset_config": "download that configuration, and give its folder as dataset_name",
+    "pad_token": "leave it out: the tokenizer's own is used",
+}
+"""What users of TRL and others type, where the nearest spelling is not what they mean."""
+
+PACKAGES = {
+    "peft": "pip install 'fastdpo[peft]'",
+    "flash_attn": "pip install 'fastdpo[flash]'",
+    "tree_recurrence": "pip install 'fastdpo[hybrid]'",
+    "liger_kernel": "pip install liger-kernel",
+    "bitsandbytes": "pip install bitsandbytes",
+    "comet_ml": "pip install comet-ml",
+}
+"""The command that installs an optional package, where its name is not the package's."""
+
+
+REPORTS = dict.fromkeys(
+    ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dagshub", "dvclive"),
+    True,
+) | dict.fromkeys(("azure_ml", "flyte", "kubeflow", "neptune"), False)
+"""Where transformers can report to, and whether that is the name of the package it needs."""
+
+
+class UsageError(ValueError):
+    """A command or setting has a name that does not exist, or a word stands where none can."""
+
+
+def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` win over it.
+
+    Raises:
+        UsageError: a key is unknown; the nearest valid one is named.
+        ValueError: the file is no flat YAML, a value has the wrong type, or a path does not exist.
+        ModuleNotFoundError: a setting needs a package that is not installed.
+        OSError: the file can't be read.
+    """
+    values = _read_yaml(Path(path)) | dict(overrides)
+    known = settings()
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown setting {key!r}{nearest(str(key), known)}")
+    values = {key: typed(known[key], value) for key, value in values.items()}
+    if values.get("dataset_name") is None:
+        raise ValueError(f"{path} must set dataset_name, or the command line --dataset_name")
+    start, config = values.get("model_name_or_path"), values.get("config_name")
+    if (start is None) == (config is None):
+        raise ValueError(
+            f"give either model_name_or_path (trained weights) or config_name (random weights), got {start!r} and "
+            f"{config!r}"
+        )
+    _check_dtype(values)
+    for name in ("model_name_or_path", "ref_model_name_or_path", "config_name"):
+        if values.get(name) is not None:
+            values[name] = _checked_model(name, values[name], values)
+    values["dataset_name"] = _checked_dataset(values["dataset_name"])
+    _check_output(values)
+    _check_packages(values)
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a name that does not exist, as the end of a message; empty where nothing is near."""
+    if name in OTHER_NAMES:
+        return f"; {OTHER_NAMES[name]}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise ValueError(f"{key.value} is set twice, in line {lines[key.value]} and in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        begun = f", {error.context} of line {error.context_mark.line + 1}" if error.context_mark else ""
+        raise ValueError(f"{path}{where} is not valid YAML: {error.problem or error.context}{begun}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config file {str(path)!r}{sibling(path)}") from None
+    except ValueError as error:  # a key twice
+        raise ValueError(f"{path}: {error}; remove one") from None
+    if values is None:
+        raise ValueError(f"{path} is empty; it must hold `key: value` lines, one of them dataset_name")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def typed(setting: Setting, value: Any) -> Any:
+    """`value` as one of the types of a setting. YAML reads 1e-6 as text; it is taken for the number meant.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name, allowed = setting.name, setting.types
+    if "dict" in allowed and isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is neither YAML nor JSON: {error}") from error
+    if (type(value).__name__ if value is not None else "None") in allowed:
+        return value
+    if "float" in allowed and type(value) in (int, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if value is False and name.endswith("_strategy"):
+        return "no"  # what YAML reads as False
+    if "list" in allowed and isinstance(value, str):
+        return [value]
+    if "str" in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)) and "dict" not in allowed:
+        return value  # an enum's value or an alternative spelling, which the config itself resolves
+    names = " or ".join(sorted(each for each in allowed if each in ("bool", "dict", "float", "int", "list", "str")))
+    raise ValueError(f"{name} must be {names or 'left out of a config file'}, got {value!r}")
+
+
+def _check_dtype(values: Mapping[str, Any]) -> None:
+    kwargs = values.get("model_init_kwargs")
+    of_model = kwargs if isinstance(kwargs, dict) else {}
+    for name, value in (("dtype", values.get("dtype")), *((n, of_model.get(n)) for n in ("dtype", "torch_dtype"))):
+        check_dtype(name, value)
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Refuse the name of a dtype that weights can't have; anything that is no name passes.
+
+    Raises:
+        ValueError: it is none of `DTYPES`.
+    """
+    if isinstance(value, str) and value.removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}{nearest(value, DTYPES)}")
+
+
+# Paths
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(LOCAL_SUFFIXES)
+
+
+def _found(setting: str, name: str) -> tuple[str, Path | None]:
+    """The name with `~` replaced, and its path here; None where it is one for the Hub.
+
+    Raises:
+        ValueError: the name is a path, and nothing is there.
+    """
+    expanded = os.path.expanduser(name)
+    path = Path(expanded)
+    if path.exists():
+        return expanded, path
+    if not _looks_local(name):
+        return name, None
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise ValueError(f"{setting}: there is no {name!r}{where}{sibling(path)}")
+
+
+def sibling(path: Path) -> str:
+    """The nearest name beside a path that does not exist, as the end of a message."""
+    try:
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.7)
+    except OSError:
+        return ""
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+
+
+def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
+    name, path = _found(setting, name)
+    if path is None:
+        return name
+    if path.is_file() and setting != "config_name":
+        raise ValueError(
+            f"{setting} must be a folder or a repository on the Hub, and {name!r} is a file; give its folder"
+        )
+    kwargs = values.get("model_init_kwargs")
+    if path.is_dir() and not (isinstance(kwargs, dict) and "gguf_file" in kwargs):
+        wanted = ("config.json",) if setting == "config_name" else ("config.json", "adapter_config.json")
+        if not any((path / file).exists() for file in wanted):
+            newest = newest_checkpoint(path)
+            hint = f"; did you mean {str(newest)!r}?" if newest else ""
+            raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(wanted)}, so no model{hint}")
+        if (path / "adapter_config.json").exists():
+            _need("peft", f"{setting}={name!r}, an adapter,")
+    return name
+
+
+def _checked_dataset(name: str) -> str:
+    name, path = _found("dataset_name", name)
+    if path is not None and path.is_file():
+        if data_kind(path) is None:
+            raise ValueError(
+                f"dataset_name: {name!r} has no suffix that is read; those are {', '.join(DATA_FILES)}, and each of "
+                f"them with {', '.join(COMPRESSED)}"
+            )
+        if path.stat().st_size == 0:
+            raise ValueError(f"dataset_name: the file {name!r} is empty")
+        if path.suffix == ".zst":
+            _need("zstandard", f"dataset_name={name!r}")
+    if path is not None and path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"dataset_name: the folder {name!r} is empty")
+    return name
+
+
+def data_kind(path: Path) -> str | None:
+    """The builder of the datasets library that reads a file, by its name; None where there is none."""
+    inner = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return DATA_FILES.get(inner.suffix)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the most steps in a folder that was written to its end; None where there is none."""
+    steps = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):  # written last
+        if (step := path.parent.name.removeprefix("checkpoint-")).isdigit():
+            steps[int(step)] = path.parent
+    return steps[max(steps)] if steps else None
+
+
+def _check_output(values: dict[str, Any]) -> None:
+    """Refuse a folder that can't be written before anything is trained for it, and a checkpoint that is none."""
+    output = Path(values.get("output_dir") or "trainer_output")
+    nearest_there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest_there.is_dir():
+        raise ValueError(f"output_dir {str(output)!r} can't be made: {str(nearest_there)!r} is a file")
+    if not os.access(nearest_there, os.W_OK):
+        raise ValueError(f"output_dir {str(output)!r} can't be written: no permission in {str(nearest_there)!r}")
+    resume = values.get("resume_from_checkpoint")
+    if resume is True:
+        if (newest := newest_checkpoint(output)) is None:
+            raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {str(output)!r}")
+        values["resume_from_checkpoint"] = str(newest)  # transformers would take one that was cut off, too
+    elif isinstance(resume, str):
+        path = Path(os.path.expanduser(resume))
+        if not path.exists():
+            raise ValueError(f"resume_from_checkpoint: there is no {resume!r}{sibling(path)}")
+        if not (path / "trainer_state.json").exists():
+            newest = newest_checkpoint(path)
+            hint = f"; did you mean {str(newest)!r}?" if newest else ""
+            raise ValueError(f"resume_from_checkpoint: {resume!r} holds no trainer_state.json, so no checkpoint{hint}")
+        values["resume_from_checkpoint"] = str(path)
+
+
+# Packages
+
+
+def _check_packages(values: Mapping[str, Any]) -> None:
+    if values.get("use_peft"):
+        _need("peft", "use_peft")
+    if values.get("use_liger_kernel"):
+        _need("liger_kernel", "use_liger_kernel")
+    if values.get("attention_backend") == "flash":
+        _need("flash_attn", "attention_backend='flash'")
+    if any(part in str(values.get("optim")) for part in ("8bit", "bnb", "paged")):
+        _need("bitsandbytes", f"optim={values['optim']!r}")
+    kwargs = values.get("model_init_kwargs")
+    quantized = (kwargs.get("quantization_config") if isinstance(kwargs, dict) else None) or {}
+    if not isinstance(quantized, dict):
+        raise ValueError(
+            "quantization_config of model_init_kwargs must be a mapping such as {quant_method: bitsandbytes, "
+            f"load_in_4bit: true}}, got {quantized!r}"
+        )
+    if any(quantized.get(name) for name in ("load_in_4bit", "load_in_8bit")):
+        _need("bitsandbytes", "quantization_config of model_init_kwargs")
+    reports = values.get("report_to") or []
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name in ("all", "none"):
+            continue
+        if name not in REPORTS:
+            near = nearest(name, REPORTS)
+            raise ValueError(f"report_to must be all, none or of {', '.join(REPORTS)}, got {name!r}{near}")
+        if REPORTS[name] and not (name == "tensorboard" and importlib.util.find_spec("tensorboardX")):
+            _need(name, f"report_to={name!r}")
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"{what} needs the package {package}: {install(package)}", name=package)
+
+
+def install(package: str) -> str:
+    """The command that installs an optional package."""
+    return PACKAGES.get(package, f"pip install {package}")

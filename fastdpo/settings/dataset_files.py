@@ -1,0 +1,130 @@
+"""Datasets as files, folders and repositories on the Hub hold them; a file that is broken is named with its line."""
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+
+from fastdpo.settings.config_file import data_kind
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def load_splits(name: str) -> DatasetDict:
+    """The splits of a file, a folder or a repository on the Hub; a file is one split, called train.
+
+    Raises:
+        ValueError: a file is broken or empty; the message names it and, where it has lines, the line.
+        OSError: a file can't be opened, or the Hub has no such dataset or can't be reached.
+    """
+    path = Path(name)
+    if not path.exists():
+        return _as_splits(load_dataset(name))
+    if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+        with _naming(path):
+            return _as_splits(load_from_disk(name))
+    with _naming(path), _quiet():
+        splits = load_dataset(data_kind(path), data_files=name) if path.is_file() else load_dataset(name)
+        for split in splits.values():
+            split.data.table.validate(full=True)  # nothing else sees text that is not UTF-8 before it is tokenised
+        return _as_splits(splits)
+
+
+def _as_splits(found: Any) -> DatasetDict:
+    return DatasetDict({"train": found}) if isinstance(found, Dataset) else found
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what the datasets library raises over a file into one line."""
+    try:
+        yield
+    except (PermissionError, ImportError, DatasetNotFoundError):
+        raise
+    except Exception as error:  # of pyarrow, pandas, json, gzip, and a bare StopIteration for an empty file
+        raise ValueError(f"dataset_name: {_broken(path, error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The datasets library logs what it also raises."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _broken(path: Path, error: Exception) -> str:
+    """What is wrong with a file, or with the first file of a folder that can't be read alone."""
+    if path.is_file():
+        return _broken_file(path) or f"{str(path)!r} can't be read as {data_kind(path)}: {_innermost(error)}"
+    files = sorted(file for file in path.rglob("*") if file.is_file() and data_kind(file) is not None)
+    if not files:
+        return f"the folder {str(path)!r} holds no file that can be read (.jsonl, .json, .csv or .parquet)"
+    for file in files:
+        if found := _broken_file(file):
+            return found
+        try:
+            load_dataset(data_kind(file), data_files=str(file))
+        except Exception as alone:
+            return f"{str(file)!r} can't be read as {data_kind(file)}: {_innermost(alone)}"
+    return f"{str(path)!r} can't be read: {_innermost(error)}"
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _broken_file(path: Path) -> str | None:
+    """The first fault of a JSON file, or that a file is empty; None where there is neither."""
+    opener: Any = OPENERS.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            if not file.read(1):
+                return f"{str(path)!r} is empty"
+            file.seek(0)
+            return _broken_json(path, file) if data_kind(path) == "json" and path.suffix != ".zst" else None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        return f"{str(path)!r} can't be decompressed: {error}"
+
+
+def _broken_json(path: Path, file: IO[bytes]) -> str | None:
+    first = file.read(1)
+    file.seek(0)
+    if first == b"[":  # one list of rows over many lines
+        try:
+            json.loads(file.read())
+        except json.JSONDecodeError as error:
+            return f"{str(path)!r}, line {error.lineno}, column {error.colno}: not valid JSON, {error.msg}"
+        return None
+    columns: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(file, 1):
+        where = f"{str(path)!r}, line {number}"
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except UnicodeDecodeError:
+            return f"{where}: not UTF-8 text"
+        except json.JSONDecodeError as error:
+            return f"{where}, column {error.colno}: not valid JSON, {error.msg}"
+        if not isinstance(row, dict):
+            return f'{where}: each line must be an object such as {{"prompt": ...}}, got {line.decode()[:40].strip()}'
+        for column, value in row.items():
+            kind = type(value).__name__
+            line_before, before = columns.setdefault(column, (number, kind))
+            if value is not None and before not in (kind, "NoneType"):
+                return f"{where}: {column} is {kind}, but {before} in line {line_before}"
+    return None

@@ -1,0 +1,106 @@
+"""The settings of a run, read from the source of their dataclasses.
+
+Importing transformers and torch takes many seconds. A mistyped name and `--help` are answered from here in a fraction
+of one, because nothing but the standard library is imported.
+"""
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+TRANSFORMERS = "transformers.TrainingArguments"
+HEADING = re.compile(r"    # ([^;\n]+)")
+
+
+class Setting(NamedTuple):
+    """One field of a config."""
+
+    name: str
+    types: frozenset[str]
+    """Names of the types it may have, `None` among them."""
+    default: str | None
+    """Its source; None for a field that must be given."""
+    help: str
+    group: str
+    """The comment above its part of the class, or the name of transformers' class."""
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """All fields of `RunConfig` and `DPOConfig` by name, those of `transformers.TrainingArguments` last."""
+    here = Path(__file__).parent.parent
+    found: dict[str, Setting] = {}
+    for path, name in ((here / "run.py", "RunConfig"), (here / "config.py", "DPOConfig"), _training_arguments()):
+        for setting in _fields(path, name):
+            found.setdefault(setting.name, setting)
+    return found
+
+
+def _training_arguments() -> tuple[Path, str]:
+    spec = importlib.util.find_spec("transformers")  # its submodule's would import transformers
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("transformers is not installed; run pip install fastdpo", name="transformers")
+    return Path(spec.origin).parent / "training_args.py", "TrainingArguments"
+
+
+def _fields(path: Path, class_name: str) -> Iterator[Setting]:
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    group, seen = TRANSFORMERS, body[0].lineno
+    for node in body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if class_name != "TrainingArguments":
+            headings = [match[1] for line in lines[seen : node.lineno - 1] if (match := HEADING.match(line))]
+            group, seen = (headings or [group])[-1], node.lineno
+        options = _options(node.value)
+        if _literal(options.get("init")) is not False:
+            types = frozenset(_types(node.annotation))
+            yield Setting(node.target.id, types, _default(node.value, options), _help(options), group)
+
+
+def _options(value: ast.expr | None) -> dict[str, ast.expr]:
+    """Of a call of `field`."""
+    if not isinstance(value, ast.Call):
+        return {}
+    return {keyword.arg: keyword.value for keyword in value.keywords if keyword.arg}
+
+
+def _help(options: dict[str, ast.expr]) -> str:
+    metadata = options.get("metadata")
+    if not isinstance(metadata, ast.Dict):
+        return ""
+    texts = {_literal(key): value for key, value in zip(metadata.keys, metadata.values, strict=True)}
+    return str(_literal(texts.get("help")) or "").replace("%%", "%")
+
+
+def _default(value: ast.expr | None, options: dict[str, ast.expr]) -> str | None:
+    if value is None or isinstance(value, ast.Call):
+        if (factory := options.get("default_factory")) is not None:
+            return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
+        value = options.get("default")
+    return None if value is None else ast.unparse(value)
+
+
+def _literal(value: ast.expr | None) -> object:
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except ValueError:
+        return None
+
+
+def _types(annotation: ast.expr) -> Iterator[str]:
+    """`list[str] | None` has the types `list` and `None`."""
+    if isinstance(annotation, ast.BinOp):
+        yield from _types(annotation.left)
+        yield from _types(annotation.right)
+    elif isinstance(annotation, ast.Subscript):
+        yield from _types(annotation.value)
+    else:
+        yield ast.unparse(annotation)

@@ -1,0 +1,180 @@
+"""`use_liger_kernel`: Liger's kernels in the layers, fastdpo's head on top, in the policy and in its reference."""
+
+import math
+import sys
+from collections.abc import Callable
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from fastdpo import DPOConfig
+from fastdpo.compat import liger
+from fastdpo.model.scoring_forward import is_patched
+from tests.helpers.tiny import make_model
+from tests.test_trainer import losses, make, rows, tiny_llama  # noqa: F401 - make is a fixture
+
+CALLS: list[int] = []
+
+
+def of_liger(function: Any) -> FunctionType:
+    function.__module__ = "liger_kernel.fake"
+    return function  # type: ignore[no-any-return]
+
+
+@of_liger
+def norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    CALLS.append(id(self))
+    return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@of_liger
+def lce_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("Liger's own head is on")
+
+
+def apply_to_instance(
+    model: Any, *, rms_norm: bool = True, fused_linear_cross_entropy: bool = True, cross_entropy: bool = False
+) -> None:
+    """What liger-kernel 0.8 does to an instance, in the two places that matter here."""
+    assert not cross_entropy
+    if fused_linear_cross_entropy:
+        model.forward = MethodType(lce_forward, model)
+    for layer in model.model.layers if rms_norm else ():
+        vars(layer.input_layernorm)["forward"] = MethodType(norm_forward, layer.input_layernorm)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that patches as Liger does, with kernels that run anywhere."""
+    package, transformers, patches = (
+        ModuleType(f"liger_kernel{name}") for name in ("", ".transformers", ".transformers.monkey_patch")
+    )
+    package.transformers, transformers.monkey_patch = transformers, patches  # type: ignore[attr-defined]
+    transformers._apply_liger_kernel_to_instance = apply_to_instance  # type: ignore[attr-defined]
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_instance}  # type: ignore[attr-defined]
+    for module in (package, transformers, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(liger.liger, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    CALLS.clear()
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_it_trains_with_our_head_and_liger_s_layers(adapter: bool, make: Callable[..., Any]) -> None:  # noqa: F811
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]) if adapter else None
+    plain = make(peft_config=config)
+    trainer = make(peft_config=config, use_liger_kernel=True)
+    assert CALLS  # the self-check ran the model as it trains
+    for one in (plain, trainer):
+        one.train()
+    assert losses(trainer) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    models = [trainer.model.get_base_model()] if adapter else [trainer.model, trainer.ref_model]
+    for model in models:
+        assert is_patched(model)
+        norms = [layer.input_layernorm for layer in model.model.layers]
+        assert {id(norm) for norm in norms} <= set(CALLS)
+        assert all(norm.forward.__self__ is norm for norm in norms)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_the_user_chose_is_kept_but_for_the_head(
+    make: Callable[..., Any],  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = {"rms_norm": False, "fused_linear_cross_entropy": True}
+    trainer = make(use_liger_kernel=True, liger_kernel_config=config, max_steps=1)
+    assert trainer.args.liger_kernel_config == {
+        "rms_norm": False,
+        "fused_linear_cross_entropy": False,
+        "cross_entropy": False,
+    }
+    assert "liger_kernel_config: fused_linear_cross_entropy is switched off, for fastdpo" in caplog.text
+    trainer.train()
+    assert not CALLS
+    assert config["fused_linear_cross_entropy"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_reference_that_is_given_gets_it_too(make: Callable[..., Any]) -> None:  # noqa: F811
+    reference = tiny_llama()
+    make(ref_model=reference, use_liger_kernel=True, max_steps=1).train()
+    assert {id(layer.input_layernorm) for layer in reference.model.layers} <= set(CALLS)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    make(make_model("qwen2", vocab_size=331), use_liger_kernel=True, max_steps=1)
+    assert "use_liger_kernel has no effect: Liger has no kernels for Qwen2ForCausalLM" in caplog.text
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["new", "wrapped before"])
+def test_an_adapter_of_a_norm_is_refused(wrapped: bool, make: Callable[..., Any]) -> None:  # noqa: F811
+    """Liger would replace the forward of PEFT's layer, and nothing would train."""
+    config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
+    model = get_peft_model(tiny_llama(), config) if wrapped else tiny_llama()
+    with pytest.raises(ValueError, match=r"forward of model.layers.0.input_layernorm, which an adapter wraps"):
+        make(model, peft_config=None if wrapped else config, use_liger_kernel=True)
+
+
+def test_without_the_package_the_command_is_given(
+    make: Callable[..., Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before a model is loaded."""
+    monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: False)
+    with pytest.raises(ImportError, match=r"^use_liger_kernel=True needs .*: pip install liger-kernel$"):
+        make("no/such/model", use_liger_kernel=True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="use_liger_kernel=True needs a GPU"):
+        liger.prepare(DPOConfig(use_cpu=True, use_liger_kernel=True))
+
+
+@pytest.mark.slow
+def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """All its kernels for Llama, in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("liger_kernel")
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # Liger changes the module; that is undone after
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        _interpret_liger(monkeypatch)
+    settings = {"use_cpu": on_cpu, "max_steps": 2, "per_device_train_batch_size": 1, "data": rows(2)}
+    plain = make(tiny_llama(num_hidden_layers=1), **settings)
+    plain.train()
+    trainer = make(tiny_llama(num_hidden_layers=1), use_liger_kernel=True, **settings)
+    for model in (trainer.model, trainer.ref_model):
+        assert sum(map(liger._is_replaced, model.modules())) == 4  # three norms and an MLP
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(plain), abs=1e-4)
+
+
+def _interpret_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter of Triton 3.9 lacks: a float that a kernel is given is a scalar in it, and libdevice."""
+    import numpy as np
+    import triton.language as tl
+    from liger_kernel.ops import rms_norm
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(arg: Any) -> Any:
+        if not isinstance(arg, float):
+            return convert(arg)
+        return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # looked up inside of the interpreter

@@ -1,0 +1,138 @@
+"""The choice of the fastest implementation, with a clock of its own instead of a device's."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdpo.head import autotune
+
+KEY = "some device, some shape"
+COST = {"triton": 3.0, "blas": 2.0}
+
+
+class FakeEvent:
+    """A moment of a device that is behind until it is told to catch up."""
+
+    now = 0.0
+    reached = -1.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.reached
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        assert end.query(), "somebody would have waited"
+        return end.at - self.at
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "Event", FakeEvent)
+    FakeEvent.now, FakeEvent.reached = 0.0, -1.0
+    forget()
+    yield tmp_path / "choices.json"
+    forget()
+
+
+def forget() -> None:
+    """As a new process would."""
+    autotune._verdicts = None
+    autotune._calls.clear()
+    autotune._events.clear()
+
+
+def call(candidates: tuple[str, ...] = ("triton", "blas"), cost: dict[str, float] = COST) -> str:
+    """One forward and backward; the first of each candidate compiles for long."""
+    impl = autotune.pick(KEY, candidates)
+    first = not autotune._events.get(KEY, {}).get((impl, "forward"))
+    for phase in ("forward", "backward"):
+        with autotune.timed(KEY, impl, phase):
+            FakeEvent.now += cost[impl] * (50 if first and impl == "blas" else 1)
+    return impl
+
+
+def test_candidates_take_turns_and_the_fastest_wins(cache: Path) -> None:
+    trials = [call() for _ in range(2 * autotune.ROUNDS)]
+    assert trials == ["triton", "blas"] * autotune.ROUNDS
+    assert [call() for _ in range(3)] == ["triton"] * 3, "the device has not caught up, and nobody waits for it"
+    assert not cache.exists()
+    FakeEvent.reached = FakeEvent.now
+    assert [call() for _ in range(3)] == ["blas"] * 3
+    assert json.loads(cache.read_text()) == {KEY: "blas"}
+
+
+def test_a_device_that_is_always_a_call_behind_gets_its_verdict(cache: Path) -> None:
+    impls = []
+    for _ in range(2 * autotune.ROUNDS + 3):
+        FakeEvent.reached = FakeEvent.now - 1  # in the middle of the last backward
+        impls.append(call())
+    assert impls[-2:] == ["blas"] * 2
+    assert json.loads(cache.read_text()) == {KEY: "blas"}
+
+
+def test_a_verdict_outlives_the_process(cache: Path) -> None:
+    cache.write_text(json.dumps({KEY: "blas", "another": "triton"}))
+    assert call() == "blas"
+    assert not autotune._events
+
+
+def test_verdicts_of_other_processes_are_kept(cache: Path) -> None:
+    for _ in range(2 * autotune.ROUNDS):
+        call()
+    cache.write_text(json.dumps({"another": "triton"}))
+    FakeEvent.reached = FakeEvent.now
+    call()
+    assert json.loads(cache.read_text()) == {"another": "triton", KEY: "blas"}
+
+
+def test_a_candidate_that_no_longer_exists_is_no_verdict(cache: Path) -> None:
+    cache.write_text(json.dumps({KEY: "cutlass"}))
+    assert call() == "triton"
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]"])
+def test_a_broken_file_is_named_and_measured_again(content: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.write_text(content)
+    with caplog.at_level(logging.WARNING, logger="fastdpo"):
+        assert call() == "triton"
+    assert str(cache) in caplog.text
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache.parent / "file").write_text("")
+    monkeypatch.setenv("FASTDPO_CACHE", str(cache.parent / "file"))
+    for _ in range(2 * autotune.ROUNDS):
+        call()
+    FakeEvent.reached = FakeEvent.now
+    with caplog.at_level(logging.WARNING, logger="fastdpo"):
+        assert call() == "blas"
+        assert call() == "blas"
+    assert "measured again next time" in caplog.text
+
+
+def test_forward_alone_counts_too(cache: Path) -> None:
+    """A reference model has no backward."""
+    for _ in range(2 * autotune.ROUNDS):
+        impl: Any = autotune.pick(KEY, ("triton", "blas"))
+        with autotune.timed(KEY, impl, "forward"):
+            FakeEvent.now += COST[impl]
+    FakeEvent.reached = FakeEvent.now
+    assert autotune.pick(KEY, ("triton", "blas")) == "blas"
+
+
+def test_calls_that_are_no_trial_are_not_timed() -> None:
+    with autotune.timed("", "triton", "forward"):
+        pass
+    assert not autotune._events

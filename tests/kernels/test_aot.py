@@ -1,0 +1,236 @@
+"""The default configurations, compiled ahead of time for chips this machine does not have, NVIDIA's and one of AMD's.
+
+A tile that does not fit the registers is spilled to memory and runs several times slower, silently; one that does not
+fit shared memory does not run at all. `python -m tests.kernels.test_aot` prints what the compiler made of each.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+AMD = 942  # MI300
+# What one program may use: CUDA C++ Programming Guide, table 24; AMD's CDNA 3 instruction set, section 2.2
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, AMD: 64}
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync", AMD: "mfma"}
+FORWARD = [
+    "",
+    "stats",
+    "bias masses low-rank",
+    "bias softcap masses",
+    "bias softcap stats masses low-rank",
+]
+VARIANTS = {  # odd: sizes and strides are no multiples of 16; ragged: V is none
+    "forward": [*FORWARD, "odd", "odd bias softcap stats masses low-rank"],
+    "forward-tma": FORWARD,
+    "backward": [
+        "",
+        "bias low-rank",
+        "bias softcap low-rank",
+        "bias softcap low-rank entropy",
+        "odd",
+        "odd bias softcap low-rank",
+        "odd bias low-rank entropy",
+    ],
+    "sparse-dlogits": ["", "ragged bias low-rank", "bias softcap low-rank", "odd bias softcap low-rank"],
+    "sparse-dhidden": ["", "ragged", "odd"],
+    "sparse-dweight": ["", "ragged bias", "odd bias"],
+    "row-lists": [""],
+    "fold-logits": ["masses", "odd softcap stats masses"],
+    "dlogits-rows": ["", "odd softcap entropy"],
+}
+SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dweight")
+MATMULS = ("forward", "forward-tma", "backward", *SPARSE)
+POINTERS = [k for k in VARIANTS if k != "forward-tma"]
+
+
+class Job(NamedTuple):
+    """One compilation."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    variant: str
+
+
+class Compiled(NamedTuple):
+    """What came of it."""
+
+    launch: dict[str, int]
+    registers: int
+    spilled: int
+    shared_bytes: int
+    instructions: list[str]
+    barriers: int
+
+
+JOBS = [Job(k, arch, "bf16", v) for k in POINTERS for arch, v in product((80, 90, 100), VARIANTS[k])]
+JOBS += [Job("forward-tma", arch, "bf16", v) for arch, v in product((90, 100), FORWARD)]
+JOBS += [Job(k, arch, "fp32", VARIANTS[k][-1]) for k, arch in product(("forward", "backward"), (80, 90, 100))]
+JOBS += [Job(k, 80, "fp32", v) for k in POINTERS[2:] for v in VARIANTS[k][1:]]
+JOBS += [Job(k, 80, "fp64", VARIANTS[k][-1]) for k in ("forward", "backward")]
+# Has no entry in the tables
+JOBS += [Job(k, 86, "bf16", v) for k in POINTERS[:3] for v in VARIANTS[k][2:4]]
+JOBS += [Job(k, 86, "bf16", VARIANTS[k][1]) for k in SPARSE[1:]]
+JOBS += [Job("forward-tma", 120, "bf16", v) for v in FORWARD[2:4]]
+JOBS += [Job(k, AMD, "bf16", v) for k in POINTERS for v in VARIANTS[k]]
+
+
+def compile_kernel(job: Job) -> Compiled:
+    """Compile for sizes and strides that are multiples of 16 where the kernel is specialised to it, or odd ones."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastdpo.head.impl import torch as torch_impl
+    from fastdpo.kernels import linear_logprobs_backward as backward
+    from fastdpo.kernels import linear_logprobs_forward as forward
+    from fastdpo.kernels import logits_tile
+
+    has = set(job.variant.split())
+    vectors = "odd" not in has
+    itemsize = int(job.dtype[2:]) // 8
+    acc = "fp64" if job.dtype == "fp64" else "fp32"
+    if job.kernel in ("forward", "forward-tma"):
+        tma = job.kernel == "forward-tma"
+        kernel = forward.linear_logprobs_forward_tma_kernel if tma else forward._linear_logprobs_forward_kernel
+        epilogue = "stats" in has, {"softcap", "masses"} <= has, "low-rank" in has
+        configs, fallback = forward.default_configs(tma, vectors, *epilogue)
+    elif job.kernel == "backward":
+        kernel = backward._linear_logprobs_backward_kernel
+        configs, fallback = backward.default_configs(vectors, "softcap" in has, "entropy" in has)
+    else:
+        module = importlib.import_module(f"fastdpo.kernels.{job.kernel.replace('-', '_')}")
+        kernel = getattr(module, f"_{job.kernel.replace('-', '_')}_kernel")
+    if job.kernel == "sparse-dlogits":
+        configs, fallback = module.default_configs(vectors, "softcap" in has)
+    elif job.kernel in SPARSE:
+        configs, fallback = module.default_configs(vectors)
+    if job.kernel in MATMULS:
+        launch = configs.get((divmod(job.arch, 10), itemsize), fallback[itemsize])._asdict()
+    elif job.kernel == "row-lists":
+        launch = {"BLOCK_N": module.BLOCK_N, "num_warps": 4}
+    else:
+        launch = {"BLOCK": module.BLOCK, "T": torch_impl.CELL, "num_warps": 8}
+
+    constants: dict[str, Any] = {
+        "HAS_SOFTCAP": "softcap" in has,
+        "HAS_STATS": "stats" in has,
+        "ACCUMULATE": True,
+        "ACC": getattr(tl, acc.replace("fp", "float")),
+        "UPCAST": False,
+        "TILE": forward.TILE,
+        "GROUP_N": logits_tile.GROUP_N,
+        "stride_hd": 1,
+        "stride_wd": 1,
+    } | launch
+    optional = {
+        "bias": ["bias", "dbias"],
+        "masses": ["masses"],
+        "low-rank": ["hidden2", "weight2"],
+        "entropy": ["dentropy", "entropy"],
+        "stats": ["sum_dz", "sum_sq", "sum_z", "top_before"],
+    }
+    constants |= {f"{name}_ptr": None for option, names in optional.items() if option not in has for name in names}
+    inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
+    types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
+    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
+    types |= dict.fromkeys(("scale", "cap", "beta"), "fp64")
+    if job.kernel == "forward-tma":
+        for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
+            types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+        else:
+            signature[name] = types.get(name, f"*{acc}" if name.endswith("_ptr") else "i32")
+            multiple = name == "R" or (vectors and (name == "D" or name.startswith("stride")))
+            multiple |= name in ("V", "C") and not has & {"odd", "ragged"}
+            if name.endswith("_ptr") or (multiple and not kernel.params[i].do_not_specialize):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+
+    triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+    triton.knobs.nvidia.dump_ptxas_log = True
+    options = {k: launch[k] for k in ("num_warps", "num_stages") if k in launch} | {"enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    target = GPUTarget("hip", f"gfx{AMD}", 64) if job.arch == AMD else GPUTarget("cuda", job.arch, 32)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=target, options=options)
+    if job.arch == AMD:
+        assembly, barrier = compiled.asm["amdgcn"], r"(s_waitcnt.*\n\s*)*s_barrier"
+        registers = re.findall(r"\.vgpr_count: +(\d+)", assembly)
+        spilled = re.findall(r"\.vgpr_spill_count: +(\d+)", assembly)  # 4 bytes each; scalars go to vector registers
+        instructions = {"mfma": "v_mfma_"}
+    else:
+        assembly, barrier = compiled.asm["ptx"], r"bar\.sync"
+        registers = re.findall(r"Used (\d+) registers", log.getvalue())
+        spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
+        instructions = {name: f"{name}." for name in ("mma.sync", "wgmma", "tcgen05", "cp.async.bulk.tensor")}
+    lines, start = inspect.getsourcelines(kernel.fn)
+    barriers = [i for i, line in enumerate(lines, start) if "tl.debug_barrier()" in line]
+    return Compiled(
+        launch, int(registers[0]), sum(map(int, spilled)), compiled.metadata.shared,
+        [name for name, text in instructions.items() if text in assembly],
+        sum(bool(re.search(rf"\.loc\s+1 {line} .*\n\s*{barrier}", assembly)) for line in barriers),
+    )  # fmt: skip
+
+
+def compile_all() -> Any:
+    """Compile in another process: Triton's interpreter, once chosen, cannot be left."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.test_aot", "--json"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def compilations(once: Any) -> dict[Job, Compiled]:
+    return {Job(*job): Compiled(*compiled) for job, compiled in once("aot", compile_all)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job)).replace(" ", "-").strip("-"))
+def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled]) -> None:
+    compiled = compilations[job]
+    assert compiled.spilled == 0
+    assert compiled.shared_bytes <= SHARED_KIB[job.arch] * 1024
+    if job.dtype == "bf16" and job.kernel in MATMULS:
+        assert TENSOR_CORE[job.arch] in compiled.instructions
+    assert compiled.barriers == (job.kernel == "sparse-dhidden")
+    assert ("cp.async.bulk.tensor" in compiled.instructions) == (job.kernel == "forward-tma")
+
+
+def main() -> None:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        results = zip(JOBS, pool.map(compile_kernel, JOBS), strict=True)
+        if "--json" in sys.argv:
+            json.dump(list(results), sys.stdout)
+            return
+        for job, compiled in results:
+            launch = " ".join(map(str, compiled.launch.values()))
+            sys.stdout.write(
+                f"{job.kernel:14} {job.arch:3} {job.dtype} {job.variant:38} {launch:16}: "
+                f"{compiled.registers:3} registers, {compiled.spilled} spilled, "
+                f"{compiled.shared_bytes / 1024:3.0f} KiB shared, {' '.join(compiled.instructions)}\n"
+            )
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
