@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.tiny_configs import VOCAB, NotBuildableError, class_names, make_tiny
 from fastdpo import shared_prefix_batch
-from fastdpo.model.scoring_forward import find_head, layout_of, patch_forward
+from fastdpo.model.layout import layout_of
+from fastdpo.model.scoring_forward import find_head, patch_forward
 from fastdpo.model.self_check import self_check
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data import prepare
 from fastdpo.data.packing import kind_of
-from fastdpo.model.policy import choose_layout, smallest_vocab
+from fastdpo.model import adapters
+from fastdpo.model.layout import choose_layout
+from fastdpo.model.policy import smallest_vocab
 from fastdpo.model.scoring_forward import is_patched, patch_forward
 from fastdpo.model.self_check import checked_layout
-from fastdpo.reference import resolve
 from fastdpo.reference.cache import Logps, write_file
 from fastdpo.reference.precompute import token_logps
 
@@ -77,7 +78,7 @@ def score(
         raise ValueError(f"beta must be a finite number above 0, got {beta}")
     if ref_model is model:
         raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
-    if ref_model is None and not resolve.is_peft_model(model):
+    if ref_model is None and not adapters.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
     dataset = _tokenised(
         rows,
@@ -100,7 +101,7 @@ def score(
     if ref_model is not None:
         reference = token_logps(dataset, ref_model, name="reference's", **options)
     else:
-        with resolve.as_reference(model, ref_adapter_name):
+        with adapters.as_reference(model, ref_adapter_name):
             reference = token_logps(dataset, model, name="reference's", **options)
 
     index = dataset["pair_index"]

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import checks
+from fastdpo.checks import check_first_loss, check_parallelism, first_loss_is_known
 from fastdpo.compat import liger, trl
 from fastdpo.data import prepare
 from fastdpo.data.packing import shared_prefix_batch
@@ -29,15 +30,17 @@ from fastdpo.data.sampler import planned
 from fastdpo.loss.batch_loss import LossOutput, compute, step_mean, step_values
 from fastdpo.loss.options import from_config
 from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
+from fastdpo.model import adapters
+from fastdpo.model.adapters import wrap_adapter
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.policy import choose_layout, disable_dropout, load_policy, smallest_vocab, wrap_adapter
+from fastdpo.model.layout import choose_layout
+from fastdpo.model.policy import disable_dropout, load_policy, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import TokenScores, evaluating, patch_forward
 from fastdpo.model.self_check import agreed_layout
-from fastdpo.parallel import check_parallelism, prepare_reference
 from fastdpo.reference import columns as columns_module
 from fastdpo.reference import resolve
-from fastdpo.reference.first_loss import check_first_loss, first_loss_is_known
+from fastdpo.reference.resolve import prepare_reference
 from fastdpo.reference.sync import SyncReference, check_sync
 from fastdpo.report import console, log_output, metrics
 
@@ -100,7 +103,7 @@ class DPOTrainer(Trainer):
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
-        resolve.check_adapter(peft_config)
+        adapters.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model = load_policy(model, args)
         if isinstance(ref_model, str):
@@ -109,7 +112,7 @@ class DPOTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        own_adapter = args.ref_adapter_name or resolve.has_ref_adapter(model)
+        own_adapter = args.ref_adapter_name or adapters.has_ref_adapter(model)
         keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
         model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
         for policy in filter(None, (model, ref_model)):
@@ -154,7 +157,7 @@ class DPOTrainer(Trainer):
                 )
             self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
             callbacks = [*(callbacks or ()), self._sync]
-        base = model.get_base_model() if resolve.is_peft_model(model) else model
+        base = model.get_base_model() if adapters.is_peft_model(model) else model
         self._aux_coef = coefficient(base, args.router_aux_loss_coef)
         for policy in filter(None, (model, ref_model)):
             if args.disable_dropout:
@@ -271,12 +274,12 @@ class DPOTrainer(Trainer):
                 scores: TokenScores = self.ref_model(**inputs)
                 return scores.logps
             policy = self.accelerator.unwrap_model(self.model)
-            if not resolve.is_peft_model(policy):
+            if not adapters.is_peft_model(policy):
                 raise ValueError(
                     "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
                     "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
                 )
-            with evaluating(policy), resolve.as_reference(policy, self.args.ref_adapter_name):
+            with evaluating(policy), adapters.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:

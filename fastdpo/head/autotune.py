@@ -11,11 +11,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastdpo.head.impl.interface import Needs
 
 logger = logging.getLogger("fastdpo")
 
@@ -98,3 +103,31 @@ def _write(key: str, verdict: str) -> None:
         Path(file.name).replace(cache_file())
     except OSError as error:
         logger.warning("%s cannot be written (%s): the head is measured again next time", cache_file(), error)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; logs a warning once if it is not."""
+    found = find_spec("triton") is not None
+    if not found:
+        logger.warning("Triton is not installed: linear_logprobs runs on CUDA in PyTorch.")
+    return found
+
+
+def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
+    """Return the implementation that serves "auto", and the key of the trial that the call is part of, or nothing."""
+    measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
+    if not measures or not has_triton():
+        return impl, ""
+    wants = Needs(*needs)
+    key = [
+        torch.cuda.get_device_name(hidden.device),
+        f"torch {torch.__version__}",
+        str(hidden.dtype).removeprefix("torch."),
+        f"D={weight.shape[1]}",
+        f"V={weight.shape[0]}",
+        f"N<{1 << hidden.shape[0].bit_length()}",
+        "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
+        "sparse" if sparse and any(needs) else "dense",
+    ]
+    return pick(", ".join(key), ("triton", "blas")), ", ".join(key)

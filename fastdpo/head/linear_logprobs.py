@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastdpo.head import eager, vocab_parallel
+from fastdpo.head.autotune import choose_impl
 from fastdpo.head.eager import Stats
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, result_dtype
-from fastdpo.head.op import check_targets, choose, density_key, linear_logprobs_op, results_of
+from fastdpo.head.op import check_targets, density_key, linear_logprobs_op, results_of
 
 Impl = Literal["auto", "eager", "torch", "triton", "blas"]
 Backward = Literal["auto", "exact", "sparse"]
@@ -172,7 +173,7 @@ def _compute(
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
     if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
         sparse = not sparsity.expect_dense(density_key(hidden, weight))
-    impl, trial = choose(impl, hidden, weight, needs, sparse)
+    impl, trial = choose_impl(impl, hidden, weight, needs, sparse)
     outputs = linear_logprobs_op(
         hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
         backward != "sparse", start, V, workspace, trial,

@@ -7,9 +7,7 @@ that torch.compile sees all the memory there is.
 
 import logging
 import os
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -217,17 +215,9 @@ def check_targets(targets: Tensor, V: int) -> None:
         raise ValueError(f"targets must be in [0, V) = [0, {V}), got {int(targets[n])} at position {n}")
 
 
-@cache
-def _has_triton() -> bool:
-    found = find_spec("triton") is not None
-    if not found:
-        logger.warning("Triton is not installed: linear_logprobs runs on CUDA in PyTorch.")
-    return found
-
-
 def implementation(impl: str, device: torch.device) -> ModuleType:
     """Import the module of fastdpo.head.impl that serves `impl` on `device`."""
-    if impl == "torch" or (impl == "auto" and not (device.type == "cuda" and _has_triton())):
+    if impl == "torch" or (impl == "auto" and not (device.type == "cuda" and autotune.has_triton())):
         return import_module("fastdpo.head.impl.torch")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise ValueError(
@@ -237,25 +227,6 @@ def implementation(impl: str, device: torch.device) -> ModuleType:
     return import_module(
         f"fastdpo.head.impl.{'triton' if impl == 'auto' else impl}"
     )  # only here: Triton may be missing
-
-
-def choose(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
-    """Return the implementation that serves "auto", and the key of the trial that the call is part of, or nothing."""
-    measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
-    if not measures or not _has_triton():
-        return impl, ""
-    wants = Needs(*needs)
-    key = [
-        torch.cuda.get_device_name(hidden.device),
-        f"torch {torch.__version__}",
-        str(hidden.dtype).removeprefix("torch."),
-        f"D={weight.shape[1]}",
-        f"V={weight.shape[0]}",
-        f"N<{1 << hidden.shape[0].bit_length()}",
-        "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
-        "sparse" if sparse and any(needs) else "dense",
-    ]
-    return autotune.pick(", ".join(key), ("triton", "blas")), ", ".join(key)
 
 
 def density_key(hidden: Tensor, weight: Tensor) -> sparsity.Key:

@@ -2,18 +2,13 @@
 
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
-from transformers.utils import is_peft_available
 
-from fastdpo.config import DPOConfig
-from fastdpo.data.packing import LAYOUTS
-from fastdpo.model.scoring_forward import Layout, layout_of
-from fastdpo.reference import resolve
+from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
 from fastdpo.settings.failures import loading
 
@@ -25,7 +20,7 @@ _BUILT = "_fastdpo_built"
 """On a model that `model_init_kwargs` has been applied to."""
 
 
-def load_policy(model: Any, args: DPOConfig, *, setting: str = "model") -> Any:
+def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
 
     An adapter's folder may hold the adapter that was its reference in training (`ref`, or `args.ref_adapter_name`) in
@@ -50,14 +45,14 @@ def load_policy(model: Any, args: DPOConfig, *, setting: str = "model") -> Any:
             raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
 
 
-def _from_pretrained(model: str, args: DPOConfig) -> Any:
+def _from_pretrained(model: str, args: Any) -> Any:
     options = _options(args)
     if (Path(model) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        with resolve.peft_is_older():
+        with adapters.peft_is_older():
             policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
-        reference = args.ref_adapter_name or resolve.REF_ADAPTER
+        reference = args.ref_adapter_name or adapters.REF_ADAPTER
         if (Path(model) / reference / "adapter_config.json").is_file():
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
             logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
@@ -70,34 +65,10 @@ def smallest_vocab(*models: Any) -> int:
     return min(int(model.get_input_embeddings().weight.shape[0]) for model in models if model is not None)
 
 
-def _options(args: DPOConfig) -> dict[str, Any]:
+def _options(args: Any) -> dict[str, Any]:
     """Of `from_pretrained`."""
     assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
     return {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-
-
-def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
-    """The policy with its adapter: a new one of `peft_config`, or the one it came with.
-
-    `keeps_reference` keeps a copy as "ref", see `fastdpo.reference.resolve`: of the latter, and of a new one that
-    changes the model before training (PiSSA, OLoRA, LoftQ, random).
-
-    Raises:
-        ValueError: both are given, or the adapter can't be trained here.
-        ImportError: `peft_config` is given and PEFT is not installed.
-    """
-    if resolve.is_peft_model(model):
-        if peft_config is not None:
-            raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
-        resolve.check_adapter(model.active_peft_config)
-        if keeps_reference:
-            resolve.keep_ref_adapter(model)
-        return model
-    if peft_config is None:
-        return model
-    if not is_peft_available():
-        raise ImportError("peft_config needs the peft library: pip install 'fastdpo[peft]'")
-    return resolve.add_adapter(model, peft_config, keeps_reference=keeps_reference)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -110,21 +81,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
-    """The best layout of batches that is exact on all `models`; `prefix_sharing` False: without shared prefixes."""
-    found = [layout_of(model) for model in models]
-    layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
-    if not prefix_sharing and layout in ("shared", "tree"):
-        layout, reason = "packed", "prefix_sharing=False"
-    padding = "batches are padded" if layout == "padded" else "batches hold no padding"
-    if layout in ("shared", "tree"):
-        logger.info("%s, and what an example's responses have in common, as the prompt, is computed once", padding)
-    else:
-        logger.info("%s, and a prompt is computed once for each of its responses, because %s", padding, reason)
-    return layout
-
-
-def build_policy(config_name: str, args: DPOConfig) -> Any:
+def build_policy(config_name: str, args: Any) -> Any:
     """A model with random weights of a config; float32, too, unless `args.model_init_kwargs` says otherwise.
 
     What else `model_init_kwargs` holds goes to config and model.

@@ -7,9 +7,6 @@
 `patch_forward` puts this into the instance's own `forward`. Nothing of the model is cached: decoder and head are looked
 up on each call, for PEFT and FSDP replace them after patching.
 
-`layout_of` says which layout of a batch (see `fastdpo.data.packing`) is the best exact one for a model, from what is
-known of its class and config; `fastdpo.model.self_check` then confirms it by numbers on the model itself.
-
 Shapes: T rows of a packed batch, R padded rows of L tokens, M targets, D hidden size, V vocabulary.
 """
 
@@ -18,22 +15,16 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fastdpo.head.eager import Stats
-from fastdpo.model import body_and_head, hybrid, router
+from fastdpo.model import body_and_head, router
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
-
-Layout = Literal["shared", "packed", "tree", "padded"]
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose packed computation is exact."""
-_HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
+from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit, unwrap
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
@@ -83,34 +74,6 @@ def find_head(model: Any) -> Head:
     return _find(model)[1]
 
 
-def layout_of(model: Any) -> tuple[Layout, str]:
-    """Choose the best layout of a batch that is exact on a model: shared, tree, packed (nothing is shared) or padded.
-
-    Where it is "tree", the model's recurrent layers have been made to follow one (see `fastdpo.model.hybrid`).
-
-    Args:
-        model: as `find_head`. Its dropout counts as it is set now.
-
-    Returns:
-        The layout, and the reason in words.
-
-    Raises:
-        ValueError: as `find_head`, as far as that needs no look at the head.
-    """
-    model = _checked(model)
-    if reason := _only_padded(model):
-        return "padded", reason
-    if _attention_dropout(model):
-        return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches can"
-    recurrent = _has_state(model)
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        reason = "it uses dropout (disable_dropout=False), and a token computed once has one mask only"
-        return "padded" if recurrent else "packed", reason
-    if recurrent:
-        return "tree", "its recurrent layers follow the batch's tree by tree-recurrence"
-    return "shared", "its attention is causal, full or sliding, and goes through transformers' AttentionInterface"
-
-
 def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", attention_backend: str = "auto") -> None:
     """Let `model(**batch)` score a batch of `fastdpo.shared_prefix_batch`, and leave every other call as it was.
 
@@ -132,10 +95,12 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
         ValueError: as `find_head`.
     """
     place, head = _find(model)
-    model = _unwrap(model)
+    model = unwrap(model)
     if head.own:
-        logger.warning("%s: the logits are computed in chunks by the model's own head: %s", _name(model), head.own)
-    padded = _only_padded(model)
+        logger.warning(
+            "%s: the logits are computed in chunks by the model's own head: %s", type(model).__name__, head.own
+        )
+    padded = only_padded(model)
     if padded is None:
         _set_attention(model)
     previous = vars(model).get("_fastdpo")
@@ -148,7 +113,7 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
 
 def is_patched(model: Any) -> bool:
     """Whether `patch_forward` has been called on a model, or on what PEFT wraps."""
-    return "_fastdpo" in vars(_unwrap(model))
+    return "_fastdpo" in vars(unwrap(model))
 
 
 @contextmanager
@@ -221,12 +186,12 @@ def _packed_hidden(
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"input_ids of a packed batch must be [1, T], got {tuple(input_ids.shape)}")
     if reason := vars(model)["_fastdpo"].padded:
-        raise _refusal(model, f"{reason}; they must be padded (layout='padded')")
-    if _has_state(model) and _begins_inside_a_segment(batch):
-        raise _refusal(model, "its layers carry a state, so shared prompts need layout='tree'")
+        raise refusal(model, f"{reason}; they must be padded (layout='padded')")
+    if has_state(model) and _begins_inside_a_segment(batch):
+        raise refusal(model, "its layers carry a state, so shared prompts need layout='tree'")
     name = model.config._attn_implementation
     if name != registered.NAME:
-        raise _refusal(model, f"its attention is {name!r} and not {registered.NAME!r}; call patch_forward (again)")
+        raise refusal(model, f"its attention is {name!r} and not {registered.NAME!r}; call patch_forward (again)")
     with registered.packing():
         outputs = decoder(
             input_ids=input_ids,
@@ -263,12 +228,12 @@ def _padded_hidden(
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options = {name: value for name, value in options.items() if name in accepted}
 
-    limit, rope_type = _rope_limit(model.config)
+    limit, rope_type = rope_limit(model.config)
     if limit is None or input_ids.shape[1] <= limit:
         outputs = decoder(input_ids=input_ids, attention_mask=attention_mask, **options)
         return outputs[0].flatten(0, 1), [outputs]
     if rope_type != "longrope":
-        raise _refusal(
+        raise refusal(
             model,
             f"beyond {limit} tokens its {rope_type} RoPE depends on the batches before; set max_length <= {limit}",
         )
@@ -284,7 +249,7 @@ def _padded_hidden(
 
 def _find(model: Any) -> tuple[int, Head]:
     """Find the head and where the decoder is."""
-    model = _checked(model)
+    model = checked_model(model)
     tried = []
     for place in body_and_head.places(model):
         head = body_and_head.locate(model, place)
@@ -298,87 +263,10 @@ def _find(model: Any) -> tuple[int, Head]:
     head = body_and_head.locate(model)
     if head.own is None and body_and_head.outside(model, head) is None:  # a forward that is not a class's own
         return 0, head
-    raise _refusal(model, tried[0])
-
-
-def _checked(model: Any) -> Any:
-    """Return the causal LM inside, if any layout can be exact on it."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise _refusal(model, "it puts trained prompts before the tokens; use an adapter of its layers")
-    model = _unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        raise _refusal(model, "it is not a model of transformers")
-    if model.config.is_encoder_decoder:
-        raise _refusal(model, "it is an encoder and a decoder")
-    return model
-
-
-def _unwrap(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _name(model: Any) -> str:
-    return type(model).__name__
-
-
-def _refusal(model: Any, reason: str) -> ValueError:
-    return ValueError(f"{_name(model)} cannot run these batches: {reason}")
+    raise refusal(model, tried[0])
 
 
 def _set_attention(model: Any) -> None:
     model.set_attn_implementation(registered.NAME)
     if model.config._attn_implementation != registered.NAME:
-        raise _refusal(model, f"its attention stays {model.config._attn_implementation!r} when it is set")
-
-
-def _has_state(model: Any) -> bool:
-    """Whether layers carry a state; LFM2's short convolutions are only to be told by the kinds of its layers."""
-    unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
-    return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
-
-
-def _only_padded(model: PreTrainedModel) -> str | None:
-    """Why packed batches would not be exact on this model; None if they are."""
-    config: Any = model.config
-    if config.get_text_config() is not config:
-        return "it is not a decoder of text alone"
-    if unknown := set(getattr(config, "layer_types", None) or ()) - _HYBRID_TYPES:
-        return f"it has layers of type {', '.join(sorted(unknown))}"
-    if not _has_state(model) and not model._supports_attention_backend:
-        return "its attention does not go through transformers' AttentionInterface"
-    limit, rope_type = _rope_limit(config)
-    if limit is not None:
-        return f"its {rope_type} RoPE depends on the longest sequence in the batch"
-    return hybrid.follows_trees(model) if _has_state(model) else None
-
-
-def _rope_limit(config: Any) -> tuple[int | None, str]:
-    """Length up to which a RoPE that changes with the length is the same for all, and its type; None: it never does."""
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [p for p in rope.values() if isinstance(p, dict)] or [rope]:
-        rope_type = parameters.get("rope_type", "default")
-        if "dynamic" in rope_type:
-            return config.max_position_embeddings, rope_type
-        if rope_type == "longrope":
-            return parameters.get("original_max_position_embeddings", config.max_position_embeddings), rope_type
-    return None, "default"
-
-
-def _attention_dropout(model: nn.Module) -> bool:
-    """Whether attention weights may drop out: attention layers keep a number, or a module whose `p` they pass on.
-
-    An attention layer's own modules count, but for those of the residual stream (GPT-2 names them so); what an adapter
-    puts into its projections is deeper and drops out hidden states.
-    """
-    by_number = any(
-        "dropout" in name and isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in vars(module).items()
-    )
-    return by_number or any(
-        isinstance(child, nn.Dropout) and child.p > 0 and "resid" not in name
-        for module in model.modules()
-        if type(module).__name__.endswith("Attention")
-        for name, child in module.named_children()
-    )
+        raise refusal(model, f"its attention stays {model.config._attn_implementation!r} when it is set")

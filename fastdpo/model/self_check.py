@@ -26,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention.registered import NAME
-from fastdpo.model.scoring_forward import Layout, TokenScores, evaluating
+from fastdpo.model.layout import Layout
+from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8
 # float32 rounds 1000 times finer

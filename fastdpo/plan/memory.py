@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fastdpo.head.impl.interface import WORKSPACE_BYTES
+from fastdpo.model.adapters import peft_is_older
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.stand_ins import NAME, HeadMemory
-from fastdpo.reference.resolve import peft_is_older
 
 TRACED_ROWS = (1024, 2048)
 ANY_BACKEND = Usable("auto", {})

@@ -20,7 +20,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from fastdpo.config import DPOConfig
 from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
-from fastdpo.model.policy import choose_layout, disable_dropout
+from fastdpo.model.layout import choose_layout
+from fastdpo.model.policy import disable_dropout
 from fastdpo.plan.memory import Memory, Precision, Ratios, memory_model, meta_model
 from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
 from fastdpo.report.page import summary_table

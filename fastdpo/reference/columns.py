@@ -8,8 +8,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from fastdpo.data import prepare
-from fastdpo.model.scoring_forward import Layout
-from fastdpo.reference import resolve
+from fastdpo.model import adapters
+from fastdpo.model.layout import Layout
 from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
 
 logger = logging.getLogger("fastdpo")
@@ -66,5 +66,5 @@ def add(trainer: Trainer, reference: Any, layout: Layout) -> None:
 
 def _answering(reference: Any, policy: Any, adapter: str | None) -> contextlib.AbstractContextManager[None]:
     """Within it `reference` answers as the reference."""
-    switched = reference is policy and resolve.is_peft_model(policy)
-    return resolve.as_reference(policy, adapter) if switched else contextlib.nullcontext()
+    switched = reference is policy and adapters.is_peft_model(policy)
+    return adapters.as_reference(policy, adapter) if switched else contextlib.nullcontext()

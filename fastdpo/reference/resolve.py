@@ -1,37 +1,21 @@
-"""The reference policy: where it comes from, and how to make a model answer as it."""
+"""The reference policy: where it comes from."""
 
 import copy
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
-from fastdpo.model.body_and_head import can_probe
-from fastdpo.model.scoring_forward import evaluating
+from fastdpo.model.adapters import (
+    REF_ADAPTER,
+    check_ref_adapter,
+    has_ref_adapter,
+    is_peft_model,
+    trained_without_adapter,
+)
 
 logger = logging.getLogger("fastdpo")
-
-REF_ADAPTER = "ref"
-
-
-def is_peft_model(model: Any) -> bool:
-    """Whether `model` is wrapped by PEFT."""
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def has_ref_adapter(model: Any) -> bool:
-    """Whether `model` came with an adapter called "ref"."""
-    return is_peft_model(model) and REF_ADAPTER in model.peft_config
 
 
 def resolve_reference(
@@ -72,11 +56,11 @@ def resolve_reference(
     if ref_adapter_name is None and ref_model is None and has_ref_adapter(model):
         ref_adapter_name = REF_ADAPTER
     if ref_adapter_name is not None:
-        _check_ref_adapter(model, ref_model, ref_adapter_name)
+        check_ref_adapter(model, ref_model, ref_adapter_name)
     if ref_model is model:
         raise ValueError("ref_model is the same object as model, so it would be trained too; leave it out")
     if ref_model is None and is_peft_model(model):
-        trained = _trained_without_adapter(model)
+        trained = trained_without_adapter(model)
         if trained:
             raise ValueError(
                 f"weights outside the adapters are trained ({', '.join(trained[:3])}, {len(trained)} in all), so the "
@@ -93,193 +77,10 @@ def resolve_reference(
     return ref_model
 
 
-def _check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
-    found = list(model.peft_config) if is_peft_model(model) else []
-    if name not in found:
-        raise ValueError(f"ref_adapter_name={name!r} is no adapter of the model, which has {found or 'none'}")
-    if ref_model is not None:
-        raise ValueError(f"both ref_model and ref_adapter_name={name!r} are given; leave one out")
-    if name in model.active_adapters:
-        raise ValueError(
-            f"ref_adapter_name={name!r} is the active adapter, which is trained; call model.set_adapter with the "
-            "other, or pass ref_model"
-        )
+def prepare_reference(accelerator: Accelerator, ref_model: Any) -> Any:
+    """The frozen reference on its device, sharded as the policy will be."""
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-
-def check_adapter(config: Any) -> None:
-    """Refuse an adapter that packed batches have no place for.
-
-    Args:
-        config: a `peft.PeftConfig`; None for a model without an adapter.
-
-    Raises:
-        ValueError: it is none, or its effect on a token depends on more than the layers' inputs at that token.
-    """
-    if config is None:
-        return
-    name = type(config).__name__
-    if not hasattr(config, "peft_type"):
-        raise ValueError(f"peft_config must be a peft.PeftConfig, such as peft.LoraConfig(), got {name}")
-    if config.is_prompt_learning:
-        reason = "it puts virtual tokens or past keys and values before the prompt"
-    elif config.is_adaption_prompt:
-        reason = "it adds a prompt to the attention of a whole sequence"
-    elif config.peft_type == "XLORA":
-        reason = "it weighs its adapters by a forward of its own over each sequence"
-    elif config.peft_type == "POLY":
-        reason = "it reads a task id beside each sequence"
-    elif config.peft_type == "SHADOW":
-        reason = "its layers exchange more than hidden states"
-    elif getattr(config, "alora_invocation_tokens", None):
-        reason = "alora_invocation_tokens switches it on at a position of each sequence"
-    else:
-        return
-    raise ValueError(
-        f"{name} cannot be trained on packed batches: {reason}; use an adapter of the layers, such as peft.LoraConfig"
-    )
-
-
-def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
-    """The model in PEFT's wrapper with a new adapter.
-
-    Args:
-        model: a causal LM.
-        config: a `peft.PeftConfig`.
-        keeps_reference: see that the policy can answer as the reference. That is the policy without the adapter where
-            this changes nothing yet, which is found by numbers but for plain LoRA; else a copy of the adapter.
-
-    Raises:
-        ValueError: PEFT cannot add it, or nothing can serve as the reference.
-    """
-    from peft import get_peft_model
-
-    check_adapter(config)
-    is_plain = _is_lora(config) and config.init_lora_weights in (True, "gaussian")
-    base = None if is_plain or not can_probe(model) else _logits(model)
-    try:
-        with peft_is_older():
-            model = get_peft_model(model, config)
-    except (AttributeError, KeyError, TypeError) as error:  # what PEFT raises for settings that don't fit the model
-        raise ValueError(f"PEFT cannot add {type(config).__name__} to {type(model).__name__}: {error}") from error
-    if keeps_reference and not is_plain:
-        starts_at_base = [base is not None and _starts_at(model, base)]
-        if torch.distributed.is_initialized():  # where weights are sharded, only the first process has them all
-            torch.distributed.broadcast_object_list(starts_at_base)
-        if not starts_at_base[0]:
-            keep_ref_adapter(model)
-    return model
-
-
-@contextmanager
-def peft_is_older() -> Iterator[None]:
-    """Hide that PEFT reads a property by the name it had in an earlier transformers, which a user can't change."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        yield
-
-
-def keep_ref_adapter(model: Any) -> None:
-    """Copy a PEFT model's active adapter to a frozen one named "ref", which `as_reference` then uses.
-
-    Raises:
-        ValueError: PEFT cannot hold a copy of this kind of adapter.
-    """
-    name = model.active_adapter
-    config = copy.deepcopy(model.peft_config[name])
-    start = None if _is_lora(config) or not can_probe(model) else _logits(model)
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start from the base weights again
-    config.inference_mode = True  # AdaLoRA takes a second adapter only if that is frozen
-    failure = "it answers otherwise"
-    try:
-        with warnings.catch_warnings(), _keeping_flags(model):
-            warnings.filterwarnings("ignore", message=".*adapter")
-            model.add_adapter(REF_ADAPTER, config)
-        _copy_adapter(model, name)
-        with as_reference(model):
-            is_copy = start is None or torch.equal(_logits(model), start)
-    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
-        failure, is_copy = str(error), False
-    if not is_copy:
-        raise ValueError(
-            f"the adapter ({type(config).__name__}) changes the model before training, and PEFT cannot keep a copy of "
-            f"it to be the reference ({failure}); pass ref_model"
-        )
-    logger.info("reference: adapter %r, a copy of %r as passed", REF_ADAPTER, name)
-
-
-@torch.no_grad()
-def _copy_adapter(model: Any, name: str) -> None:
-    """Give the adapter "ref" the tensors of the adapter `name`: those that have it as a part of their path."""
-    tensors = dict((*model.named_parameters(), *model.named_buffers()))
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        if name in parts:
-            other = tensors.get(".".join(REF_ADAPTER if part == name else part for part in parts))
-            if other is not None:
-                other.data.copy_(tensor.data)
-
-
-def _is_lora(config: Any) -> bool:
-    """Whether it is LoRA itself, of which it is known what it starts from and that it can be copied."""
-    from peft import LoraConfig
-
-    return type(config) is LoraConfig
-
-
-def _starts_at(model: Any, base: Tensor) -> bool:
-    """Whether a new adapter answers `base`, but for float32's rounding, and switched off exactly that."""
-    on = _logits(model)
-    with as_reference(model):
-        off = _logits(model)
-    bound = 16 * torch.finfo(torch.float32).eps * (1 + float(base.abs().max()))
-    return torch.equal(off, base) and float((on - off).abs().max()) <= bound
-
-
-@torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    """`[1, 8, V]` of eight tokens."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        logits: Tensor = model(input_ids=torch.arange(1, 9, device=device)[None], use_cache=False).logits
-    return logits
-
-
-def _trained_without_adapter(model: Any) -> list[str]:
-    """Names of weights that train and that answer, too, where the adapters are off: PEFT freezes all others then."""
-    with warnings.catch_warnings(), _keeping_flags(model):
-        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
-        with model.disable_adapter():
-            return [name for name, p in model.get_base_model().named_parameters() if p.requires_grad]
-
-
-@contextmanager
-def _keeping_flags(model: nn.Module) -> Iterator[None]:
-    """PEFT trains all of the adapter that it switches on; afterwards only what was trained before is trained."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-
-@contextmanager
-def as_reference(model: Any, adapter: str | None = None) -> Iterator[None]:
-    """Within it a PEFT model answers as the reference: with its `adapter` if it has one, else with none.
-
-    `adapter` is "ref" if None; where training has a `ref_adapter_name`, give that.
-    """
-    adapter = REF_ADAPTER if adapter is None else adapter
-    with _keeping_flags(model):
-        if adapter not in model.peft_config:
-            with model.disable_adapter():
-                yield
-            return
-        previous = model.active_adapter
-        model.set_adapter(adapter)
-        try:
-            yield
-        finally:
-            model.set_adapter(previous)
+        return fsdp2_prepare_model(accelerator, ref_model).eval()
+    return accelerator.prepare_model(ref_model, evaluation_mode=True)

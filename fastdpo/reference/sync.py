@@ -8,8 +8,8 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import TrainerCallback
 
+from fastdpo.model.adapters import is_peft_model
 from fastdpo.reference.cache import write_file
-from fastdpo.reference.resolve import is_peft_model
 
 FILE = "reference.safetensors"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo.head import eager, op
+from fastdpo.head import autotune, eager, op
 from fastdpo.head.eager import Stats
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.impl.interface import Needs
@@ -197,11 +197,11 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_auto_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(op, "find_spec", lambda name: None)
-    op._has_triton.cache_clear()
+    monkeypatch.setattr(autotune, "find_spec", lambda name: None)
+    autotune.has_triton.cache_clear()
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         modules = [op.implementation("auto", torch.device("cuda")) for _ in range(2)]
-    op._has_triton.cache_clear()
+    autotune.has_triton.cache_clear()
     assert modules == [torch_impl, torch_impl]
     assert [r.message for r in caplog.records] == ["Triton is not installed: linear_logprobs runs on CUDA in PyTorch."]
 

@@ -12,7 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
 from fastdpo.data.packing import shared_prefix_batch
-from fastdpo.model.policy import wrap_adapter
+from fastdpo.model import adapters
+from fastdpo.model.adapters import wrap_adapter
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.reference import resolve
 from fastdpo.reference.fingerprint import fingerprint
@@ -96,7 +97,7 @@ def score(model: Any) -> Tensor:
 
 @torch.no_grad()
 def score_reference(model: Any) -> Tensor:
-    with resolve.as_reference(model):
+    with adapters.as_reference(model):
         return score(model)
 
 
@@ -127,11 +128,11 @@ def test_a_new_adapter_trains_with_an_exact_reference(case: str, base_logps: Ten
     assert resolve.resolve_reference(model, None) is None
     patch_forward(model)
     start, reference = score(model), score_reference(model)
-    if resolve.has_ref_adapter(model):
+    if adapters.has_ref_adapter(model):
         assert torch.equal(reference, start)
     else:
         assert torch.equal(reference, base_logps)
-        with resolve.as_reference(model):
+        with adapters.as_reference(model):
             assert fingerprint(model)[0] == fingerprint(base_model())[0]
         torch.testing.assert_close(start, base_logps, rtol=1e-4, atol=1e-4)
     assert step(model)
@@ -248,10 +249,10 @@ def test_what_the_user_froze_stays_frozen() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("lora_B" in name)
     resolve.resolve_reference(model, None)
-    with resolve.as_reference(model):
+    with adapters.as_reference(model):
         pass
-    resolve.keep_ref_adapter(model)
-    with resolve.as_reference(model):
+    adapters.keep_ref_adapter(model)
+    with adapters.as_reference(model):
         pass
     assert all(p.requires_grad == ("lora_B.default" in name) for name, p in model.named_parameters())
 

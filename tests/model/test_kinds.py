@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from fastdpo.model.scoring_forward import find_head, layout_of, patch_forward
+from fastdpo.model.layout import layout_of
+from fastdpo.model.scoring_forward import find_head, patch_forward
 from tests.helpers.tiny import (
     PAIRS,
     VOCAB,
@@ -280,7 +281,7 @@ def test_a_batch_whose_trunks_are_no_segments_is_refused_by_a_hybrid(family):
 
 @pytest.mark.parametrize("family", ["qwen3-next", "mamba2", "bamba", "lfm2"])
 def test_hybrids_are_exact_padded(family, monkeypatch):
-    monkeypatch.setattr("fastdpo.model.hybrid.follows_trees", lambda model: "no")
+    monkeypatch.setattr("fastdpo.model.layout._follows_trees", lambda model: "no")
     model = make_model(family)
     expected = stock_logps(model, PAIRS)
     torch.testing.assert_close(score_after_pairs(model, PAIRS), expected, rtol=0, atol=1e-5)

@@ -13,7 +13,8 @@ import transformers
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import fused_scores
-from fastdpo.model.scoring_forward import TokenScores, find_head, layout_of, patch_forward
+from fastdpo.model.layout import layout_of
+from fastdpo.model.scoring_forward import TokenScores, find_head, patch_forward
 from tests.helpers.tiny import (
     PAIRS,
     VOCAB,

@@ -9,7 +9,8 @@ import transformers
 
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model import body_and_head
-from fastdpo.model.scoring_forward import find_head, layout_of, patch_forward
+from fastdpo.model.layout import layout_of
+from fastdpo.model.scoring_forward import find_head, patch_forward
 from fastdpo.model.self_check import self_check
 from tests.helpers.tiny import PAIRS, VOCAB, make_model, make_pairs
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fastdpo
-from fastdpo.reference import policies, precompute
+from fastdpo.model import adapters
+from fastdpo.reference import precompute
 from fastdpo.reference.fingerprint import fingerprint
 from tests.test_trainer import rows, tiny_llama
 
@@ -53,8 +54,8 @@ def reference_of(made: Setup, folder: Path) -> tuple[Any, int]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute, "_fill", counting)
-        if policies.is_peft_model(made.model):
-            with policies.as_reference(made.model):
+        if adapters.is_peft_model(made.model):
+            with adapters.as_reference(made.model):
                 column = precompute.with_reference(made.dataset, made.model, **options)[precompute.COLUMN]
         else:
             column = precompute.with_reference(made.dataset, made.model, **options)[precompute.COLUMN]
@@ -266,15 +267,15 @@ def test_the_ref_adapter_counts_and_the_trained_one_does_not() -> None:
             if "lora_B" in name:
                 p.add_(1.0)
     trained, _ = fingerprint(model)
-    policies.keep_ref_adapter(model)
-    with policies.as_reference(model):
+    adapters.keep_ref_adapter(model)
+    with adapters.as_reference(model):
         ref, _ = fingerprint(model)
     assert ref == trained  # a copy: same numbers, another name
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B.default" in name:
                 p.add_(1.0)
-    with policies.as_reference(model):
+    with adapters.as_reference(model):
         assert fingerprint(model)[0] == ref
     assert fingerprint(model)[0] != ref
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from fastdpo.checks import check_first_loss, first_loss_is_known
+from fastdpo.model import adapters
 from fastdpo.reference import resolve
-from fastdpo.reference.first_loss import check_first_loss, first_loss_is_known
 from fastdpo.reference.sync import SyncReference, check_sync, mix_into
 from tests.test_trainer import tiny_llama
 
@@ -61,7 +62,7 @@ def test_a_named_second_adapter_is_the_reference() -> None:
     model.set_adapter("policy")
     own = logits(model)
     assert resolve.resolve_reference(model, None, ref_adapter_name="frozen") is None
-    with resolve.as_reference(model, "frozen"):
+    with adapters.as_reference(model, "frozen"):
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), own)
     assert not torch.equal(own, expected)
@@ -93,9 +94,9 @@ def test_keeping_a_reference_changes_no_weight(init: str) -> None:
     options = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=init)
     model = get_peft_model(tiny_llama(), options)
     before = logits(model)
-    resolve.keep_ref_adapter(model)
+    adapters.keep_ref_adapter(model)
     assert torch.equal(logits(model), before)
-    with resolve.as_reference(model):
+    with adapters.as_reference(model):
         assert torch.equal(logits(model), before)
     assert model.peft_config["default"].init_lora_weights == init
     assert not [name for name, p in model.named_parameters() if p.requires_grad and ".default." not in name]

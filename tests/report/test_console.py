@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
-from fastdpo.model.policy import choose_layout, wrap_adapter
+from fastdpo.model.adapters import wrap_adapter
+from fastdpo.model.layout import choose_layout
 from fastdpo.report import log_output
 from fastdpo.report.console import Bar, Lines, line, replace_callback
 from tests.test_trainer import make, rows, tiny_llama  # noqa: F401 - make is a fixture

@@ -1,0 +1,161 @@
+"""Which layout of a batch is exact on a model: the one place that decides it, from the model's class and config.
+
+`fastdpo.data.packing` makes the layouts; `fastdpo.model.self_check` confirms the choice by numbers on the model itself.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastdpo.data.packing import LAYOUTS
+
+logger = logging.getLogger("fastdpo")
+
+Layout = Literal["shared", "packed", "tree", "padded"]
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose packed computation is exact."""
+
+_HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
+INSTALL = "pip install tree-recurrence"
+
+
+def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
+    """The best layout of batches that is exact on all `models`; `prefix_sharing` False: without shared prefixes."""
+    found = [layout_of(model) for model in models]
+    layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
+    if not prefix_sharing and layout in ("shared", "tree"):
+        layout, reason = "packed", "prefix_sharing=False"
+    padding = "batches are padded" if layout == "padded" else "batches hold no padding"
+    if layout in ("shared", "tree"):
+        logger.info("%s, and what an example's responses have in common, as the prompt, is computed once", padding)
+    else:
+        logger.info("%s, and a prompt is computed once for each of its responses, because %s", padding, reason)
+    return layout
+
+
+def layout_of(model: Any) -> tuple[Layout, str]:
+    """Choose the best layout of a batch that is exact on a model: shared, tree, packed (nothing is shared) or padded.
+
+    Where it is "tree", the model's recurrent layers have been made to follow one (see `_follows_trees`).
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one. Its dropout counts as it is set now.
+
+    Returns:
+        The layout, and the reason in words.
+
+    Raises:
+        ValueError: no layout is exact on it; names the class and the reason.
+    """
+    model = checked_model(model)
+    if reason := only_padded(model):
+        return "padded", reason
+    if _attention_dropout(model):
+        return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches can"
+    recurrent = has_state(model)
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        reason = "it uses dropout (disable_dropout=False), and a token computed once has one mask only"
+        return "padded" if recurrent else "packed", reason
+    if recurrent:
+        return "tree", "its recurrent layers follow the batch's tree by tree-recurrence"
+    return "shared", "its attention is causal, full or sliding, and goes through transformers' AttentionInterface"
+
+
+def checked_model(model: Any) -> Any:
+    """Return the causal LM inside, if any layout can be exact on it."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise refusal(model, "it puts trained prompts before the tokens; use an adapter of its layers")
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise refusal(model, "it is not a model of transformers")
+    if model.config.is_encoder_decoder:
+        raise refusal(model, "it is an encoder and a decoder")
+    return model
+
+
+def unwrap(model: Any) -> Any:
+    """The causal LM inside of PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refusal(model: Any, reason: str) -> ValueError:
+    """The error of a model whose batches cannot be exact."""
+    return ValueError(f"{type(model).__name__} cannot run these batches: {reason}")
+
+
+def has_state(model: Any) -> bool:
+    """Whether layers carry a state; LFM2's short convolutions are only to be told by the kinds of its layers."""
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
+    return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
+
+
+def only_padded(model: PreTrainedModel) -> str | None:
+    """Why packed batches would not be exact on this model; None if they are."""
+    config: Any = model.config
+    if config.get_text_config() is not config:
+        return "it is not a decoder of text alone"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - _HYBRID_TYPES:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    if not has_state(model) and not model._supports_attention_backend:
+        return "its attention does not go through transformers' AttentionInterface"
+    limit, rope_type = rope_limit(config)
+    if limit is not None:
+        return f"its {rope_type} RoPE depends on the longest sequence in the batch"
+    return _follows_trees(model) if has_state(model) else None
+
+
+def rope_limit(config: Any) -> tuple[int | None, str]:
+    """Length up to which a RoPE that changes with the length is the same for all, and its type; None: it never does."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [p for p in rope.values() if isinstance(p, dict)] or [rope]:
+        rope_type = parameters.get("rope_type", "default")
+        if "dynamic" in rope_type:
+            return config.max_position_embeddings, rope_type
+        if rope_type == "longrope":
+            return parameters.get("original_max_position_embeddings", config.max_position_embeddings), rope_type
+    return None, "default"
+
+
+def _attention_dropout(model: nn.Module) -> bool:
+    """Whether attention weights may drop out: attention layers keep a number, or a module whose `p` they pass on.
+
+    An attention layer's own modules count, but for those of the residual stream (GPT-2 names them so); what an adapter
+    puts into its projections is deeper and drops out hidden states.
+    """
+    by_number = any(
+        "dropout" in name and isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
+    return by_number or any(
+        isinstance(child, nn.Dropout) and child.p > 0 and "resid" not in name
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+        for name, child in module.named_children()
+    )
+
+
+def _follows_trees(model: Any) -> str | None:
+    """Make a model's recurrent layers follow trees.
+
+    Args:
+        model: a causal LM of transformers, not PEFT's wrapper.
+
+    Returns:
+        None where they do now; else why they don't.
+    """
+    if importlib.util.find_spec("tree_recurrence") is None:
+        return f"its layers carry a state from token to token ({INSTALL} may let them follow shared prompts)"
+    tree_recurrence: Any = importlib.import_module("tree_recurrence")  # untyped where it is not installed
+    support = tree_recurrence.install(model)
+    if support.mode == "tree":
+        return None
+    tree_recurrence.uninstall(model)
+    return f"its layers carry a state from token to token, and tree-recurrence answers: {support.reason}"
