@@ -10,37 +10,28 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module may import modules on lower floors only; a name covers all modules of its folder.
+# A folder, or a module at the package's top, may import what stands on lower floors only.
 FLOORS = [
-    {"fields", "log_output"},
-    {"config_file"},
-    {"failures", "dataset_files", "flags", "facts"},
-    {"kernels", "eager"},
-    {"impl"},
-    {"choice", "vocab_parallel", "attention_paths"},
-    {"op", "attention_backends"},
-    {"logprobs", "objectives"},
-    {"settings", "step"},
-    {"loss", "messages", "columns"},
-    {"attention", "heads", "hybrid", "plots", "formats"},
-    {"router"},
-    {"model", "packing", "metrics", "report", "checks", "console", "data_summary"},
-    {"config", "data", "reference", "sampler", "samples"},
-    {"compat", "liger", "loading", "selfcheck", "parallel", "precomputed", "memory_parts"},
-    {"memory_model", "token_stats", "run"},
-    {"plan", "scoring"},
-    {"trainer"},
+    {"kernels", "settings"},
+    {"head", "data"},
+    {"loss", "model"},
+    {"report", "reference", "config", "checks"},
+    {"compat", "run", "scoring"},
+    {"plan", "trainer"},
     {"cli", "__init__"},
     {"__main__"},
 ]
+SOURCES = [p for p in sorted((ROOT / "fastdpo").rglob("*.py")) if "kernels" not in p.parts]
+MAX_LINES, MAX_FILES = 400, 8
 
 
-def floor_of(module: str) -> int:
-    return next(i for i, floor in enumerate(FLOORS) if module in floor)
+def place_of(module: str) -> str:
+    """The folder or top-level module that a module of the package belongs to."""
+    return module.split(".")[1]
 
 
 def fastdpo_imports(path: Path) -> set[str]:
-    """Names of the fastdpo modules that a file imports, at any depth of its code."""
+    """Names of the modules of fastdpo that a file imports, at any depth of its code."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,28 +39,49 @@ def fastdpo_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "fastdpo":
             names |= {f"fastdpo.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {n.split(".")[1] for n in names if n.startswith("fastdpo.")}
-
-
-def module_of(path: Path) -> str:
-    return path.relative_to(ROOT / "fastdpo").with_suffix("").parts[0]
-
-
-SOURCES = [p for p in sorted((ROOT / "fastdpo").rglob("*.py")) if "kernels" not in p.parts]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("fastdpo.")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    module = module_of(path)
-    allowed = {m for floor in FLOORS[: floor_of(module)] for m in floor}
-    above = fastdpo_imports(path) - allowed - ({module} if path.parent != ROOT / "fastdpo" else set())
-    assert not above, f"{path.name} may not import {sorted(above)}"
+    place = path.relative_to(ROOT / "fastdpo").with_suffix("").parts[0]
+    floor = next(i for i, floor in enumerate(FLOORS) if place in floor)
+    allowed = {below for lower in FLOORS[:floor] for below in lower} | {place}
+    above = {name for name in fastdpo_imports(path) if place_of(name) not in allowed}
+    assert not above, f"{path.relative_to(ROOT)} may not import {sorted(above)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
+    imports = {
+        name: {m for m in names.values() if any(i == m or i.startswith(f"{m}.") for i in fastdpo_imports(path))} - {name}
+        for path, name in names.items()
+    }
+    while leaves := {name for name, wanted in imports.items() if not wanted & imports.keys()}:
+        imports = {name: wanted for name, wanted in imports.items() if name not in leaves}
+    assert not imports
+
+
+def test_files_and_folders_stay_small() -> None:
+    """So that a file has one subject, and a folder can be taken in at a glance."""
+    long = [path.name for path in SOURCES if len(path.read_text().splitlines()) > MAX_LINES]
+    assert not long, f"above {MAX_LINES} lines: {long}"
+    for folder in {path.parent for path in SOURCES}:
+        files = [p.name for p in folder.glob("*.py") if p.name != "__init__.py" or folder == ROOT / "fastdpo"]
+        assert len(files) <= MAX_FILES, f"{folder.name} has {len(files)} modules: {sorted(files)}"
+
+
+def test_no_test_is_imported_by_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                assert "test_" not in str(node.module), f"{path.name} imports {node.module}; use tests/helpers"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_stand_on_torch_and_triton_alone(path: Path) -> None:
-    assert fastdpo_imports(path) <= {"kernels"}
+    assert {place_of(name) for name in fastdpo_imports(path)} <= {"kernels"}
     tree = ast.parse(path.read_text())
     roots = {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
     roots |= {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}

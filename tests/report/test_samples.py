@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 import fastdpo
 from fastdpo import cli
 from fastdpo.report import plots, samples
+from fastdpo.run import RunConfig
 from fastdpo.trainer import DPOTrainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -257,3 +258,8 @@ def test_a_run_and_others_that_break_off_after_it(
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Broke off: stopped by Ctrl-C, after step 2 of 4" in page
     assert page.count("(not generated)") == 4
+
+
+def test_a_negative_number_of_samples_is_named() -> None:
+    with pytest.raises(ValueError, match=r"report_samples must be at least 0 \(0: no samples\), got -1"):
+        RunConfig(dataset_name="rows.jsonl", report_samples=-1)
