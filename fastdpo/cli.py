@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():  # in a file or a pipe, every redrawing of a progress bar would be a line
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from fastdpo import log_output  # after the above, for tqdm reads the environment when it is imported
+    from fastdpo.report import log_output  # after the above, for tqdm reads the environment when it is imported
 
     log_output.show(debug=debug)
     with signals_raise() as came:

@@ -18,6 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns that it is not deterministic
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +126,11 @@ def forget_densities() -> None:
 
     sparsity._densities.clear()
     sparsity._calls.clear()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Any]:
+    """Make a trainer of a tiny model, see `tests.helpers.trainers.make_trainer`."""
+    from tests.helpers.trainers import make_trainer
+
+    return partial(make_trainer, tmp_path)

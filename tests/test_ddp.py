@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import two_ranks
-from tests.test_trainer import tiny_llama
+from tests.helpers.trainers import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 

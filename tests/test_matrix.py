@@ -30,7 +30,7 @@ from fastdpo.kernels.logits_tile import Config
 from fastdpo.loss.batch_loss import compute, step_mean
 from fastdpo.loss.options import from_config, kind_of
 from fastdpo.loss.whole_step import step_totals
-from tests.test_trainer import NoTokenizer
+from tests.helpers.trainers import NoTokenizer
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 VOCAB = 1024  # 16 cells of the PyTorch head, 8 of the Triton kernels'

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from fastdpo.reference import precompute
 from fastdpo.scoring import score
 from tests.helpers.tiny import PAIRS, make_model, stock, stock_logps
-from tests.test_trainer import NoTokenizer
+from tests.helpers.trainers import NoTokenizer
 
 
 def models() -> tuple[Any, Any]:

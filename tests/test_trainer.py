@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     TrainerCallback,
-    set_seed,
 )
 
 import fastdpo
@@ -27,91 +24,15 @@ from fastdpo.data import prepare as data_module
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
 from fastdpo.model import body_and_head
 from tests.helpers.no_logits import NoLogits
-
-VOCAB = 331
-
-
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    set_seed(0)
-    config = LlamaConfig(
-        **{
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCAB,
-            "initializer_range": 0.2,  # so that gradients are not tiny
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        | changes
-    )
-    return LlamaForCausalLM(config)
-
-
-def rows(n: int, seed: int = 0) -> Dataset:
-    """Tokenised pairs of ragged lengths; the chosen response counts up, the rejected one is noise."""
-    g = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        return torch.randint(3, VOCAB, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
-
-    pairs = []
-    for _ in range(n):
-        start = int(torch.randint(3, 200, (), generator=g))
-        shared = ids(0, 3)
-        chosen = shared + [start + i for i in range(int(torch.randint(2, 9, (), generator=g)))] + [2]
-        pairs.append({"prompt_ids": [1, *ids(1, 12)], "chosen_ids": chosen, "rejected_ids": shared + ids(1, 9) + [2]})
-    return Dataset.from_list(pairs)
-
-
-class NoTokenizer:
-    """Rows are tokenised already; the Trainer only wants something to save."""
-
-    bos_token_id = None
-
-    def save_pretrained(self, *_: Any) -> None: ...
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., fastdpo.DPOTrainer]:
-    def make(model: Any = None, ref_model: Any = None, peft_config: Any = None, data: Any = None, **args: Any) -> Any:
-        args = {
-            "output_dir": str(tmp_path / "out"),
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "seed": 1,
-        } | args
-        eval_dataset = args.pop("eval_dataset", None)
-        return fastdpo.DPOTrainer(
-            model=tiny_llama() if model is None else model,
-            ref_model=ref_model,
-            args=fastdpo.DPOConfig(**args),
-            train_dataset=rows(32) if data is None else data,
-            eval_dataset=eval_dataset,
-            processing_class=NoTokenizer(),
-            peft_config=peft_config,
-        )
-
-    return make
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+from tests.helpers.trainers import (
+    TOKEN_METRICS,
+    VOCAB,
+    lora,
+    losses,
+    rows,
+    tiny_llama,
+    weights,
+)
 
 
 def test_first_loss_is_ln_2_and_training_learns(make: Callable[..., Any]) -> None:
@@ -122,9 +43,6 @@ def test_first_loss_is_ln_2_and_training_learns(make: Callable[..., Any]) -> Non
     assert last < 0.3
     assert trainer.state.log_history[0]["rewards/accuracies"] == 0.5  # all ties
     assert trainer.state.log_history[-2]["rewards/accuracies"] > 0.9
-
-
-TOKEN_METRICS = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 
 
 def test_no_allocation_of_a_training_step_reaches_the_logits(
@@ -220,11 +138,6 @@ def test_the_reference_copy_is_of_the_policy_as_passed(make: Callable[..., Any])
     assert abs(losses(trainer)[0] - math.log(2)) < 1e-6
     assert torch.equal(weights(trainer.ref_model), before)
     assert not torch.equal(weights(model), before)
-
-
-def lora(**options: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
 
 
 def test_lora_trains_the_adapter_alone(make: Callable[..., Any]) -> None:

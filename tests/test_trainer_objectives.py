@@ -5,31 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.loss.options import kind_of
-from tests.test_trainer import VOCAB, losses, make, rows, tiny_llama, weights  # noqa: F401 - make is a fixture
+from tests.helpers.trainers import (
+    data_for,
+    losses,
+    tiny_llama,
+    weights,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "ipo": {"beta": 1.0}}
-
-
-def data_for(kind: str, n: int = 12) -> Dataset:
-    pairs = rows(n).to_list()
-    if kind == "ranked":
-        ranked = [[row["chosen_ids"], row["rejected_ids"], *[[5, 6, 2]] * (i % 2)] for i, row in enumerate(pairs)]
-        return Dataset.from_list(
-            [{"prompt_ids": row["prompt_ids"], "ranked_ids": r} for row, r in zip(pairs, ranked, strict=True)]
-        )
-    if kind == "unpaired":
-        return Dataset.from_list(
-            [
-                {"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids" if i % 3 else "rejected_ids"]}
-                | {"label": bool(i % 3)}
-                for i, row in enumerate(pairs)
-            ]
-        )
-    return Dataset.from_list(pairs)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +29,7 @@ def data_for(kind: str, n: int = 12) -> Dataset:
     ],
     ids=str,
 )
-def test_micro_batches_equal_one_batch(make: Callable[..., Any], settings: dict[str, Any]) -> None:  # noqa: F811
+def test_micro_batches_equal_one_batch(make: Callable[..., Any], settings: dict[str, Any]) -> None:
     """Also where their sizes differ: the last one holds half as many examples. The reference is another model."""
     data = data_for(kind_of(settings["loss_type"] if isinstance(settings.get("loss_type"), str) else "sigmoid"))
     common = settings | {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "data": data}

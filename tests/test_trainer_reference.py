@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastdpo
-from tests.test_trainer import lora, losses, make, rows, tiny_llama, weights  # noqa: F401 - make is a fixture
+from tests.helpers.trainers import lora, losses, rows, tiny_llama, weights
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-def test_precomputed_equals_online_bit_for_bit(make: Callable[..., Any], tmp_path: Path, peft: bool) -> None:  # noqa: F811
+def test_precomputed_equals_online_bit_for_bit(make: Callable[..., Any], tmp_path: Path, peft: bool) -> None:
     """And no reference model is kept; the second time everything is in the cache."""
     held_out, config = rows(6, seed=5), lora() if peft else None
     online = make(eval_dataset=held_out, peft_config=config)
@@ -31,7 +31,7 @@ def test_precomputed_equals_online_bit_for_bit(make: Callable[..., Any], tmp_pat
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_what_was_precomputed_is_found_unasked(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     peft: bool,
@@ -65,14 +65,14 @@ def test_what_was_precomputed_is_found_unasked(
     assert losses(online) == losses(found)
 
 
-def test_without_a_reference_new_data_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_without_a_reference_new_data_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = make(precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), max_steps=1)
     trainer.train()
     with pytest.raises(ValueError, match=r"no reference model was kept .* set precompute_ref_log_probs=False"):
         trainer.evaluate(rows(4, seed=8))
 
 
-def test_given_log_probs_need_no_reference(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_given_log_probs_need_no_reference(make: Callable[..., Any]) -> None:
     online = make(max_steps=2, per_device_train_batch_size=32, train_sampling_strategy="sequential")
     batch = next(iter(online.get_train_dataloader()))
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_given_log_probs_need_no_reference(make: Callable[..., Any]) -> None:  #
     assert losses(online) == pytest.approx(losses(given), abs=1e-6)
 
 
-def test_reference_free_objectives_load_none(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_reference_free_objectives_load_none(make: Callable[..., Any]) -> None:
     for settings in ({"loss_type": "simpo", "beta": 2.0}, {"reference_free": True}):
         trainer = make(max_steps=2, **settings)
         assert trainer.ref_model is None
@@ -106,7 +106,7 @@ class TestSync:
 
     SETTINGS = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25, "max_steps": 4}  # noqa: RUF012
 
-    def test_the_reference_is_mixed_every_so_many_steps(self, make: Callable[..., Any]) -> None:  # noqa: F811
+    def test_the_reference_is_mixed_every_so_many_steps(self, make: Callable[..., Any]) -> None:
         states: list[tuple[Tensor, Tensor]] = []
         trainer = make(**self.SETTINGS)
         from transformers import TrainerCallback
@@ -125,7 +125,7 @@ class TestSync:
         torch.testing.assert_close(fourth, 0.25 * last + 0.75 * second, rtol=0, atol=1e-7)
         assert not torch.equal(second, start)
 
-    def test_a_resumed_run_goes_on_with_its_reference(self, make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    def test_a_resumed_run_goes_on_with_its_reference(self, make: Callable[..., Any], tmp_path: Path) -> None:
         settings = self.SETTINGS | {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
         through, resumed = make(**settings), make(**settings)
         through.train()
@@ -133,19 +133,19 @@ class TestSync:
         assert losses(resumed) == losses(through)
         assert torch.equal(weights(resumed.ref_model), weights(through.ref_model))
 
-    def test_data_that_holds_the_reference_is_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
+    def test_data_that_holds_the_reference_is_refused(self, make: Callable[..., Any]) -> None:
         """Also where a held-out split without it makes a reference: training would never ask it."""
         data = rows(8).add_column("ref_chosen_logps", [-1.0] * 8).add_column("ref_rejected_logps", [-1.0] * 8)
         for held_out in (None, rows(4)):
             with pytest.raises(ValueError, match="the training dataset holds its log-probs; remove the columns ref_"):
                 make(data=data, eval_dataset=held_out, **self.SETTINGS)
 
-    def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:  # noqa: F811
+    def test_adapters_are_refused(self, make: Callable[..., Any]) -> None:
         with pytest.raises(ValueError, match="sync_ref_model=True needs a reference with weights of its own"):
             make(peft_config=lora(), **self.SETTINGS)
 
 
-def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callable[..., Any]) -> None:
     """The copy was changed after it was made."""
     trainer = make()
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_reference_that_is_not_what_it_seems_stops_the_first_step(make: Callab
     "settings", [{"loss_weights": [2.0]}, {"neftune_noise_alpha": 5.0}], ids=lambda s: next(iter(s))
 )
 def test_what_else_moves_the_first_loss_is_no_fault_of_the_reference(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     settings: dict[str, Any],
 ) -> None:
     trainer = make(max_steps=1, **settings)
@@ -168,7 +168,7 @@ def test_what_else_moves_the_first_loss_is_no_fault_of_the_reference(
     assert abs(losses(trainer)[0] - math.log(2)) > 1e-4
 
 
-def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) -> None:
     trainer = make(tiny_llama(attention_dropout=0.0), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
     assert any(m.p > 0 for m in trainer.model.modules() if isinstance(m, nn.Dropout))
     trainer.train()
@@ -178,7 +178,7 @@ def test_dropout_left_on_is_no_fault_of_the_reference(make: Callable[..., Any]) 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", False])
 def test_a_new_adapter_that_is_not_the_identity_is_its_own_reference(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     init: bool | str,
 ) -> None:
     """PiSSA and OLoRA move a part of the base weights into the adapter: without it the policy is another model."""
@@ -190,7 +190,7 @@ def test_a_new_adapter_that_is_not_the_identity_is_its_own_reference(
 
 
 @pytest.mark.parametrize("init", [True, False], ids=["off", "ref"])
-def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool) -> None:  # noqa: F811
+def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool) -> None:
     """Of the policy without its adapter, or with the reference's; the policy's own mode stays."""
     config = lora(lora_dropout=0.3, init_lora_weights=init)
     trainer = make(tiny_llama(attention_dropout=0.3), peft_config=config, disable_dropout=False)
@@ -202,12 +202,12 @@ def test_nothing_drops_out_of_the_reference(make: Callable[..., Any], init: bool
     assert not torch.equal(trainer.model(**batch).logps, trainer.model(**batch).logps)
 
 
-def test_a_token_that_the_reference_does_not_know_is_named(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_token_that_the_reference_does_not_know_is_named(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"train dataset.*holds token id \d+"):
         make(ref_model=tiny_llama(vocab_size=200))
 
 
-def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path) -> None:
     reference = tiny_llama()
     with torch.no_grad():
         reference.lm_head.weight.mul_(1.1)
@@ -217,7 +217,7 @@ def test_a_reference_by_name_is_loaded(make: Callable[..., Any], tmp_path: Path)
     assert not any(p.requires_grad for p in trainer.ref_model.parameters())
 
 
-def test_a_saved_adapter_comes_back_with_its_reference(make: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_saved_adapter_comes_back_with_its_reference(make: Callable[..., Any], tmp_path: Path) -> None:
     """So that scoring it, and training it further, compare with what training compared with."""
     tiny_llama().save_pretrained(tmp_path / "base")
     config = lora(init_lora_weights=False)

@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import fastdpo
-from tests.data.test_prepare import byte_tokenizer
-from tests.test_trainer import TOKEN_METRICS, tiny_llama, weights
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.trainers import TOKEN_METRICS, tiny_llama, weights
 
 trl = pytest.importorskip("trl")
 

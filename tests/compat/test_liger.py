@@ -16,7 +16,7 @@ from fastdpo import DPOConfig
 from fastdpo.compat import liger
 from fastdpo.model.scoring_forward import is_patched
 from tests.helpers.tiny import make_model
-from tests.test_trainer import losses, make, rows, tiny_llama  # noqa: F401 - make is a fixture
+from tests.helpers.trainers import losses, rows, tiny_llama
 
 CALLS: list[int] = []
 
@@ -67,7 +67,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_it_trains_with_our_head_and_liger_s_layers(adapter: bool, make: Callable[..., Any]) -> None:  # noqa: F811
+def test_it_trains_with_our_head_and_liger_s_layers(adapter: bool, make: Callable[..., Any]) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]) if adapter else None
     plain = make(peft_config=config)
     trainer = make(peft_config=config, use_liger_kernel=True)
@@ -86,7 +86,7 @@ def test_it_trains_with_our_head_and_liger_s_layers(adapter: bool, make: Callabl
 
 @pytest.mark.usefixtures("installed")
 def test_what_the_user_chose_is_kept_but_for_the_head(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = {"rms_norm": False, "fused_linear_cross_entropy": True}
@@ -103,14 +103,14 @@ def test_what_the_user_chose_is_kept_but_for_the_head(
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_reference_that_is_given_gets_it_too(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_reference_that_is_given_gets_it_too(make: Callable[..., Any]) -> None:
     reference = tiny_llama()
     make(ref_model=reference, use_liger_kernel=True, max_steps=1).train()
     assert {id(layer.input_layernorm) for layer in reference.model.layers} <= set(CALLS)
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     make(make_model("qwen2", vocab_size=331), use_liger_kernel=True, max_steps=1)
     assert "use_liger_kernel has no effect: Liger has no kernels for Qwen2ForCausalLM" in caplog.text
 
@@ -118,7 +118,7 @@ def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytes
 @pytest.mark.usefixtures("installed")
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize("wrapped", [False, True], ids=["new", "wrapped before"])
-def test_an_adapter_of_a_norm_is_refused(wrapped: bool, make: Callable[..., Any]) -> None:  # noqa: F811
+def test_an_adapter_of_a_norm_is_refused(wrapped: bool, make: Callable[..., Any]) -> None:
     """Liger would replace the forward of PEFT's layer, and nothing would train."""
     config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
     model = get_peft_model(tiny_llama(), config) if wrapped else tiny_llama()
@@ -127,7 +127,7 @@ def test_an_adapter_of_a_norm_is_refused(wrapped: bool, make: Callable[..., Any]
 
 
 def test_without_the_package_the_command_is_given(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before a model is loaded."""
@@ -144,7 +144,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All its kernels for Llama, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("liger_kernel")
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # Liger changes the module; that is undone after

@@ -16,7 +16,7 @@ import fastdpo
 from fastdpo import DPOConfig
 from fastdpo.compat import trl as trl_module
 from fastdpo.compat.trl import resolve
-from tests.test_trainer import NoTokenizer, losses, rows, tiny_llama
+from tests.helpers.trainers import NoTokenizer, losses, rows, tiny_llama
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # TRL's own, of its default

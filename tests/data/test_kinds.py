@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare as prepare_module
-from tests.data.test_prepare import VOCAB, byte_tokenizer, messages
+from tests.helpers.byte_tokenizer import VOCAB, byte_tokenizer, messages
 
 
 @pytest.fixture(scope="module")

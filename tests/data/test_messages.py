@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare
-from tests.data.test_prepare import byte_tokenizer, messages
+from tests.helpers.byte_tokenizer import byte_tokenizer, messages
 
 VOCAB = 300
 Row = dict[str, Any]

@@ -6,28 +6,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare as prepare_module
 from fastdpo.data import rows as rows_module
+from tests.helpers.byte_tokenizer import TEMPLATE, VOCAB, byte_tokenizer, messages
 
-VOCAB = 259
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus <bos>, which it adds, <eos> and <pad>."""
-    special = ["<bos>", "<eos>", "<pad>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, []))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +28,6 @@ def prepare(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
         return prepare_module.prepare_dataset(Dataset.from_list(rows), tokenizer, **options)
 
     return prepare
-
-
-def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 ASK = ("user", "What colour is the sky?")

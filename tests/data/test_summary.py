@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 import fastdpo
 from fastdpo.data import prepare as prepare_module
 from fastdpo.data.summary import _shown
-from tests.data.test_prepare import byte_tokenizer, messages
+from tests.helpers.byte_tokenizer import byte_tokenizer, messages
 from tests.helpers.tiny import make_model
 
 TOKENIZER = byte_tokenizer()

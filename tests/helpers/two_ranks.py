@@ -10,8 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 
 import fastdpo
-from tests.test_trainer import NoTokenizer, rows, tiny_llama
-from tests.test_trainer_objectives import data_for
+from tests.helpers.trainers import NoTokenizer, data_for, rows, tiny_llama
 
 RUNS: dict[str, dict[str, Any]] = {
     "sigmoid": {},

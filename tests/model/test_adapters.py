@@ -18,7 +18,7 @@ from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.reference import resolve
 from fastdpo.reference.fingerprint import fingerprint
 from tests.helpers.tiny import PAIRS, make_model, stock_logps
-from tests.test_trainer import losses, make, tiny_llama  # noqa: F401 - make is a fixture
+from tests.helpers.trainers import losses, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of settings that are meant here
 
@@ -185,7 +185,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_needs_more_than_layers_is_refused_before_anything_is_loaded(kind: str, make: Callable[..., Any]) -> None:  # noqa: F811
+def test_what_needs_more_than_layers_is_refused_before_anything_is_loaded(kind: str, make: Callable[..., Any]) -> None:
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         pytest.skip(f"this PEFT has no {kind}")
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **REFUSED[kind])
@@ -195,13 +195,13 @@ def test_what_needs_more_than_layers_is_refused_before_anything_is_loaded(kind: 
         make("no/such/model", peft_config=config)
 
 
-def test_a_model_that_came_with_a_prompt_is_refused(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_model_that_came_with_a_prompt_is_refused(make: Callable[..., Any]) -> None:
     config = PEFT_TYPE_TO_CONFIG_MAPPING["PREFIX_TUNING"](task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="PrefixTuningConfig cannot be trained on packed batches: it puts virtual"):
         make(get_peft_model(tiny_llama(), config))
 
 
-def test_a_config_that_is_none_or_does_not_fit_is_named(make: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_config_that_is_none_or_does_not_fit_is_named(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"peft_config must be a peft.PeftConfig, such as .*, got dict"):
         make(peft_config={"r": 4})
     with pytest.raises(ValueError, match="nosuch"):
@@ -209,7 +209,7 @@ def test_a_config_that_is_none_or_does_not_fit_is_named(make: Callable[..., Any]
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_no_part_of_the_adapter(bias: str, make: Callable[..., Any]) -> None:  # noqa: F811
+def test_trained_biases_are_no_part_of_the_adapter(bias: str, make: Callable[..., Any]) -> None:
     """Switching the adapter off leaves them as they are."""
 
     def model() -> Any:
@@ -228,7 +228,7 @@ def test_trained_biases_are_no_part_of_the_adapter(bias: str, make: Callable[...
 def test_the_trainer_s_reference_is_the_base_model(
     tied: bool,
     options: dict[str, Any],
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
 ) -> None:
     full = make(tiny_llama(tie_word_embeddings=tied))
     batch = next(iter(full.get_train_dataloader()))

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention import backends, registered
 from fastdpo.model.attention.key_paths import _buckets, gather
-from tests.helpers.tiny import PAIRS, make_pairs
-from tests.model.test_attention import (
+from tests.helpers.attention import (
     OPTIONS,
     D,
     assert_all_accurate,
@@ -26,6 +25,7 @@ from tests.model.test_attention import (
     reference,
     with_gradients,
 )
+from tests.helpers.tiny import PAIRS, make_pairs
 
 CUDA = torch.device("cuda")
 

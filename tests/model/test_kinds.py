@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import find_head, patch_forward
+from tests.helpers.packed import make_adapted, pack, score
 from tests.helpers.tiny import (
     PAIRS,
     VOCAB,
@@ -20,7 +21,6 @@ from tests.helpers.tiny import (
     stock,
     stock_logps,
 )
-from tests.model.test_scoring_forward import make_adapted, pack, score
 
 # Finding the head
 

@@ -11,8 +11,8 @@ import torch
 from fastdpo.config import DPOConfig
 from fastdpo.model.policy import load_policy
 from fastdpo.run import RunConfig, load_model, lora
-from tests.data.test_prepare import byte_tokenizer
-from tests.test_trainer import tiny_llama
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.trainers import tiny_llama
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import fastdpo
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward
 from tests.helpers.tiny import PAIRS, assert_same_gradients, make_model, make_pairs, sequences, stock
-from tests.test_trainer import NoTokenizer
+from tests.helpers.trainers import NoTokenizer
 
 FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "phimoe"]
 LAYOUTS = ["shared", "packed", "tree", "padded"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import fused_scores
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import TokenScores, find_head, patch_forward
+from tests.helpers.packed import LORA, make_adapted, pack, score
 from tests.helpers.tiny import (
     PAIRS,
     VOCAB,
@@ -27,16 +27,6 @@ from tests.helpers.tiny import (
     stock,
     stock_logps,
 )
-
-LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
-
-
-def pack(pairs=PAIRS, **options):
-    return shared_prefix_batch(pairs, **options)
-
-
-def score(model, pairs=PAIRS, **options):
-    return model(**pack(pairs, **options)).logps
 
 
 def scored_hidden(model, **inputs):
@@ -54,15 +44,6 @@ def make_patched(family="llama", **overrides):
     reference = stock(model)
     patch_forward(model)
     return model, reference
-
-
-def make_adapted(**options):
-    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**LORA, **options))
-    with torch.no_grad():  # LoRA's B starts at 0
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 # Exactness

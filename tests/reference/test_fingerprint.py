@@ -16,7 +16,7 @@ import fastdpo
 from fastdpo.model import adapters
 from fastdpo.reference import precompute
 from fastdpo.reference.fingerprint import fingerprint
-from tests.test_trainer import rows, tiny_llama
+from tests.helpers.trainers import rows, tiny_llama
 
 ROWS = 6
 

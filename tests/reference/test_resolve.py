@@ -16,7 +16,7 @@ from fastdpo.checks import check_first_loss, first_loss_is_known
 from fastdpo.model import adapters
 from fastdpo.reference import resolve
 from fastdpo.reference.sync import SyncReference, check_sync, mix_into
-from tests.test_trainer import tiny_llama
+from tests.helpers.trainers import tiny_llama
 
 
 def peft(*names: str) -> Any:

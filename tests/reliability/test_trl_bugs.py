@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 import fastdpo
 from fastdpo.data import prepare
 from fastdpo.model.scoring_forward import find_head
-from tests.data.test_prepare import VOCAB as BYTES
-from tests.data.test_prepare import byte_tokenizer
+from tests.helpers.byte_tokenizer import VOCAB as BYTES
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.tiny import PAIRS, VOCAB, make_model, make_pairs, stock, stock_logps
 
 BETA = 0.3

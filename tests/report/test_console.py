@@ -18,7 +18,7 @@ from fastdpo.model.adapters import wrap_adapter
 from fastdpo.model.layout import choose_layout
 from fastdpo.report import log_output
 from fastdpo.report.console import Bar, Lines, line, replace_callback
-from tests.test_trainer import make, rows, tiny_llama  # noqa: F401 - make is a fixture
+from tests.helpers.trainers import rows, tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent
 TRAINED = {
@@ -119,7 +119,7 @@ def test_only_the_first_process_prints(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_run_prints_one_line_for_each_record(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In a file there are no carriage returns, whatever disable_tqdm says."""
@@ -140,7 +140,7 @@ def test_a_run_prints_one_line_for_each_record(
 
 
 def test_the_bar_survives_the_lines(
-    make: Callable[..., Any],  # noqa: F811
+    make: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stderr = Terminal()
@@ -261,7 +261,7 @@ def test_an_adapter_brings_no_warning(recwarn: pytest.WarningsRecorder) -> None:
 
 SCRIPT = """
 import sys
-from tests.test_trainer import NoTokenizer, rows, tiny_llama
+from tests.helpers.trainers import NoTokenizer, rows, tiny_llama
 import fastdpo
 args = fastdpo.DPOConfig(output_dir=sys.argv[1], max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
 fastdpo.DPOTrainer(tiny_llama(), args=args, train_dataset=rows(4), processing_class=NoTokenizer()).train()
