@@ -70,21 +70,21 @@ def first_loss_is_known(
     )
 
 
-def check_first_loss(
-    loss: float, dtype: torch.dtype, *, precomputed: bool = False, largest_reward: float = 0.0
-) -> None:
+def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *, precomputed: bool = False) -> None:
     """Raise unless the mean loss of the first batch is ln 2; call it where `first_loss_is_known`.
 
     Args:
-        loss: mean over the pairs of the first batch, before any update. Reading it waits for the device, once per run.
+        losses: `[B]`, of the first batch, before any update. Reading them waits for the device, once per run.
+        scaled_logps: beta times the log-probs of the responses, `[R]`. Sums over long responses round, and policy and
+            reference may run different implementations of the head, so the bound is at least float32's epsilon of the
+            largest.
         dtype: that of the forward: autocast's where it is on, else the weights'.
         precomputed: the reference values come from the dataset or the cache.
-        largest_reward: beta times the largest |log pi| of a response. Sums over long responses round, and policy and
-            reference may run different implementations of the head, so the bound is at least float32's epsilon of it.
 
     Raises:
         ValueError: it is not; says by how much, and what usually is the cause.
     """
+    loss, largest_reward = torch.stack((losses.detach().mean(), scaled_logps.detach().abs().max().float())).tolist()
     bound = (_PRECOMPUTED if precomputed else _ONLINE)[dtype in (torch.bfloat16, torch.float16)]
     bound = max(bound, largest_reward * torch.finfo(torch.float32).eps)
     if abs(loss - math.log(2)) < bound:  # a loss that is NaN fails too

@@ -3,7 +3,8 @@
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -22,26 +23,24 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import checks
-from fastdpo.checks import check_first_loss, check_parallelism, first_loss_is_known
 from fastdpo.compat import liger, trl
+from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.data.sampler import planned
-from fastdpo.loss.batch_loss import LossOutput, compute, step_mean, step_values
+from fastdpo.loss.batch_loss import compute, step_mean, step_values
 from fastdpo.loss.options import from_config
 from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
 from fastdpo.model import adapters
-from fastdpo.model.adapters import wrap_adapter
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import choose_layout
+from fastdpo.model.layout import Layout, choose_layout, unwrap
 from fastdpo.model.policy import disable_dropout, load_policy, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import TokenScores, evaluating, patch_forward
 from fastdpo.model.self_check import agreed_layout
-from fastdpo.reference import columns as columns_module
-from fastdpo.reference import resolve
-from fastdpo.reference.resolve import prepare_reference
-from fastdpo.reference.sync import SyncReference, check_sync
+from fastdpo.reference import columns as reference_columns
+from fastdpo.reference.resolve import prepare_reference, resolve_reference
+from fastdpo.reference.sync import sync_reference
 from fastdpo.report import console, log_output, metrics
 
 logger = logging.getLogger("fastdpo")
@@ -77,6 +76,7 @@ class DPOTrainer(Trainer):
 
     train_dataset: Any
     eval_dataset: Any
+    _layout: Layout
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the pairs of the whole optimizer step
 
     def __init__(
@@ -105,70 +105,30 @@ class DPOTrainer(Trainer):
         usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
         adapters.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
-        model = load_policy(model, args)
-        if isinstance(ref_model, str):
-            ref_model = load_policy(ref_model, args)
+        model, ref_model, keeps_reference = self._prepare_models(model, ref_model, peft_config, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        own_adapter = args.ref_adapter_name or adapters.has_ref_adapter(model)
-        keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
-        model = wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
-        for policy in filter(None, (model, ref_model)):
-            liger.apply(policy, args)
-        self._prepare_dataset = functools.partial(
-            prepare.prepare_dataset,
-            tokenizer=processing_class,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-            kind=self._settings.kind,
-            with_kl=self._settings.needs_kl,
-            vocab_size=smallest_vocab(model, ref_model),
-            on_bad_row=args.on_bad_row,
-            num_proc=args.dataset_num_proc,
-            show_example=args.show_example,
+        vocab_size = smallest_vocab(model, ref_model)
+        train_dataset, eval_dataset = self._prepare_data(
+            train_dataset, eval_dataset, processing_class, vocab_size, args
         )
-        with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
-            train_dataset = self._prepare_dataset(train_dataset)
-            eval_dataset = prepare.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
-        columns = [set(train_dataset.column_names or ())]
-        prepare.each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
-        for names in columns:
-            self._settings.check_columns(names)
-            prepare.check_reference_columns(names, self._settings.kind, args.ld_alpha)
-        scored = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
-        is_own_reference = keeps_reference and not any(scored)
+        columns = prepare.columns_of(train_dataset, eval_dataset)
+        has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
+        is_own_reference = keeps_reference and not any(has_logps)
         # before the patch, which a copy must not share
-        ref_model = resolve.resolve_reference(
+        ref_model = resolve_reference(
             model,
             ref_model,
             ref_adapter_name=args.ref_adapter_name,
             needs_reference=self._settings.needs_reference,
-            copies=not args.precompute_ref_log_probs and not all(scored),
+            copies=not args.precompute_ref_log_probs and not all(has_logps),
         )
         if args.sync_ref_model:
-            check_sync(model, ref_model)
-            if ref_model is None or scored[0]:
-                raise ValueError(
-                    "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; "
-                    f"remove the columns {', '.join(sorted(prepare.REFERENCES))}, or set sync_ref_model=False"
-                )
-            self._sync = SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
+            self._sync = sync_reference(model, ref_model, args, has_logps=has_logps[0])
             callbacks = [*(callbacks or ()), self._sync]
-        base = model.get_base_model() if adapters.is_peft_model(model) else model
-        self._aux_coef = coefficient(base, args.router_aux_loss_coef)
-        for policy in filter(None, (model, ref_model)):
-            if args.disable_dropout:
-                disable_dropout(policy)
-            patch_forward(
-                policy,
-                impl=args.head_impl,
-                backward=args.head_backward,
-                attention_backend=args.attention_backend,
-            )
-        self._layout = choose_layout([m for m in (model, ref_model) if m is not None], args.prefix_sharing)
+        self._patch(model, ref_model, args)
 
         super().__init__(
             model=model,
@@ -182,24 +142,16 @@ class DPOTrainer(Trainer):
         )
         console.replace_callback(self.callback_handler.callbacks)
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
-        check_parallelism(self)
+        checks.check_parallelism(self)
         if data_collator is None:
             if self.is_fsdp_enabled:
                 logger.warning("no self-check of the model: its weights are to be sharded")
             else:
                 self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
-        self.ref_model = None
-        precompute = args.precompute_ref_log_probs
-        if precompute is None and is_own_reference and data_collator is None:
-            precompute = columns_module.is_complete(self)
-            ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
-        if precompute:
-            columns_module.add(self, self.model if ref_model is None else ref_model, self._layout)
-        elif ref_model is not None:
-            self.ref_model = prepare_reference(self.accelerator, ref_model)
+        self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
-        self._first_loss_is_known = not is_random and first_loss_is_known(
+        self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             self._settings.loss_type,
             ref_is_policy=is_own_reference,
             loss_weights=self._settings.loss_weights,
@@ -209,7 +161,59 @@ class DPOTrainer(Trainer):
         self._sums = metrics.RunningSums()
         self._guard = checks.NonFiniteGuard()
         self._clock: float | None = None
+        self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # a step's micro-batches, in their order
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
+
+    # Steps of __init__
+
+    def _prepare_models(self, model: Any, ref_model: Any, peft_config: Any, args: DPOConfig) -> tuple[Any, Any, bool]:
+        """The policy in its adapter, the reference that was given, and whether the policy must serve as reference."""
+        model = load_policy(model, args)
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model, args)
+        own_adapter = args.ref_adapter_name or adapters.has_ref_adapter(model)
+        keeps_reference = self._settings.needs_reference and ref_model is None and not own_adapter
+        model = adapters.wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
+        for each in filter(None, (model, ref_model)):
+            liger.apply(each, args)
+        return model, ref_model, keeps_reference
+
+    def _prepare_data(
+        self, train_dataset: Any, eval_dataset: Any, tokenizer: Any, vocab_size: int, args: DPOConfig
+    ) -> tuple[Any, Any]:
+        """The datasets as token ids, checked; `_prepare_dataset` does the same for one that `evaluate` is given."""
+        self._prepare_dataset = prepare.preparer(args, self._settings, tokenizer, vocab_size)
+        with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
+            train_dataset = self._prepare_dataset(train_dataset)
+            eval_dataset = prepare.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+        for names in prepare.columns_of(train_dataset, eval_dataset):
+            self._settings.check_columns(names)
+            prepare.check_reference_columns(names, self._settings.kind, args.ld_alpha)
+        return train_dataset, eval_dataset
+
+    def _patch(self, model: Any, ref_model: Any, args: DPOConfig) -> None:
+        """Let the models score packed batches, in the layout that is exact on both."""
+        self._aux_coef = coefficient(unwrap(model), args.router_aux_loss_coef)
+        models = [each for each in (model, ref_model) if each is not None]
+        for each in models:
+            if args.disable_dropout:
+                disable_dropout(each)
+            patch_forward(
+                each, impl=args.head_impl, backward=args.head_backward, attention_backend=args.attention_backend
+            )
+        self._layout = choose_layout(models, args.prefix_sharing)
+
+    def _prepare_reference(self, ref_model: Any, *, may_use_cache: bool) -> None:
+        """Compute the reference's log-probs now, find them in the cache, or put the reference on its device."""
+        self.ref_model = None
+        precompute = self.args.precompute_ref_log_probs
+        if precompute is None and may_use_cache:
+            precompute = reference_columns.is_complete(self)
+            ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
+        if precompute:
+            reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
+        elif ref_model is not None:
+            self.ref_model = prepare_reference(self.accelerator, ref_model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
@@ -228,12 +232,12 @@ class DPOTrainer(Trainer):
         training = self.model.training
         if training and self._clock is None:
             self._clock = time.perf_counter()
-        context = inputs.pop("step_context", None)
         with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
         # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
         with self.accelerator.autocast():
             scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
-        ref_logps = self._reference_logps(inputs)
+        context, ref_logps = self._of_whole_step.popleft() if training and self._of_whole_step else (None, None)
+        ref_logps = self._reference_logps(inputs) if ref_logps is None else ref_logps
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
         totals = num_items_in_batch or step_totals([inputs])
         loss = step_mean(out, totals)
@@ -243,7 +247,10 @@ class DPOTrainer(Trainer):
             loss = loss * self.args.world_size
         if training:
             if self._first_loss_is_known and self.state.global_step == 0:
-                self._check_first_loss(inputs, out, precomputed=ref_logps is None)
+                mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
+                dtype = mixed or next(self.model.parameters()).dtype
+                beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
+                checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, precomputed=ref_logps is None)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")
@@ -256,14 +263,6 @@ class DPOTrainer(Trainer):
         if training:
             metrics.add_tokens(self._sums, inputs)
         return (loss, out) if return_outputs else loss
-
-    def _check_first_loss(self, inputs: dict[str, Any], out: LossOutput, *, precomputed: bool) -> None:
-        mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
-        beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
-        numbers = torch.stack((out.losses.detach().mean(), (beta * out.sequence_logps.abs().max()).float()))
-        loss, largest = numbers.tolist()  # waits for the device, once
-        dtype = mixed or next(self.model.parameters()).dtype
-        check_first_loss(loss, dtype, precomputed=precomputed, largest_reward=largest)
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """The reference's log-probs of the completion tokens `[M]`; None where none are read, or the batch has them."""
@@ -293,19 +292,19 @@ class DPOTrainer(Trainer):
         if self.args.world_size > 1:
             sums: Any = self.accelerator.reduce(torch.stack(totals), reduction="sum")
             totals = StepTotals(*sums)
+        self._of_whole_step.clear()
         if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
-            self._exchange(batch_samples)
+            self._of_whole_step.extend(self._exchange(batch_samples))
         return totals
 
-    def _exchange(self, batches: list[dict[str, Any]]) -> None:
-        """Give each micro-batch what its loss needs of the others: one more pass, without gradients."""
-        values = []
+    def _exchange(self, batches: list[dict[str, Any]]) -> Iterable[tuple[Any, Tensor | None]]:
+        """What each micro-batch's loss needs of the others, and its reference log-probs: a pass without gradients."""
+        values, references = [], []
         for batch in batches:
             with torch.no_grad(), self.accelerator.autocast():
                 scores: TokenScores = self.model_wrapped(**batch)
-            if (ref_logps := self._reference_logps(batch)) is not None:
-                batch["ref_token_logps"] = ref_logps
-            values.append(step_values(batch, scores.logps, None, self._settings))
+            references.append(self._reference_logps(batch))
+            values.append(step_values(batch, scores.logps, references[-1], self._settings))
         args = self.args
         contexts = step_context(
             values,
@@ -313,8 +312,7 @@ class DPOTrainer(Trainer):
             rank=args.process_index,
             capacity=None if args.tokens_per_batch else args.train_batch_size * args.gradient_accumulation_steps,
         )
-        for batch, context in zip(batches, contexts, strict=True):
-            batch["step_context"] = context
+        return zip(contexts, references, strict=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

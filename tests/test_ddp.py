@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import two_ranks
+from tests.helpers import two_ranks
 from tests.helpers.trainers import tiny_llama
 
 ROOT = Path(__file__).parent.parent

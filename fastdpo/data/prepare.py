@@ -12,6 +12,7 @@ and `pair_index`, the row it came from. Completions end with EOS unless they wer
 `beta` and reference log-probs are carried along; all others are left behind.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -336,6 +337,37 @@ def _add_kl(rows: Dataset, name: str, max_length: int | None) -> Dataset:
 
 def _cut_kl(row: dict[str, Any], max_length: int) -> dict[str, Any]:
     return {"kl_ids": row["kl_ids"][: max_length - len(row["prompt_ids"])]}
+
+
+def columns_of(train_dataset: Any, eval_dataset: Any) -> list[set[str]]:
+    """The columns of the training dataset, then those of each dataset to evaluate on."""
+    columns = [set(train_dataset.column_names or ())]
+    each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
+    return columns
+
+
+def preparer(args: Any, settings: Any, tokenizer: Any, vocab_size: int) -> Callable[..., Any]:
+    """`prepare_dataset` with the settings of a run; what is left to give is the dataset and its `name`.
+
+    Args:
+        args: a `fastdpo.DPOConfig`.
+        settings: of the objective, `fastdpo.loss.options.ObjectiveSettings`.
+        tokenizer: as of `prepare_dataset`.
+        vocab_size: as of `prepare_dataset`.
+    """
+    return functools.partial(
+        prepare_dataset,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        kind=settings.kind,
+        with_kl=settings.needs_kl,
+        vocab_size=vocab_size,
+        on_bad_row=args.on_bad_row,
+        num_proc=args.dataset_num_proc,
+        show_example=args.show_example,
+    )
 
 
 def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:

@@ -8,10 +8,32 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import TrainerCallback
 
+from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapters import is_peft_model
 from fastdpo.reference.cache import write_file
 
 FILE = "reference.safetensors"
+
+
+def sync_reference(model: Any, ref_model: nn.Module | None, args: Any, *, has_logps: bool) -> "SyncReference":
+    """The callback that mixes the policy into the reference.
+
+    Args:
+        model: the policy.
+        ref_model: its reference.
+        args: settings of the run.
+        has_logps: the training dataset holds the reference's log-probs.
+
+    Raises:
+        ValueError: the reference cannot follow the policy.
+    """
+    check_sync(model, ref_model)
+    if ref_model is None or has_logps:
+        raise ValueError(
+            "sync_ref_model=True needs a reference to change, but the training dataset holds its log-probs; remove the "
+            f"columns {', '.join(sorted(REFERENCES))}, or set sync_ref_model=False"
+        )
+    return SyncReference(ref_model, alpha=args.ref_model_mixup_alpha, every=args.ref_model_sync_steps)
 
 
 def check_sync(model: Any, ref_model: nn.Module | None) -> None:

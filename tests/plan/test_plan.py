@@ -27,7 +27,7 @@ from fastdpo.plan.memory import Memory, Moment, Precision, Ratios
 from fastdpo.plan.token_stats import epoch, token_stats
 from fastdpo.report.metrics import RunningSums, add_tokens
 from fastdpo.run import RunConfig
-from tests import tiny
+from tests.helpers import tiny
 
 VOCAB = 512
 TOKENIZER: Any = lengths.tokenizer(VOCAB)

@@ -204,6 +204,11 @@ def test_a_reference_of_other_weights_cannot_follow() -> None:
 # The first loss
 
 
+def check_loss(loss: float, dtype: torch.dtype, *, precomputed: bool = False, largest_reward: float = 0.0) -> None:
+    losses = torch.tensor([loss], dtype=torch.float64)
+    check_first_loss(losses, torch.tensor([0.0, -largest_reward]), dtype, precomputed=precomputed)
+
+
 @pytest.mark.parametrize(
     ("dtype", "precomputed", "off"),
     [
@@ -217,26 +222,26 @@ def test_a_reference_of_other_weights_cannot_follow() -> None:
 )
 def test_a_first_loss_that_is_not_ln_2_stops(dtype: torch.dtype, precomputed: bool, off: float) -> None:
     with pytest.raises(ValueError, match=r"must be ln 2 = 0\.6931472.*The reference is not what it seems"):
-        check_first_loss(math.log(2) + off, dtype, precomputed=precomputed)
+        check_loss(math.log(2) + off, dtype, precomputed=precomputed)
     with pytest.raises(ValueError, match="Nothing has been trained"):
-        check_first_loss(math.log(2) - off, dtype, precomputed=precomputed)
+        check_loss(math.log(2) - off, dtype, precomputed=precomputed)
 
 
 def test_a_first_loss_of_ln_2_passes() -> None:
-    check_first_loss(float(torch.tensor(math.log(2))), torch.float32)
-    check_first_loss(math.log(2) + 5e-4, torch.bfloat16)
-    check_first_loss(math.log(2) + 5e-5, torch.float32, precomputed=True)
-    check_first_loss(math.log(2) + 2e-5, torch.float32, largest_reward=200.0)  # 1000 tokens of 2 nats at beta 0.1
+    check_loss(float(torch.tensor(math.log(2))), torch.float32)
+    check_loss(math.log(2) + 5e-4, torch.bfloat16)
+    check_loss(math.log(2) + 5e-5, torch.float32, precomputed=True)
+    check_loss(math.log(2) + 2e-5, torch.float32, largest_reward=200.0)  # 1000 tokens of 2 nats at beta 0.1
     with pytest.raises(ValueError, match="within 1e-06 in float32"):
-        check_first_loss(math.log(2) + 2e-6, torch.float32, largest_reward=5.0)
+        check_loss(math.log(2) + 2e-6, torch.float32, largest_reward=5.0)
     with pytest.raises(ValueError, match="within 2e-05 in float32"):
-        check_first_loss(math.log(2) + 3e-5, torch.float32, largest_reward=200.0)
+        check_loss(math.log(2) + 3e-5, torch.float32, largest_reward=200.0)
 
 
 def test_trl_s_stale_reference_would_be_found() -> None:
     """0.690245: the loss of a reference that was read again from disk after the policy had been edited."""
     with pytest.raises(ValueError, match=r"the first loss is 0\.6902450"):
-        check_first_loss(0.690245, torch.bfloat16)
+        check_loss(0.690245, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
