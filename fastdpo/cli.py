@@ -119,7 +119,7 @@ def _stopped(words: list[str], started: float) -> str:
         return f"{stopped}; what was scored so far is kept, and the same command goes on from there"
     try:
         chosen = read_settings(config, overrides_of(words[2:], {})) if command == "train" else None
-    except (ValueError, OSError):
+    except (ValueError, OSError, ImportError):
         chosen = None
     if chosen is None:
         return f"{stopped}; nothing was saved"
@@ -131,7 +131,7 @@ def _stopped(words: list[str], started: float) -> str:
         return f"{stopped}; saved: {newest}; go on with: {go_on}"
     if resumed := chosen.get("resume_from_checkpoint"):
         return f"{stopped}; nothing was saved since {resumed}, from which the same command goes on"
-    why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "the run came to no save_steps"
+    why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "no checkpoint was due yet"
     return f"{stopped}; nothing was saved, because {why}; the same command starts again"
 
 

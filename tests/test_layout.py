@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -105,9 +104,10 @@ def test_lives_with_transformers_and_hugging_face_kernels_from_the_repository_ro
 
 
 def test_lives_with_transformers_without_hugging_face_kernels(tmp_path: Path) -> None:
-    site = Path(sysconfig.get_path("purelib"))
-    for entry in site.iterdir():  # the same environment but for one package
-        if not entry.name.startswith(("kernels", "__editable__")):
+    sites = [Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    for entry in (entry for site in reversed(sites) for entry in site.iterdir()):
+        if not entry.name.startswith(("kernels", "__editable__")):  # the same environment but for one package
+            (tmp_path / entry.name).unlink(missing_ok=True)
             (tmp_path / entry.name).symlink_to(entry)
     code = (
         f"import sys; sys.path = ['{ROOT}', '{tmp_path}', *[p for p in sys.path if p and 'site-packages' not in p]]; "

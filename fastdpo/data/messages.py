@@ -59,10 +59,10 @@ def read_value(value: Any, field: str) -> str | list[Message]:
 
 def _messages_in(text: str, field: str) -> list[Any] | None:
     """The messages that a text spells out; None where it is just text."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval) if _LIKE_MESSAGES.match(text) else (json.loads,):
         try:
             found = parse(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         items = found if isinstance(found, list) else [found]
         is_chat = all(isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & m.keys() for m in items)

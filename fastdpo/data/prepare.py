@@ -8,8 +8,8 @@
 | ranked | `prompt_ids`, `ranked_ids` |
 | unpaired | `prompt_ids`, `completion_ids`, `label` and, where asked for, `kl_ids` |
 
-and `pair_index`, the row it came from. Completions end with EOS unless they were cut. The columns `weight`, `margin`,
-`beta` and reference log-probs are carried along; all others are left behind.
+and `pair_index`, the row it came from. Completions end with EOS, or as their chat template ends a turn, unless they
+were cut. The columns `weight`, `margin`, `beta` and reference log-probs are carried along; all others are left behind.
 """
 
 import functools

@@ -6,8 +6,9 @@
 | ranked | `prompt`, `responses`: a list of at least two, best first |
 | unpaired | `prompt`, `completion`, `label`: true where the completion is desirable |
 
-Prompts and responses are text (standard format) or lists of `{"role", "content"}` messages (conversational format).
-`tools` and `chat_template_kwargs` columns go to the chat template.
+Prompts and responses are text (standard format) or lists of `{"role", "content"}` messages (conversational format); a
+text prompt beside messages is a user turn. A response that begins with the prompt is read without that copy. `tools`
+and `chat_template_kwargs` columns go to the chat template.
 """
 
 import logging
@@ -44,7 +45,7 @@ def tokenize(
 
     Responses end with EOS, or as the chat template ends a turn. Each starts where it and the prompt alone part company.
     Notes are "special" (text spells out a special token), "repeated" (responses repeated the prompt, and that copy
-    was left out) and "lost" (the chat template leaves out text of an earlier answer).
+    was left out) and "lost" (the chat template leaves out text of the prompt).
 
     Raises:
         BadRow: the row is malformed, or text of it would reach no token.
@@ -237,10 +238,10 @@ def _encode_to_end(text: str, tokenizer: PreTrainedTokenizerBase, field: str) ->
     if eos is None:
         raise ValueError("the tokenizer has no EOS token, so completions would have no end; set tokenizer.eos_token")
     ids = _encode(text, tokenizer, field)
-    template: Any = tokenizer.chat_template
+    template: Any = getattr(tokenizer, "chat_template", None)  # a tokenizer of the user's need not have any
     template = template.get("default") if isinstance(template, dict) else template
     ends = {tokenizer.eos_token, end_of_turn(tokenizer, template) if template else ""} - {""}
-    return ids if ids[-1] == eos or text.rstrip().endswith(tuple(ends)) else [*ids, eos]
+    return ids if ids[-1:] == [eos] or text.rstrip().endswith(tuple(ends)) else [*ids, eos]
 
 
 # Special tokens spelt out in the data

@@ -33,6 +33,7 @@ from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.stand_ins import NAME, HeadMemory
 
+PROBED_ROWS = (32, 64)  # where layers that loop over the tokens are found out, which would take minutes of the next:
 TRACED_ROWS = (1024, 2048)
 ANY_BACKEND = Usable("auto", {})
 
@@ -169,15 +170,16 @@ def memory_model(
             _make_fake(each)
         setting = _Setting(ratios, precision, accumulates, runs_reference, backends, chosen)
         try:
-            traces = (_trace(model, reference, rows, setting) for rows in TRACED_ROWS)
-            (small, small_kept), (large, large_kept) = traces
+            for sizes in (PROBED_ROWS, TRACED_ROWS):
+                (small, small_kept), (large, large_kept) = (_trace(model, reference, n, setting) for n in sizes)
+                if len(small) != len(large):
+                    name = type(model).__name__
+                    raise ValueError(f"{name} does not run the same operations on batches of different sizes")
         except (RuntimeError, NotImplementedError) as error:  # what depends on values: some routers, some RoPE
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without its weights' values: {why}") from error
         trained = [p for p in model.parameters() if p.requires_grad]
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
-        if len(small) != len(large):
-            raise ValueError(f"{type(model).__name__} does not run the same operations on batches of different sizes")
         return Memory(
             weights=_bytes([*model.parameters(), *model.buffers()]),
             reference=weights if has_reference else 0,

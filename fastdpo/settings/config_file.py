@@ -118,7 +118,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                raise ValueError(f"{key.value} is set twice, in line {lines[key.value]} and in line {line}")
+                problem = f"{key.value} is set twice, in line {lines[key.value]} and in line {line}; remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -136,8 +137,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config file {str(path)!r}{sibling(path)}") from None
-    except ValueError as error:  # a key twice
-        raise ValueError(f"{path}: {error}; remove one") from None
+    except ValueError as error:  # a value that looks like a date and is none
+        raise ValueError(f"{path} holds a value that YAML can't read, {error}; put it in quotes") from error
     if values is None:
         raise ValueError(f"{path} is empty; it must hold `key: value` lines, one of them dataset_name")
     if not isinstance(values, dict):

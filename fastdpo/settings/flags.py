@@ -65,8 +65,8 @@ def overrides_of(rest: list[str], own: dict[str, Setting]) -> dict[str, Any]:
 def _value(word: str) -> Any:
     try:
         return yaml.safe_load(word)
-    except yaml.YAMLError:
-        return word  # text such as a path with a colon, or `[`
+    except (yaml.YAMLError, ValueError):
+        return word  # text such as `[`, or what looks like a date and is none
 
 
 def without_flag(words: list[str], name: str) -> list[str]:

@@ -315,7 +315,7 @@ def test_messages_written_as_broken_text_are_named() -> None:
     assert "`chosen` is a list of messages written as text, but it is no valid JSON" in problem(row)
 
 
-@pytest.mark.parametrize("text", ['{"role": "engineer", "name": "Ada"}', "[1, 2]", "[INST] {x}", "{% if x %}"])
+@pytest.mark.parametrize("text", ['{"role": "engineer", "name": "Ada"}', "[1, 2]", "[INST] {x}", "{'\\d': {[]}}"])
 def test_other_text_with_brackets_is_text(text: str) -> None:
     assert texts(pair("List one:", text, "[]"))[1] == f"{text}<eos>"
 

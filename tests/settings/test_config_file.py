@@ -33,12 +33,16 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "run.yaml, line 3, column 1 is not valid YAML: .*while parsing a flow mapping of line 2",
         ),
         ("seed: 1\n\tbeta: 2\n", "run.yaml, line 2, column 1 is not valid YAML"),
-        ("seed: 3\nbeta: 0.1\nseed: 4\n", "run.yaml: seed is set twice, in line 1 and in line 3"),
+        (
+            "seed: 3\nbeta: 0.1\nseed: 4\n",
+            "line 3, column 1 is not valid YAML: seed is set twice, in line 1 and in line 3",
+        ),
         ("optim_args: {a: 1,\n  a: 2}\n", "a is set twice, in line 1 and in line 2"),
         ("seed: !!python/name:os.system\n", "not valid YAML: could not determine a constructor"),
         ("beta: 0.1\n", "must set dataset_name"),
+        ("run_name: 2026-13-40\n", "holds a value that YAML can't read, month must be in 1..12; put it in quotes"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_broken_file_is_named_with_the_place(good: Path, text: str, message: str) -> None:
     good.write_text(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import TrainingArguments
 
 from fastdpo.config import DPOConfig
 from fastdpo.run import RunConfig
-from fastdpo.settings.fields import TRANSFORMERS, settings
+from fastdpo.settings.fields import TRANSFORMERS, Setting, _fields, settings
 
 CONFIGS = (RunConfig, DPOConfig)
 
@@ -54,3 +55,26 @@ def test_groups_are_the_comments_of_the_config() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert all(found[name].group == TRANSFORMERS for name in ("seed", "optim", "save_steps"))
     assert all(setting.name in theirs for setting in found.values() if setting.group == TRANSFORMERS)
+
+
+def test_source_is_read_as_python_means_it(tmp_path: Path) -> None:
+    source = '''
+class Config:
+    """Doc."""
+
+    # First part; more about it
+    a: int | None = field(default=None, metadata={"help": "Half of it " "and the rest, 5%%.", "choices": some.call()})
+    b: Optional = 3
+    # The next part
+    c: list[str] = field(default_factory=lambda: ["x"], metadata=dict(help="not seen"))
+    hidden: int = field(init=False, default=1)
+    d: dict[str, int]
+    _not_a_field = 1
+'''
+    (tmp_path / "config.py").write_text(source)
+    assert list(_fields(tmp_path / "config.py", "Config")) == [
+        Setting("a", frozenset({"int", "None"}), "None", "Half of it and the rest, 5%.", "First part"),
+        Setting("b", frozenset({"Optional"}), "3", "", "First part"),
+        Setting("c", frozenset({"list"}), "['x']", "", "The next part"),
+        Setting("d", frozenset({"dict"}), None, "", "The next part"),
+    ]

@@ -28,6 +28,7 @@ SAME = [
     ("--max_steps -1", "max_steps: -1"),
     ("--save_strategy no", "save_strategy: no"),
     ("--run_name [", "run_name: '['"),
+    ("--run_name 2026-13-40", "run_name: '2026-13-40'"),
     ("--debug underflow_overflow", "debug: underflow_overflow"),
 ]
 
