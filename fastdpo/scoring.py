@@ -18,8 +18,9 @@ from fastdpo.model.layout import choose_layout
 from fastdpo.model.policy import smallest_vocab
 from fastdpo.model.scoring_forward import is_patched, patch_forward
 from fastdpo.model.self_check import checked_layout
-from fastdpo.reference.cache import Logps, write_file
+from fastdpo.reference.cache import Logps
 from fastdpo.reference.precompute import token_logps
+from fastdpo.settings.files import write_file
 
 logger = logging.getLogger("fastdpo")
 

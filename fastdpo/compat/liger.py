@@ -9,6 +9,7 @@ from transformers.integrations import liger
 from transformers.utils import is_liger_kernel_available, is_peft_available
 
 from fastdpo.config import DPOConfig
+from fastdpo.model.layout import unwrap
 
 logger = logging.getLogger("fastdpo")
 
@@ -49,7 +50,7 @@ def apply(model: Any, args: DPOConfig) -> None:
     """
     if not args.use_liger_kernel:
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     name = type(base).__name__
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

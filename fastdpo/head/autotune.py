@@ -7,8 +7,6 @@ events; once a later call finds that all have passed, the sums of the medians de
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.head.impl.interface import Needs
+from fastdpo.settings.files import cache_home, write_file
 
 logger = logging.getLogger("fastdpo")
 
@@ -33,8 +32,8 @@ _events: dict[str, dict[tuple[str, str], list[tuple[Any, Any]]]] = {}  # by key,
 
 
 def cache_file() -> Path:
-    """Return the file of verdicts: in $FASTDPO_CACHE, else in ~/.cache/fastdpo."""
-    return Path(os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo")) / "choices.json"
+    """Return the file of verdicts."""
+    return cache_home() / "choices.json"
 
 
 def pick(key: str, candidates: tuple[str, ...]) -> str:
@@ -98,9 +97,7 @@ def _write(key: str, verdict: str) -> None:
     _verdicts = known | _read() | {key: verdict}
     try:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, delete=False) as file:
-            json.dump(_verdicts, file, indent=1, sort_keys=True)
-        Path(file.name).replace(cache_file())
+        write_file(cache_file(), json.dumps(_verdicts, indent=1, sort_keys=True).encode())
     except OSError as error:
         logger.warning("%s cannot be written (%s): the head is measured again next time", cache_file(), error)
 

@@ -19,7 +19,7 @@ from fastdpo.head import eager, vocab_parallel
 from fastdpo.head.autotune import choose_impl
 from fastdpo.head.eager import Stats
 from fastdpo.head.impl import sparsity
-from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, result_dtype
+from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, autocast_dtype, result_dtype
 from fastdpo.head.op import check_targets, density_key, linear_logprobs_op, results_of
 
 Impl = Literal["auto", "eager", "torch", "triton", "blas"]
@@ -229,16 +229,10 @@ def _eager(
     )
 
 
-def _as_autocast(*tensors: Tensor | None) -> list[Any]:
+def _as_autocast(hidden: Tensor, *others: Tensor | None) -> list[Any]:
     """Cast as `F.linear` would under autocast."""
-    hidden = tensors[0]
-    assert hidden is not None
-    device = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return list(tensors)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = autocast_dtype(hidden)
+    return [t if t is None or dtype == hidden.dtype else t.to(dtype) for t in (hidden, *others)]
 
 
 def _check_tensors(

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention.registered import NAME
-from fastdpo.model.layout import Layout
+from fastdpo.model.layout import Layout, unwrap
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8
@@ -207,7 +207,7 @@ def _inner(model: Any) -> Any:
     """Return the causal LM inside DDP, torch.compile and PEFT."""
     while not hasattr(model, "config"):
         model = model.module if hasattr(model, "module") else model._orig_mod
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrap(model)
 
 
 def _class_name(model: Any) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fastdpo.head.impl.interface import autocast_dtype
 from fastdpo.model.attention import backends
 
 NAME = "fastdpo_memory"
@@ -82,7 +83,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     rows = query.shape[2]
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": None, "softcap": softcap, "sinks": s_aux}
     name, _against = backends.choose(memory_backends, query, value, **options)

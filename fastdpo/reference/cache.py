@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 import uuid
@@ -28,6 +27,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+
+from fastdpo.settings.files import write_file
 
 try:
     import fcntl
@@ -41,7 +42,7 @@ FORMAT = 1
 
 KEY_BYTES = 32
 _MANIFEST = re.compile(r"shard-[0-9a-f]{32}\.json")
-_LEFTOVER = re.compile(r"shard-[0-9a-f]{32}\.(safetensors|json\.tmp|safetensors\.tmp)")
+_LEFTOVER = re.compile(r"\.?shard-[0-9a-f]{32}\.(safetensors|(json|safetensors)(\.\d+)?\.tmp)")
 _STALE_SECONDS = 3600.0  # no process takes as long from one rename to the next
 
 Logps: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -129,22 +130,6 @@ class TokenCache:
                 logger.info("reference cache: %s can't be locked (%s); work may be done twice", self.folder, error)
             self.refresh()
             yield
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is as it was, whatever stops the process."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _write_shard(folder: Path, entries: Mapping[bytes, Logps]) -> str:

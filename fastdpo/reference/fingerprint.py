@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_peft_available
 
+from fastdpo.model.layout import unwrap
 from fastdpo.reference.cache import FORMAT
 
 _COSMETIC = {
@@ -40,7 +41,7 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
     Returns:
         64 hex digits, and the description that they are the SHA-256 of.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     skipped, renamed, scalings = _adapters(base)
     weights = hashlib.sha256()
     device = "cpu"

@@ -7,7 +7,6 @@ would have computed, bit for bit, however either was batched; `tests/reference/t
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,9 @@ from tqdm.auto import tqdm
 
 from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
 from fastdpo.model.scoring_forward import evaluating, is_patched, patch_forward
-from fastdpo.reference.cache import Logps, TokenCache, entry_key, write_file
+from fastdpo.reference.cache import Logps, TokenCache, entry_key
 from fastdpo.reference.fingerprint import fingerprint
+from fastdpo.settings.files import cache_home, write_file
 
 logger = logging.getLogger("fastdpo")
 
@@ -53,8 +53,7 @@ class Item(NamedTuple):
 
 def reference_folder(folder: str | None) -> Path:
     """Where the cache is: `folder`, else "reference" in $FASTDPO_CACHE or ~/.cache/fastdpo."""
-    home = os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo")
-    return Path(folder) if folder else Path(home) / "reference"
+    return Path(folder) if folder else cache_home() / "reference"
 
 
 def with_reference(dataset: Dataset, model: Any, *, folder: Path | str | None, **options: Any) -> Dataset:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapters import is_peft_model
-from fastdpo.reference.cache import write_file
+from fastdpo.settings.files import write_file
 
 FILE = "reference.safetensors"
 

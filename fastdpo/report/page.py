@@ -10,7 +10,6 @@ import html
 import io
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.image import imsave
 
 from fastdpo.report import plots
 from fastdpo.report.facts import without_secrets
+from fastdpo.settings.files import write_file
 
 logger = logging.getLogger("fastdpo")
 
@@ -132,10 +132,10 @@ def write_report(
         body += [_samples(samples), _numbers(log_history), _settings(config, given or {})]
         for heading, table in (facts or {}).items():
             body.append(f"<h2>{_text(heading)}</h2>" + _table(table.items()))
-        _write(page, _page(title + " (broke off)" * bool(failure), body).encode())
+        write_file(page, _page(title + " (broke off)" * bool(failure), body).encode())
         for name in PICTURES:
             if name in pictures:
-                _write(folder / f"{name}.png", pictures[name])
+                write_file(folder / f"{name}.png", pictures[name])
             else:
                 (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
     except Exception as error:
@@ -144,16 +144,6 @@ def write_report(
         logger.warning("the report could not be written to %s: %s%s", folder, _reason(error), left, exc_info=debug)
         return None
     return page
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that a full disk leaves the old file whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _page(title: str, body: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def reference(log_history: LogHistory) -> list[Figure]:
     return _figures(
         partial(curve, sides, "Rewards", "nats", line=(0, "as under the reference")),
         partial(curve, {"logps/chosen_below_ref": ""}, "Displaced chosen responses", unit, percent=True),
-        partial(curve, {"kl_per_token": ""}, "Drift, estimated KL from the reference", "nats per token", low=0.0),
+        partial(curve, {"kl_per_token": ""}, "Drift from the reference", "estimated KL, nats per token", low=0.0),
     )
 
 

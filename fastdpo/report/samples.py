@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from fastdpo.model.layout import unwrap
 from fastdpo.model.scoring_forward import evaluating
 
 logger = logging.getLogger("fastdpo")
@@ -127,7 +128,7 @@ def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "
 @contextmanager
 def _plain_generation(policy: Any, tokenizer: Any) -> Iterator[set[int]]:
     """Greedy decoding whatever the model's own generation config says, and the tokens that end a response."""
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    model = unwrap(policy)
     own = model.generation_config
     ends = own.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save
 
 from fastdpo.reference import cache
-from fastdpo.reference.cache import TokenCache, entry_key, write_file
+from fastdpo.reference.cache import TokenCache, entry_key
+from fastdpo.settings.files import write_file
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -165,7 +166,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
     TokenCache(tmp_path).add(entries(3))
-    leftovers = [tmp_path / f"shard-{c * 32}.{end}" for c in "ab" for end in ("safetensors", "json.tmp")]
+    names = ("shard-{}.safetensors", ".shard-{}.json.123.tmp")
+    leftovers = [tmp_path / name.format(c * 32) for c in "ab" for name in names]
     for path in leftovers:
         path.write_bytes(b"unfinished")
         if "aaa" in path.name:
@@ -185,6 +187,7 @@ def test_write_file_replaces_all_or_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         write_file(target, b"new")
     assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 FILL = """

@@ -120,6 +120,14 @@ class Needs(NamedTuple):
     weight2: bool = False
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which autocast, where it is on, would multiply `x`; else that of `x`. Float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def result_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of results and of sums."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32

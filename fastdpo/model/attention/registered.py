@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastdpo.head.impl.interface import autocast_dtype
 from fastdpo.model.attention import backends
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.attention.key_paths import Paths, key_paths
@@ -162,7 +163,7 @@ def attention(
         )
 
     # from here on [T, heads, D], under autocast already in its dtype
-    dtype = _autocast_dtype(query)
+    dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
     name, against = backends.choose(tree_backends, query, value, **options)
@@ -170,11 +171,6 @@ def attention(
         is_plain = softcap is not None or s_aux is not None
         _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
     return backends.attend(name, tree_paths, query, key, value, **options)[None], None
-
-
-def _autocast_dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 @lru_cache
