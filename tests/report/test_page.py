@@ -481,16 +481,15 @@ def test_a_full_disk_leaves_whole_files(
 ) -> None:
     write(tmp_path, WHOLE_RUN)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write_bytes, calls = Path.write_bytes, []
+    fsync, calls = os.fsync, []
 
-    def full(path: Path, content: bytes) -> int:
-        calls.append(path)
-        if len(calls) <= full_at:
-            return write_bytes(path, content)
-        write_bytes(path, content[: len(content) // 2])
+    def full(descriptor: int) -> None:  # of a file, then of its folder
+        calls.append(descriptor)
+        if len(calls) <= 2 * full_at:
+            return fsync(descriptor)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert page_module.write_report(tmp_path, WHOLE_RUN[:5], title="another") is None
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert after.keys() == before.keys()  # nothing half-written is left
