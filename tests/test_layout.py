@@ -1,6 +1,7 @@
 """The house rules that no linter knows."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,11 @@ def test_everything_public_is_documented() -> None:
 def test_the_test_command_is_the_one_in_the_readme() -> None:
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    named = set(re.findall(r"`((?:\w+/)*\w+(?:\.py|\.md|/))`", (ROOT / page).read_text()))
+    assert named
+    missing = [name for name in sorted(named) if not ((ROOT / name).exists() or (ROOT / "fastdpo" / name).exists())]
+    assert not missing
