@@ -12,7 +12,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -34,7 +33,7 @@ from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
 from fastdpo.model import adapters
 from fastdpo.model.attention.backends import usable
 from fastdpo.model.layout import Layout, choose_layout, unwrap
-from fastdpo.model.policy import disable_dropout, load_policy, smallest_vocab
+from fastdpo.model.policy import disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import TokenScores, evaluating, patch_forward
 from fastdpo.model.self_check import agreed_layout
@@ -107,9 +106,7 @@ class DPOTrainer(Trainer):
         set_seed(args.seed)  # adapters start from random weights
         model, ref_model, keeps_reference = self._prepare_models(model, ref_model, peft_config, args)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, trust_remote_code=args.trust_remote_code
-            )
+            processing_class = load_tokenizer(model, args)
         vocab_size = smallest_vocab(model, ref_model)
         train_dataset, eval_dataset = self._prepare_data(
             train_dataset, eval_dataset, processing_class, vocab_size, args

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
@@ -58,6 +58,11 @@ def _from_pretrained(model: str, args: Any) -> Any:
             logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
         return policy
     return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def load_tokenizer(model: Any, args: Any) -> Any:
+    """The tokenizer beside the weights of a loaded model."""
+    return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
 
 
 def smallest_vocab(*models: Any) -> int:
