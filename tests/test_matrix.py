@@ -28,7 +28,7 @@ from fastdpo.head.impl import sparsity
 from fastdpo.kernels import linear_logprobs_backward, linear_logprobs_forward
 from fastdpo.kernels.logits_tile import Config
 from fastdpo.loss.batch_loss import compute, step_mean
-from fastdpo.loss.options import from_config, kind_of
+from fastdpo.loss.options import from_config, kind_of_loss
 from fastdpo.loss.whole_step import step_totals
 from tests.helpers.trainers import NoTokenizer
 
@@ -149,7 +149,7 @@ def make_rows(loss_type: str, n: int, seed: int) -> list[dict[str, Any]]:
         prompt = [1, *range(start, start + lengths[0])]
         chosen = [*range(start + lengths[0], start + sum(lengths[:2])), 2]
         first, second = ([draw(3, VOCAB) for _ in range(length)] + [2] for length in lengths[2:])
-        kind = kind_of(loss_type)
+        kind = kind_of_loss(loss_type)
         if kind == "ranked":
             rows.append({"prompt_ids": prompt, "ranked_ids": [chosen, first, *[second] * (i % 2)]})
         elif kind == "unpaired":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdpo.loss.objectives import OBJECTIVES
-from fastdpo.loss.options import kind_of
+from fastdpo.loss.options import kind_of_loss
 from tests.helpers.trainers import (
     data_for,
     losses,
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "ipo
 )
 def test_micro_batches_equal_one_batch(make: Callable[..., Any], settings: dict[str, Any]) -> None:
     """Also where their sizes differ: the last one holds half as many examples. The reference is another model."""
-    data = data_for(kind_of(settings["loss_type"] if isinstance(settings.get("loss_type"), str) else "sigmoid"))
+    data = data_for(kind_of_loss(settings["loss_type"] if isinstance(settings.get("loss_type"), str) else "sigmoid"))
     common = settings | {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "data": data}
     whole = make(per_device_train_batch_size=12, **common)
     split = make(per_device_train_batch_size=8, gradient_accumulation_steps=2, **common)

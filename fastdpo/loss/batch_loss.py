@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdpo.head.eager import Stats
 from fastdpo.loss.objectives import DIVERGENCES, OBJECTIVES, Beta
-from fastdpo.loss.options import COLUMNS, PARAMETERS, ObjectiveSettings
+from fastdpo.loss.options import EXAMPLE_NUMBERS, PARAMETERS, ObjectiveSettings
 from fastdpo.loss.whole_step import StepTotals, Values, step_context
 
 
@@ -271,7 +271,7 @@ def _inputs(
     kind = "unpaired" if "label" in batch else "ranked" if "response_index" in batch else "preference"
     if kind != settings.kind:
         raise ValueError(f"loss_type {settings.loss_type[0]!r} takes {settings.kind} examples, the batch is {kind}")
-    settings.check_columns(name for name in COLUMNS if batch.get(name) is not None)
+    settings.check_columns(name for name in EXAMPLE_NUMBERS if batch.get(name) is not None)
     sequences = _sequences(batch, logps, ref_token_logps, settings)
     if kind == "preference":
         inputs = _pair_inputs(sequences.logps, sequences.ref_logps, batch["cu_target"].diff(), settings)

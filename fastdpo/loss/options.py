@@ -28,7 +28,7 @@ _REFERENCE = _DIFFERENCES | _STEP | {"chosen_logratios", "rejected_logratios", "
 
 _POSITIVE = {"beta", "discopop_tau", "desirable_weight", "undesirable_weight", "rpo_alpha"}
 
-COLUMNS = ("weight", "margin", "beta")
+EXAMPLE_NUMBERS = ("weight", "margin", "beta")
 """What an example may have of its own."""
 
 
@@ -88,7 +88,7 @@ class ObjectiveSettings:
     @property
     def kind(self) -> Kind:
         """Kind of examples: preference pairs, K ranked responses, or single responses with a label."""
-        return kind_of(self.loss_type[0])
+        return kind_of_loss(self.loss_type[0])
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -134,7 +134,7 @@ class ObjectiveSettings:
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise a ValueError if examples cannot have those of `weight`, `margin`, `beta` that are in `columns`."""
-        own = set(columns) & set(COLUMNS)
+        own = set(columns) & set(EXAMPLE_NUMBERS)
         for name in self.loss_type:
             if own and PARAMETERS[name] & _MATCHED:
                 raise ValueError(
@@ -158,7 +158,7 @@ class ObjectiveSettings:
             _check_name("loss_type", name, OBJECTIVES)
             if self.loss_type.count(name) > 1:
                 raise ValueError(f"loss_type names {name!r} twice; name it once and set its weight in loss_weights")
-        kinds = {name: kind_of(name) for name in self.loss_type}
+        kinds = {name: kind_of_loss(name) for name in self.loss_type}
         if len(set(kinds.values())) > 1:
             listed = ", ".join(f"{name!r} of {kind} examples" for name, kind in kinds.items())
             raise ValueError(f"loss_type sums objectives of different data, {listed}; keep those of one kind")
@@ -253,7 +253,7 @@ class ObjectiveSettings:
             raise ValueError(f"{name} {value!r} has no effect on loss_type 'sft'; {fix}")
 
 
-def kind_of(name: str) -> Kind:
+def kind_of_loss(name: str) -> Kind:
     """Kind of examples an objective takes."""
     if "label" in PARAMETERS[name]:
         return "unpaired"

@@ -47,7 +47,7 @@ class Head(NamedTuple):
     """Why the model's own forward computes the logits; None where the fused op does."""
 
 
-def locate(model: Any, place: int = 0) -> Head:
+def locate_head(model: Any, place: int = 0) -> Head:
     """Find body and head as they are now: PEFT and FSDP replace them.
 
     Args:
@@ -71,7 +71,7 @@ def outside(model: nn.Module, head: Head) -> str | None:
 
 
 def places(model: Any) -> range:
-    """All values of `place` that `locate` takes."""
+    """All values of `place` that `locate_head` takes."""
     return range(len(_decoders(model)))
 
 
@@ -244,7 +244,7 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
     Args:
         model: the causal LM, neither in training nor sharded.
         forward: its own forward, bound.
-        head: what `locate` found.
+        head: what `locate_head` found.
 
     Returns:
         Why the fused head is not the model's own, and why even the model's own can't be run on hidden states alone;

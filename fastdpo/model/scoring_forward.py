@@ -54,7 +54,7 @@ class _Patch(NamedTuple):
     backward: Any
     attention: str  # backend
     forward: Callable[..., Any] | None  # the instance's own, where it had one before
-    place: int  # of the decoder, see body_and_head.locate
+    place: int  # of the decoder, see body_and_head.locate_head
     own: str | None  # why the model's own head is used
     padded: str | None  # why batches must be padded
 
@@ -150,7 +150,7 @@ def _own_forward(model: Any) -> Callable[..., Any]:
 def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = False, **batch: Any) -> TokenScores:
     """Run a batch through body and head."""
     patch = vars(model)["_fastdpo"]
-    head = body_and_head.locate(model, patch.place)
+    head = body_and_head.locate_head(model, patch.place)
     packed = batch.get("attention_mask") is None
     inputs = _PACKED_INPUTS if packed else _PADDED_INPUTS
     if missing := [name for name in inputs if batch.get(name) is None]:
@@ -252,7 +252,7 @@ def _find(model: Any) -> tuple[int, Head]:
     model = checked_model(model)
     tried = []
     for place in body_and_head.places(model):
-        head = body_and_head.locate(model, place)
+        head = body_and_head.locate_head(model, place)
         head = head._replace(own=head.own or body_and_head.outside(model, head))
         if not body_and_head.can_probe(model):
             return place, head
@@ -260,7 +260,7 @@ def _find(model: Any) -> tuple[int, Head]:
         if failure is None:
             return place, head._replace(own=head.own or reason)
         tried.append(failure)
-    head = body_and_head.locate(model)
+    head = body_and_head.locate_head(model)
     if head.own is None and body_and_head.outside(model, head) is None:  # a forward that is not a class's own
         return 0, head
     raise refusal(model, tried[0])

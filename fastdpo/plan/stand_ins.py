@@ -86,7 +86,7 @@ def _attention(
     dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": None, "softcap": softcap, "sinks": s_aux}
-    name, _against = backends.choose(memory_backends, query, value, **options)
+    name, _against = backends.choose_backend(memory_backends, query, value, **options)
     memory_chosen.add(name)
     if name != "grid":
         if len(memory_paths) != rows:

@@ -94,7 +94,7 @@ def _exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
-class Grid(NamedTuple):
+class Bins(NamedTuple):
     """Edges of bins, scale * sinh(step * k): evenly wide around 0, in proportion to the value far from it."""
 
     bins: int
@@ -111,9 +111,9 @@ class Grid(NamedTuple):
         return self.scale * math.sinh(self.step * (i - self.bins // 2))
 
 
-REWARDS = Grid(512, 0.01, 0.05)
+REWARDS = Bins(512, 0.01, 0.05)
 """Nats, up to 1800 either way; bins of 5 % of the value."""
-LENGTHS = Grid(64, 16.0, 0.2)
+LENGTHS = Bins(64, 16.0, 0.2)
 """Tokens, up to 4800 either way; bins of three tokens, or a fifth of the value."""
 
 
@@ -369,8 +369,8 @@ _FINISH: dict[str, Callable[[list[float]], float | None]] = {
 }
 
 
-def _histogram(grid: Grid, counts: list[float], totals: list[float] | None = None) -> Histogram:
+def _histogram(bins_of: Bins, counts: list[float], totals: list[float] | None = None) -> Histogram:
     filled = [i for i, count in enumerate(counts) if count]
     bins = range(filled[0], filled[-1] + 1)
     means = totals and [totals[i] / counts[i] if counts[i] else math.nan for i in bins]
-    return Histogram([grid.edge(i) for i in (*bins, bins.stop)], [counts[i] for i in bins], means)
+    return Histogram([bins_of.edge(i) for i in (*bins, bins.stop)], [counts[i] for i in bins], means)

@@ -18,7 +18,7 @@ OPTIONS = [pytest.param(Transform(), id="plain"), pytest.param(Transform.of(1.7,
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Tiles of several blocks of the kernels, which are several cells."""
-    monkeypatch.setitem(torch_impl.TILE, device.type, (8, 64))
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (8, 64))
     monkeypatch.setattr(torch_impl, "CELL", 8)
     for module in (dlogits_rows, fold_logits):
         monkeypatch.setattr(module, "BLOCK", 32)

@@ -110,7 +110,7 @@ def check(inputs: Inputs, options: Options = PLAIN, grad_slack: float = 2.0) -> 
 
 @pytest.fixture
 def set_tile(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[int, int], None]:
-    return lambda rows, cols: monkeypatch.setitem(impl.TILE, device.type, (rows, cols))
+    return lambda rows, cols: monkeypatch.setitem(impl.TILE_SHAPE, device.type, (rows, cols))
 
 
 SHAPES = [

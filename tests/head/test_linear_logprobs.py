@@ -60,7 +60,7 @@ def head(device: torch.device) -> Head:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setitem(torch_impl.TILE, device.type, (8, 32))
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (8, 32))
     monkeypatch.setattr(torch_impl, "CELL", 16)
 
 
@@ -231,7 +231,7 @@ def test_auto_is_triton_on_cuda_and_torch_on_a_cpu() -> None:
 def test_gradcheck(
     options: dict[str, Any], wrt: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(torch_impl.TILE, device.type, (2, 4))
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (2, 4))
     head = Head(device, torch.float64, sizes=(5, 3, 11))
     for name, parameter in head.named_parameters():
         parameter.requires_grad_(name in wrt)
@@ -421,7 +421,7 @@ def test_compiled_code_still_checks_targets(head: Head) -> None:
 
 def test_never_holds_the_logits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 x 512 logits, in tiles of 64 x 64; the largest tensor otherwise is weight, 512 x 16."""
-    monkeypatch.setitem(torch_impl.TILE, device.type, (64, 64))
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (64, 64))
     hidden = torch.randn(4096, 16, device=device, requires_grad=True)
     weight = torch.randn(512, 16, device=device, requires_grad=True)
     targets = torch.randint(512, (4096,), device=device)
@@ -433,6 +433,6 @@ def test_never_holds_the_logits(device: torch.device, monkeypatch: pytest.Monkey
             logps.sum().backward()
     with pytest.raises(AssertionError, match=r"\(4096, 512\)"), NoLogits(4096 * 512):
         linear_logprobs(hidden, weight, targets, impl="eager")
-    monkeypatch.setitem(torch_impl.TILE, device.type, (4096, 512))  # the mode looks into the op
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (4096, 512))  # the mode looks into the op
     with pytest.raises(AssertionError), NoLogits(4096 * 512):
         linear_logprobs(hidden, weight, targets, impl="torch")

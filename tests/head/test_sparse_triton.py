@@ -40,7 +40,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     for module in (impl, forward_kernel, sparse_dlogits, sparse_dhidden, sparse_dweight):
         monkeypatch.setattr(module, "TILE", T)
     monkeypatch.setattr(torch_impl, "CELL", T)
-    monkeypatch.setitem(torch_impl.TILE, device.type, (32, 64))
+    monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (32, 64))
 
 
 def make_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:

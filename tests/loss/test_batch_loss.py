@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.loss.batch_loss import compute, step_values
 from fastdpo.loss.objectives import OBJECTIVES
-from fastdpo.loss.options import PARAMETERS, ObjectiveSettings, kind_of
+from fastdpo.loss.options import PARAMETERS, ObjectiveSettings, kind_of_loss
 from fastdpo.loss.whole_step import Values, step_context
 from tests.helpers.token_batches import Step, make_step
 
@@ -319,7 +319,7 @@ def test_what_is_for_metrics_is_detached(settings: ObjectiveSettings, columns: t
 def test_a_batch_of_another_kind_is_refused() -> None:
     for name, kind in (("kto", "preference"), ("sigmoid", "ranked"), ("plackett_luce", "unpaired")):
         step = make_step(B, kind=kind)
-        with pytest.raises(ValueError, match=f"'{name}' takes {kind_of(name)} examples, the batch is {kind}"):
+        with pytest.raises(ValueError, match=f"'{name}' takes {kind_of_loss(name)} examples, the batch is {kind}"):
             compute(step.batch, step.logps, step.ref_token_logps, ObjectiveSettings((name,)))
 
 

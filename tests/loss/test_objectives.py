@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdpo import dpo_loss
 from fastdpo.loss.objectives import DIVERGENCES, OBJECTIVES, apo_zero_unpaired, kto, plackett_luce
-from fastdpo.loss.options import PARAMETERS, kind_of
+from fastdpo.loss.options import PARAMETERS, kind_of_loss
 from tests.helpers.accuracy import assert_as_accurate
 
 mp.dps = 50
@@ -156,7 +156,7 @@ def test_value_and_gradient_equal_the_formula(name: str, divergence: str) -> Non
 
 
 def test_every_objective_of_pairs_has_its_formula_here_or_in_test_loss() -> None:
-    pairs = {name for name in OBJECTIVES if kind_of(name) == "preference"}
+    pairs = {name for name in OBJECTIVES if kind_of_loss(name) == "preference"}
     assert pairs - set(TRUTHS) == {"aot", "aot_unpaired", "sft"}
     assert set(DIVERGENCE_TRUTHS) == set(DIVERGENCES)
 

@@ -217,7 +217,7 @@ BF16 = torch.bfloat16
 def choice(backend="auto", device=CUDA, heads=4, D=16, D_value=None, dtype=BF16, **options):
     query, value = (torch.zeros(5, heads, d, dtype=dtype) for d in (D, D_value or D))
     options = {"scaling": None, "window": None, "softcap": None, "sinks": None} | options
-    return backends.choose(backends.usable(backend, device), query, value, **options)
+    return backends.choose_backend(backends.usable(backend, device), query, value, **options)
 
 
 @pytest.mark.parametrize(

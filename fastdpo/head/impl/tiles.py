@@ -96,7 +96,7 @@ def fold_tile(state: Running, z: Tensor, targets: Tensor, transform: Transform, 
     if transform.cap is not None:
         slope = torch.square(z.tanh_()).neg_().add_(1)
         z.mul_(transform.cap)
-    here, index = locate(targets, slice(0, z.shape[1]))
+    here, index = locate_targets(targets, slice(0, z.shape[1]))
     picked = z.gather(1, index)
     state.target.copy_(torch.where(here, picked, state.target[:, None]).squeeze(1))
     if state.sum_z is not None:
@@ -152,7 +152,7 @@ def dlogits_tile(z: Tensor, rows: Rows, vs: slice, transform: Transform) -> Tens
 
 def scatter_target(dz: Tensor, rows: Rows, vs: slice) -> None:
     """Put dtarget where the target is."""
-    here, index = locate(rows.targets, vs)
+    here, index = locate_targets(rows.targets, vs)
     dz.scatter_(1, index, torch.where(here, rows.dtarget[:, None], dz.gather(1, index)))
 
 
@@ -163,7 +163,7 @@ def target_slope(target: Tensor, transform: Transform) -> Tensor | float:
     return 1 - (target / transform.cap).square()
 
 
-def locate(targets: Tensor, vs: slice) -> tuple[Tensor, Tensor]:
+def locate_targets(targets: Tensor, vs: slice) -> tuple[Tensor, Tensor]:
     """Say which rows `[R, 1]` have their target in this slice of the vocabulary, and where (0 if not)."""
     here = (targets >= vs.start) & (targets < vs.stop)
     return here.unsqueeze(1), torch.where(here, targets - vs.start, 0).unsqueeze(1)

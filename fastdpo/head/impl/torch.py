@@ -48,7 +48,7 @@ from fastdpo.head.impl.tiles import (
     target_slope,
 )
 
-TILE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
+TILE_SHAPE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
 """Rows and vocabulary entries of a tile. CPU: 4 MiB of fp32, on a Zen 4 core the best of 1 to 16 MiB, by 3 %."""
 CELL = 64
 """T, the columns of a cell of the sparse backward."""
@@ -214,7 +214,7 @@ def _from_expected(dhidden: Tensor, rows: Rows, head: LinearHead, result: Forwar
     assert result.kept.expected is not None
     dtarget = rows.dtarget * target_slope(result.target, head.transform)
     index = rows.targets.clamp(0, head.weight.shape[0] - 1)
-    for rs in slices(len(index), TILE["cpu"][0]):
+    for rs in slices(len(index), TILE_SHAPE["cpu"][0]):
         torch.mul(result.kept.expected[rs], rows.dothers[rs, None], out=dhidden[rs])
         w = side_by_side(head.weight, head.weight2, index[rs], dhidden.dtype)
         dhidden[rs].addcmul_(w, dtarget[rs, None])
@@ -325,9 +325,9 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _tile_shape(hidden: Tensor, head: LinearHead, workspace: int) -> tuple[int, int]:
-    """Return the rows and columns of a tile: TILE, or less to stay within the workspace; whole cells."""
+    """Return the rows and columns of a tile: TILE_SHAPE, or less to stay within the workspace; whole cells."""
     N = hidden.shape[0]
-    max_rows, max_cols = TILE.get(hidden.device.type, TILE["cpu"])
+    max_rows, max_cols = TILE_SHAPE.get(hidden.device.type, TILE_SHAPE["cpu"])
     itemsize, width = result_dtype(hidden).itemsize, _width(head)
     rows = max(1, min(N, max_rows, workspace // (2 * itemsize * width)))
     fitting = (workspace - itemsize * rows * width) // (itemsize * (3 * rows + 2 * width))

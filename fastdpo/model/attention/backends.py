@@ -54,7 +54,7 @@ def usable(backend: str, device: torch.device) -> Usable:
     return Usable(backend, refused)
 
 
-def choose(usable: Usable, query: Tensor, value: Tensor, **options: Any) -> tuple[str, str]:
+def choose_backend(usable: Usable, query: Tensor, value: Tensor, **options: Any) -> tuple[str, str]:
     """Return a backend for a layer, and the reasons against those before it.
 
     Args:

@@ -166,7 +166,7 @@ def attention(
     dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
-    name, against = backends.choose(tree_backends, query, value, **options)
+    name, against = backends.choose_backend(tree_backends, query, value, **options)
     if not torch.compiler.is_compiling():
         is_plain = softcap is not None or s_aux is not None
         _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
