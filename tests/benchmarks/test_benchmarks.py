@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,7 +118,7 @@ def test_a_case_is_measured_once(
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ticks = itertools.count()  # a clock that no other process can slow
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(training, "time", SimpleNamespace(**vars(time) | {"perf_counter": lambda: float(next(ticks))}))
     out = tmp_path / "results" / "training.jsonl"
     call = ["--cases", "smoke", "--repetitions", "2", "--out", str(out)]
     training.main(call)
