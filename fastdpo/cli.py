@@ -304,8 +304,10 @@ COMMANDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 OPTIONS = {
     "plan": {
-        "gpu_memory": Setting("gpu_memory", frozenset({"float"}), "this machine's", "GiB of the GPU to plan for.", ""),
-        "processes": Setting("processes", frozenset({"int"}), "1", "GPUs to plan for.", ""),
+        "gpu_memory": Setting(
+            "gpu_memory", frozenset({"float"}), "this machine's", "GiB of the GPU to plan for.", "The GPUs"
+        ),
+        "processes": Setting("processes", frozenset({"int"}), "1", "GPUs to plan for.", "The GPUs"),
     }
 }
 """What a command takes beside the settings of a run."""

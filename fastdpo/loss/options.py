@@ -274,7 +274,7 @@ def from_config(config: Any) -> ObjectiveSettings:
 
 def _check_name(field: str, name: object, table: Collection[str]) -> None:
     if name not in table:
-        near = difflib.get_close_matches(str(name), table, n=1)
+        near = ["sigmoid"] if name == "dpo" else difflib.get_close_matches(str(name), table, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {_names(table)}"
         raise ValueError(f"{field} {name!r} is unknown: {hint}")
 

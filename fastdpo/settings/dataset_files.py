@@ -33,7 +33,10 @@ def load_splits(name: str) -> DatasetDict:
         with _naming(path):
             return _as_splits(load_from_disk(name))
     with _naming(path), _quiet():
-        splits = load_dataset(data_kind(path), data_files=name) if path.is_file() else load_dataset(name)
+        if path.is_file():
+            splits = load_dataset(data_kind(path), data_files=name)
+        else:  # a bare json, csv or text names a format there, and all files below the working directory are read
+            splits = load_dataset(str(path.absolute()))
         for split in splits.values():
             split.data.table.validate(full=True)  # nothing else sees text that is not UTF-8 before it is tokenised
         return _as_splits(splits)

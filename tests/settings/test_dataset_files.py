@@ -55,6 +55,15 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in load_splits(str(tmp_path)).items()} == {"train": 3, "test": 3}
 
 
+@pytest.mark.parametrize("name", ["json", "text"])
+def test_a_folder_may_have_the_name_of_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for folder in (name, "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text(LINES, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_splits(name)["train"].to_list() == ROWS
+
+
 BROKEN = LINES.encode() + b'{"prompt": "x", "chosen" "y"}\n' + LINES.encode()
 
 
