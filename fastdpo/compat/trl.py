@@ -115,8 +115,8 @@ def _config(args: Any) -> DPOConfig:
     config = DPOConfig(**values)
     name = f"{'trl' if trl else cls.__module__.partition('.')[0]}.{cls.__name__}"
     logger.info(
-        "args is a %s and read as a fastdpo.DPOConfig, its defaults included: learning_rate=%g, logging_steps=%g, "
-        "bf16=%s%s",
+        "args is a %s and read as a fastdpo.DPOConfig; every field keeps its value, where the defaults differ too: "
+        "learning_rate=%g, logging_steps=%g, bf16=%s%s",
         *(name, config.learning_rate, config.logging_steps, config.bf16),
         f"; not read: {', '.join(unread)}" if unread else "",
     )
