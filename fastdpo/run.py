@@ -115,6 +115,8 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(run, args)
     if run.config_name is None:
         return run.model_name_or_path, tokenizer
+    if run.use_peft:
+        logger.warning("only the adapter is saved: the random weights of %s below it are not", run.config_name)
     return build_policy(run.config_name, args), tokenizer
 
 

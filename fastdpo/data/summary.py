@@ -172,7 +172,10 @@ def _numbers(rows: Any) -> str:
 
 
 def _name_rows(rows: list[tuple[int, str]]) -> str:
-    named = "; ".join(f"row {i}: {problem}" for i, problem in rows[:MAX_NAMED_ROWS])
+    shown: dict[str, list[str]] = {}
+    for i, problem in rows[:MAX_NAMED_ROWS]:
+        shown.setdefault(problem, []).append(str(i))
+    named = "; ".join(f"row{'s' * (len(at) > 1)} {', '.join(at)}: {problem}" for problem, at in shown.items())
     return named + (f"; and {len(rows) - MAX_NAMED_ROWS} more" if len(rows) > MAX_NAMED_ROWS else "")
 
 

@@ -7,7 +7,9 @@
 Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part.
 """
 
+import logging
 import math
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,8 @@ from fastdpo.head.eager import Stats
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, autocast_dtype, result_dtype
 from fastdpo.head.op import check_targets, density_key, linear_logprobs_op, results_of
+
+logger = logging.getLogger("fastdpo")
 
 Impl = Literal["auto", "eager", "torch", "triton", "blas"]
 Backward = Literal["auto", "exact", "sparse"]
@@ -173,6 +177,8 @@ def _compute(
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
     if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
         sparse = not sparsity.expect_dense(density_key(hidden, weight))
+        if not sparse and backward == "sparse":
+            _say_dense()
     impl, trial = choose_impl(impl, hidden, weight, needs, sparse)
     outputs = linear_logprobs_op(
         hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
@@ -185,6 +191,15 @@ def _compute(
     valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
     logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
     return logps, _merge_stats(logps, result, V) if with_stats else None
+
+
+@cache
+def _say_dense() -> None:
+    logger.info(
+        "head: most of its cells hold probability worth computing, so head_backward='sparse' computes all of them, "
+        "which is faster; it tries again every %d calls",
+        sparsity.RETRY,
+    )
 
 
 def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:

@@ -126,6 +126,8 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
             model = get_peft_model(model, config)
     except (AttributeError, KeyError, TypeError) as error:  # what PEFT raises for settings that don't fit the model
         raise ValueError(f"PEFT cannot add {type(config).__name__} to {type(model).__name__}: {error}") from error
+    trained, total = model.get_nb_trainable_parameters()
+    logger.info("adapter: %s of %s parameters are trained", f"{trained:,}", f"{total:,}")
     if keeps_reference and not is_plain:
         starts_at_base = [base is not None and _starts_at(model, base)]
         if torch.distributed.is_initialized():  # where weights are sharded, only the first process has them all

@@ -30,8 +30,8 @@ def is_complete(trainer: Trainer) -> bool:
     broadcast_object_list(held)  # where another process lacks them, it computes them
     if held[0]:
         logger.info(
-            "reference: log-probs of all rows are in %s, so no reference model is kept (precompute_ref_log_probs=False "
-            "ignores them and keeps one)",
+            "reference: log-probs of all rows are in %s, so the copy of the policy is not needed "
+            "(precompute_ref_log_probs=False ignores them and keeps it)",
             folder,
         )
     return held[0]

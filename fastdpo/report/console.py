@@ -62,7 +62,8 @@ def line(logs: Mapping[str, Any], state: TrainerState) -> str:
     evaluated = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "train")
     if "train_loss" in logs:
         took = timedelta(seconds=round(logs.get("train_runtime", 0)))
-        parts += ["done ", f"mean loss {logs['train_loss']:.4f}", f"took {took}"]
+        mean = f"mean loss {logs['train_loss']:.4f}" if state.global_step else "no step was made"
+        parts += ["done ", mean, f"took {took}"]
         if numbers := _numbers(logs):  # of the steps since the last log
             parts += ["last steps:", *numbers]
     elif "loss" in logs:

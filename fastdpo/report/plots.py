@@ -48,10 +48,11 @@ def training(log_history: LogHistory, first_loss: float | None = math.log(2)) ->
     """
     start = None if first_loss is None else (first_loss, f"{_tick(round(first_loss, 3))}: policy = reference")
     curve = partial(_draw, log_history)
+    loss = {"loss" if _points(log_history, "loss") else "train_loss": ""}  # a run may be shorter than logging_steps
     margin, accuracy = {"rewards/margins": ""}, {"rewards/accuracies": ""}
     logps = {"logps/chosen": "chosen", "logps/rejected": "rejected"}
     return _figures(
-        partial(curve, {"loss": ""}, "Loss", "nats per example", line=start, low=0.0),
+        partial(curve, loss, "Loss", "nats per example", line=start, low=0.0),
         partial(curve, margin, f"Reward margin, chosen {MINUS} rejected", "nats", line=(0, "no preference")),
         partial(curve, accuracy, "Reward accuracy", "pairs with margin > 0", line=(0.5, "chance"), percent=True),
         partial(curve, logps, "Log-probability of the responses", "nats per response"),
@@ -244,7 +245,8 @@ def _plot(panel: Axes, points: Points, label: str, colour: str, marker: str | No
         marked = np.unique(np.linspace(0, len(steps) - 1, MARKED).round().astype(int))
         style = _held_out(marker) | {"markevery": marked.tolist()}
     else:
-        style = {"linewidth": 1.6, "marker": "o" if len(steps) <= FEW_POINTS else "", "markersize": 2.8, "zorder": 3}
+        style = {"linewidth": 1.6, "marker": "o" if len(steps) <= FEW_POINTS else "", "zorder": 3}
+        style["markersize"] = 2.8 if len(steps) > 3 else 5.0
     panel.plot(steps, means, color=colour, label=label or "_", clip_on=False, **style)
     return in_one
 

@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from fastdpo.settings.config_file import data_kind
 
+FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -28,6 +29,8 @@ def load_splits(name: str) -> DatasetDict:
     """
     path = Path(name)
     if not path.exists():
+        if name in FORMATS:  # for which the datasets library would read all files below the working directory
+            raise ValueError(f"dataset_name: {name!r} is a file format; give the file or the folder to read")
         return _as_splits(load_dataset(name))
     if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
         with _naming(path):

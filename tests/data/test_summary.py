@@ -105,6 +105,15 @@ def test_a_stream_has_no_counts(logged: Callable[..., list[tuple[str, str]]]) ->
     )
 
 
+def test_rows_with_one_reason_are_named_together(logged: Callable[..., list[tuple[str, str]]]) -> None:
+    good: dict[str, Any] = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [4]}
+    bad = good | {"chosen_ids": []}
+    (_, said), *_ = logged([bad, good, bad, good | {"prompt_ids": []}, bad, bad, bad], on_bad_row="drop", max_length=5)
+    assert "row 0, 2, 4, 5" not in said
+    assert "rows 0, 2, 4, 5: `chosen` has no tokens; row 3: `prompt` has no tokens" in said
+    assert said.endswith("; and 1 more.")
+
+
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_rows_are_counted_over_arrows_chunks(
     num_proc: int | None, logged: Callable[..., list[tuple[str, str]]]

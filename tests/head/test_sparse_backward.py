@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastdpo.head import eager, op
+from fastdpo.head import linear_logprobs as linear_logprobs_module
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
@@ -235,6 +236,21 @@ def test_a_dense_head_is_remembered_and_tried_again(device: torch.device, monkey
     assert not sparsity.expect_dense(key)
     grads(rows, "auto", frozen=True)
     assert [sparsity.expect_dense(key) for _ in range(6)] == [True, True, False, True, True, False]
+
+
+def test_sparse_that_computes_all_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sparsity, "expect_dense", lambda key: True)
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(32, 8)
+    said = []
+    for backward in ("auto", "sparse", "sparse"):
+        linear_logprobs_module._say_dense.cache_clear() if backward == "auto" else None
+        with caplog.at_level("INFO", "fastdpo"):
+            linear_logprobs(hidden, weight, torch.arange(4), backward=backward)
+        said.append(len(caplog.records))
+    assert said == [0, 1, 1]
+    assert "head_backward='sparse' computes all of them" in caplog.text
 
 
 def test_a_device_is_asked_about_the_last_but_one_backward() -> None:

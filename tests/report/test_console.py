@@ -75,6 +75,12 @@ def test_the_line_of_a_record(logs: dict[str, Any], expected: str) -> None:
     assert logs == before  # which goes to the sinks as it is
 
 
+def test_a_run_of_no_steps_has_no_loss() -> None:
+    assert (
+        line({"train_runtime": 0.1, "train_loss": 0.0}, state_at(0)) == "step 0  done   no step was made  took 0:00:00"
+    )
+
+
 def test_outside_of_training_there_is_no_total() -> None:
     assert line({"eval_loss": 0.5, "eval_runtime": 1.0}, state_at(0)) == "step 0  eval   loss 0.5000"
 

@@ -118,6 +118,13 @@ def test_what_else_is_logged_is_drawn_in_its_panel(
     assert found[title].lines[0].get_xydata().tolist() == [[3, 0.25], [4, 0.0]]
 
 
+def test_a_run_shorter_than_logging_steps_has_a_loss() -> None:
+    found = panels(plots.training([{"step": 3, "train_loss": 0.25}]))
+    assert found["Loss"].lines[0].get_xydata().tolist() == [[3, 0.25]]
+    both = panels(plots.training([{"step": 2, "loss": 0.5}, {"step": 3, "train_loss": 0.25}]))
+    assert both["Loss"].lines[0].get_xydata().tolist() == [[2, 0.5]]
+
+
 @pytest.mark.parametrize(
     "log_history",
     [

@@ -104,3 +104,8 @@ def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("nothing to see")
     with pytest.raises(ValueError, match=r"holds no file that can be read \(.jsonl, .json, .csv or .parquet\)"):
         load_splits(str(tmp_path))
+
+
+def test_a_file_format_is_no_dataset() -> None:
+    with pytest.raises(ValueError, match="'parquet' is a file format; give the file or the folder to read"):
+        load_splits("parquet")
