@@ -34,7 +34,7 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 3
+RULES = 4
 """Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
 
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
