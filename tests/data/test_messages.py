@@ -144,6 +144,15 @@ def test_tools_that_a_template_drops_are_named_though_the_text_holds_their_words
     assert '"boil"' in texts(row | {"tools": [tool("boil")]}, "qwen2_5")[1]
 
 
+def test_a_transform_may_make_the_columns() -> None:
+    def columns(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"prompt": batch["q"], "chosen": batch["a"], "rejected": batch["b"]}
+
+    rows = Dataset.from_list([{"q": ASK, "a": "Yes", "b": "No"}]).with_transform(columns)
+    made = prepare.prepare_dataset(rows, tokenizer_of(), max_length=None, vocab_size=VOCAB)
+    assert tokenizer_of().decode(made[0]["chosen_ids"]) == "Yes<eos>"
+
+
 def test_a_function_call_is_named() -> None:
     row = pair(user(ASK), answer("Let me see.", function_call={"name": "look", "arguments": "{}"}), NO)
     assert "`chosen` has a message with `function_call`" in problem(row, "qwen2_5")
