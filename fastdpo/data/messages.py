@@ -66,6 +66,8 @@ def _messages_in(text: str, field: str) -> list[Any] | None:
             continue
         items = found if isinstance(found, list) else [found]
         is_chat = all(isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & m.keys() for m in items)
+        if items and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in items):
+            is_chat = True  # refused where messages are read, with the names to use instead
         return items if items and is_chat else None
     if _LIKE_MESSAGES.match(text):
         raise BadRow(f"`{field}` is a list of messages written as text, but it is no valid JSON: {text!r:.80}")
@@ -82,6 +84,8 @@ def _read_message(given: Any, field: str) -> Message:
     if "tool_calls" in message:
         calls = _json_list(message["tool_calls"], f"{field}: tool_calls")
         message["tool_calls"] = [_read_call(call, field) for call in calls]
+    if "function_call" in message:
+        raise BadRow(f"`{field}` has a message with `function_call`, which no chat template reads; use `tool_calls`")
     content = message.get("content")
     if content is None and "tool_calls" not in message:
         raise BadRow(f"`{field}` must hold messages with `role` and `content`, found {given!r:.80}")
@@ -260,6 +264,22 @@ def takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) -
     return MARK in _try(tokenizer, template, [user, _probe_call(as_text)])
 
 
+@lru_cache(maxsize=64)
+def leaves_out_tools(tokenizer: PreTrainedTokenizerBase, template: str, what: str) -> bool:
+    """Whether the template renders without a word of the "tools" it is given, or of the "calls" in a message.
+
+    A row's own text can't tell: a tool called `weather` has the name of what is asked for.
+    """
+    user = {"role": "user", "content": "Hi"}
+    if what == "tools":
+        tool = {"type": "function", "function": {"name": MARK, "description": MARK, "parameters": {}}}
+        texts = [_try(tokenizer, template, fit([user], tokenizer, template), tools=[tool])]
+    else:
+        forms = ({"name": MARK}, json.dumps({"name": MARK}))
+        texts = [_try(tokenizer, template, [user, _probe_call(form)]) for form in forms]
+    return any(texts) and not any(MARK in text for text in texts)
+
+
 @lru_cache(maxsize=8)
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """What the template writes behind the last answer of a conversation, without white space."""
@@ -277,9 +297,9 @@ def _probe_call(arguments: Any) -> Message:
     }
 
 
-def _try(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message]) -> str:
+def _try(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], **options: Any) -> str:
     try:
-        text: str = render(messages, "probe", tokenizer, template)
+        text: str = render(messages, "probe", tokenizer, template, **options)
         return text
     except BadRow:
         return ""

@@ -34,7 +34,7 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 3
+RULES = 4
 """Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
 
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
@@ -119,7 +119,7 @@ def prepare_dataset(
     }
     options: dict[str, Any] = {
         "with_indices": True,
-        "remove_columns": list(first),
+        "remove_columns": list(first) if is_stream else dataset.column_names,  # those of a transform are others
         "fn_kwargs": arguments,
         "features": _features("ranked" if ranked else found, first),
     }
@@ -142,6 +142,7 @@ def prepare_dataset(
         rows = rows.remove_columns(["problem", "notes"])
     else:
         rows = dataset.map(tokenize_row, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
+        rows = rows.with_format(None)  # a transform stays on what `map` returns
         kept = reporter.report(rows)
         rows = rows if len(kept) == len(rows) else rows.select(kept)
         rows = rows.remove_columns(["problem", "notes"])

@@ -27,6 +27,7 @@ from fastdpo.data.messages import (
     find_template,
     fit,
     is_same,
+    leaves_out_tools,
     left_out,
     read_template_inputs,
     read_value,
@@ -36,6 +37,9 @@ from fastdpo.data.messages import (
 )
 
 logger = logging.getLogger("fastdpo")
+
+_A_COPY = 12
+"""Bytes of a text prompt from which a response that begins with it repeats it."""
 
 
 def tokenize(
@@ -88,7 +92,8 @@ def _encode_messages(
     texts += [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
 
     for tool in tools or ():
-        if (called := tool.get("function", tool).get("name")) and called not in texts[1]:
+        called = tool.get("function", tool).get("name")
+        if called and (called not in texts[1] or leaves_out_tools(tokenizer, template, "tools")):
             raise BadRow(f"the chat template leaves out the tool {called!r}; use one that knows tools, or drop `tools`")
     for lost in left_out(prompt, texts[1]):
         if lost.is_whole and lost.role != "assistant":
@@ -97,6 +102,8 @@ def _encode_messages(
     for (name, response), text in zip(named, texts[1:], strict=True):
         for lost in left_out(response, text):
             raise _lost(name, lost.text)
+        if any("tool_calls" in message for message in response) and leaves_out_tools(tokenizer, template, "calls"):
+            raise BadRow(f"`{name}` has tool calls, which the chat template leaves out; use one that knows tool calls")
     fields = ["prompt", *(name for name, _ in named)]
     prompt_ids, *full_ids = (
         _encode(text, tokenizer, field, add_special_tokens=False) for field, text in zip(fields, texts, strict=True)
@@ -159,8 +166,8 @@ def _prompt_and_responses(row: dict[str, Any], kind: str) -> tuple[Any, list[Any
     if isinstance(prompt, str):
         if formats[0] == "messages":
             return *_join_text_prompt(prompt, responses, names, kind), names, []
-        # a short prompt may well be how an answer begins, as "Hi" is
-        if not all(response.startswith(prompt) for response in responses) or len(prompt.split()) < 3:
+        # a short prompt may well be how an answer begins, as "Hi" is; bytes, for Chinese has no spaces to count
+        if not all(response.startswith(prompt) for response in responses) or len(prompt.strip().encode()) < _A_COPY:
             return prompt, responses, names, []
         rest = [response[len(prompt) :] for response in responses]
     else:

@@ -22,7 +22,8 @@ OUT_OF_MEMORY = (
     "tokens_per_batch or max_length, or leave gradient_checkpointing on; `fastdpo plan CONFIG.yaml` computes what fits"
 )
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded")
+NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded", ". unexpected pos ", "PytorchStreamWriter")
+"""The last two are how `torch.save` says that it could not write all of a file."""
 
 
 def one_line(error: BaseException) -> str | None:

@@ -136,6 +136,33 @@ def test_a_message_that_a_template_drops_is_named() -> None:
     assert "leaves out the tool 'boil'" in problem(pair(user(ASK), YES, NO, tools=[tool("boil")]), "phi3")
 
 
+def test_tools_that_a_template_drops_are_named_though_the_text_holds_their_words() -> None:
+    asked = user("Please boil 2 litres.")
+    assert "leaves out the tool 'boil'" in problem(pair(asked, YES, NO, tools=[tool("boil")]), "llama3")
+    row = pair(asked, call("boil", {"litres": 2}, content="At once."), NO)
+    assert "`chosen` has tool calls, which the chat template leaves out" in problem(row, "llama3")
+    assert '"boil"' in texts(row | {"tools": [tool("boil")]}, "qwen2_5")[1]
+
+
+def test_a_transform_may_make_the_columns() -> None:
+    def columns(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"prompt": batch["q"], "chosen": batch["a"], "rejected": batch["b"]}
+
+    rows = Dataset.from_list([{"q": ASK, "a": "Yes", "b": "No"}]).with_transform(columns)
+    made = prepare.prepare_dataset(rows, tokenizer_of(), max_length=None, vocab_size=VOCAB)
+    assert tokenizer_of().decode(made[0]["chosen_ids"]) == "Yes<eos>"
+
+
+def test_a_function_call_is_named() -> None:
+    row = pair(user(ASK), answer("Let me see.", function_call={"name": "look", "arguments": "{}"}), NO)
+    assert "`chosen` has a message with `function_call`" in problem(row, "qwen2_5")
+
+
+def test_another_layout_of_messages_is_no_text() -> None:
+    told = [json.dumps([{"from": "human", "value": ASK}, {"from": "gpt", "value": value}]) for value in ("Yes", "No")]
+    assert "rename `from` to `role`, `value` to `content`" in problem(pair(ASK, *told), "qwen2_5")
+
+
 @pytest.mark.parametrize("name", ["gemma", "llama3", "llama3_1", "qwen3", "phi3", "qwen2_5"])
 def test_white_space_that_a_template_trims_is_no_loss(name: str) -> None:
     row = pair(user(f"  {ASK}\n\n"), answer("\n It is.  "), answer(" No."))
@@ -202,12 +229,13 @@ def test_a_repeated_prompt_stands_once(kind: str, repeats: list[Row]) -> None:
     )
 
 
+@pytest.mark.parametrize("ask", [ASK, "Explain boiling.", "水壶开着吗"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_repeated_as_text_stands_once(kind: str) -> None:
-    row = KINDS[kind](ASK, f"{ASK} It is.", f"{ASK} No.")
+def test_a_prompt_repeated_as_text_stands_once(kind: str, ask: str) -> None:
+    row = KINDS[kind](ask, f"{ask} It is.", f"{ask} No.")
     result = prepare.tokenize_row(row, 0, tokenizer_of(), None, VOCAB, kind=kind)
     assert result["notes"] == ["repeated"]
-    assert texts(row, kind=kind) == texts(KINDS[kind](ASK, " It is.", " No."), kind=kind)
+    assert texts(row, kind=kind) == texts(KINDS[kind](ask, " It is.", " No."), kind=kind)
 
 
 def test_an_answer_may_begin_like_a_short_prompt() -> None:

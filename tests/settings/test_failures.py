@@ -42,6 +42,10 @@ def full_by_its_words() -> None:
     raise RuntimeError("I/O error: No space left on device (os error 28)")
 
 
+def full_as_torch_says() -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4096 vs 4000")
+
+
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB. GPU 0 has a total capacity of ...")
 
@@ -72,6 +76,7 @@ def not_finite() -> None:
         (refuse, "beta must be positive"),
         (full_in_a_library, "the disk is full: free some space"),
         (full_by_its_words, "the disk is full: free some space"),
+        (full_as_torch_says, "the disk is full: free some space"),
         (out_of_memory, "out of memory: lower per_device_train_batch_size"),
         (lambda: torch.empty(2**52), "out of memory: lower per_device_train_batch_size"),
         (package_by_name, "No module named 'peft': pip install 'fastdpo[peft]'"),
