@@ -266,7 +266,7 @@ def examined(variant: Variant, inputs: Inputs, exact: Exact, fatal: Fatal) -> di
 
 
 def run(case: Case, variants: list[Variant], fatal: Fatal, repetitions: int) -> list[dict[str, Any]]:
-    """Measure the variants that can run; one row of results for each."""
+    """Measure the variants that can run, and return one row of results for each."""
     inputs = make_inputs(case)
     exact = exact_results(inputs)
     found = {v.name: examined(v, inputs, exact, fatal) for v in variants}

@@ -25,7 +25,7 @@ B, T = 8, 129
 
 
 class Text(NamedTuple):
-    """Token ids `[tokens]`."""
+    """Token ids of the text, `[tokens]` each."""
 
     train: Tensor
     held_out: Tensor

@@ -319,7 +319,7 @@ def clean() -> None:
 
 
 def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict[str, Any]]:
-    """Measure the variants that can run; one row of results for each."""
+    """Measure the variants that can run, and return one row of results for each."""
     turns: dict[str, list[Turn]] = {name: [] for name in variants}
     left_out = set()
     rehearsals = 1 if DEVICE == "cuda" else 0
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin no case that would take longer, by the last"
+        "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
     )
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse_args(argv)

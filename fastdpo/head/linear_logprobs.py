@@ -67,10 +67,11 @@ def linear_logprobs(
             first calls of a shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); elsewhere, and without
             Triton, it takes torch.
         backward: which cells of the gradient of the logits to compute; a cell is one row by some neighbouring tokens.
-            "exact" computes all. "auto" is exact except for the gradient of `hidden` of 16-bit inputs: it skips cells
-            of small probability where that is faster, in a row at most 0.005 of the root mean square of the rows'
-            |dlogps| * (1 - p). A skipped cell acts as its average. "sparse" lets all gradients skip cells, in every
-            dtype. docs/sparse_backward.md says what that costs, and `Stats` shows it.
+            "exact" computes all. "auto" is exact except for the gradient of `hidden` of 16-bit inputs, which skips
+            cells of small probability where that is faster. A row skips at most 0.005 of the root mean square of the
+            rows' |dlogps| * (1 - p), with p the target's probability, and a skipped cell acts as its average. "sparse"
+            lets all gradients skip cells, in every dtype. docs/sparse_backward.md says what that costs, and `Stats`
+            has the share of cells computed and the probability skipped.
         workspace_bytes: upper bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
         shard: `(group, start, V)` if the ranks of a process group each hold a part of the vocabulary of V tokens.
             `weight`, `bias` and `weight2` are this rank's part, which begins with token `start`. `hidden`, `targets`,

@@ -77,7 +77,7 @@ def discopop(z: Tensor, discopop_tau: float) -> Tensor:
 
     loss = -(1 - m) log sigmoid(z) + m exp(-z)
 
-    Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, because exp(-z) overflows.
+    Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, because exp(-z) alone overflows.
     """
     logistic = -F.logsigmoid(z) * (-z / discopop_tau).sigmoid()
     return logistic + (F.logsigmoid(z / discopop_tau) - z).exp()
@@ -162,7 +162,7 @@ def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 def aot(
     chosen_logps: Tensor, rejected_logps: Tensor, matched_ref_margins: Tensor, beta: Beta, label_smoothing: float
 ) -> Tensor:
-    """Alignment by optimal transport, paired: the policy's margins dominate the reference's, quantile by quantile.
+    """Alignment by optimal transport, paired: push the policy's margins above the reference's, quantile by quantile.
 
     loss = `sigmoid` at z = beta (m - m_ref), with margins m = log pi(y_w) - log pi(y_l) and m_ref the reference's
     margin of the same rank in the optimizer step.
@@ -180,7 +180,7 @@ def aot_unpaired(
     beta: Beta,
     label_smoothing: float,
 ) -> Tensor:
-    """Alignment by optimal transport: the chosen log-ratios dominate the rejected ones, quantile by quantile.
+    """Alignment by optimal transport: push the chosen log-ratios above the rejected ones, quantile by quantile.
 
     loss = `sigmoid` at z = beta (c - r), with log-ratios c and r of the same rank in the optimizer step
 
@@ -276,7 +276,7 @@ def kto(
 ) -> Tensor:
     """KTO: push desirable responses above the KL of policy and reference, and undesirable ones below it.
 
-    loss = w (1 - sigmoid(+-beta (c - kl))), with log-ratio c, with + and desirable_weight for desirable responses
+    loss = w (1 - sigmoid(+-beta (c - kl))), with log-ratio c; desirable responses have + and w = desirable_weight
 
     Eq. 7 and 8 of https://arxiv.org/abs/2402.01306; kl, their z_0, is estimated over the optimizer step, see
     `fastdpo.loss.whole_step`.

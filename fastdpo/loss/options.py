@@ -84,7 +84,7 @@ class ObjectiveSettings:
         self._check_effects()
         self._check_combinations()
 
-    # What follows
+    # What the objective needs
 
     @property
     def kind(self) -> Kind:

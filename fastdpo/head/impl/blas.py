@@ -4,7 +4,7 @@ The algorithm, its matmuls and what it keeps are those of `fastdpo.head.impl.tor
 tile of logits differ: each is a dozen operations there and one kernel here. The matmuls run at the vendor's speed,
 logits stay float32 where the device multiplies into float32, and a kernel costs one read and one write of a tile.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 from typing import Any

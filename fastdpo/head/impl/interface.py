@@ -1,6 +1,6 @@
 """Types of the head's implementations: each module has `forward` and `backward`, which take and return them.
 
-A forward keeps the target's logit apart from the log-sum-exp of the other tokens' logits:
+A forward returns the target's logit and the log-sum-exp of the other tokens' logits, two numbers for a row:
 
     target[n] = x[n, targets[n]]          others[n] = log sum_{v != targets[n]} exp(x[n, v])
 
@@ -44,7 +44,7 @@ class Transform(NamedTuple):
 
 
 class LinearHead(NamedTuple):
-    """z = hidden @ weight.T + bias + hidden2 @ weight2.T, and the transform."""
+    """The head z = hidden @ weight.T + bias + hidden2 @ weight2.T, and its transform."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]

@@ -1,6 +1,6 @@
 """Pieces of the algorithm on a tile of some rows by some vocabulary entries, in PyTorch operations.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 import math

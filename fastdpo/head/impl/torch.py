@@ -10,7 +10,7 @@ units of 2NDV FLOPs:
     head frozen, `expected` kept    2: attention over the vocabulary whose values are the rows of weight
     sparse, a share rho computed    1 + 2 rho; 1 + 3 rho with dweight; 3 + rho - f with exact dweight
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 import math

@@ -13,7 +13,7 @@ of the vocabulary, so that the cost is in proportion to the active cells: for al
 dweight must be exact. There are no atomics and no synchronisation with the host; the same inputs give the same bits.
 `expected` and `probs` of `Keep` are not kept here; `fastdpo.head.impl.blas` keeps them.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 from math import isqrt
@@ -71,7 +71,7 @@ def forward(
     """Compute the `Forward` of arguments that have been checked."""
     N, V = hidden.shape[0], head.weight.shape[0]
     kept = kept_like(hidden, head, keep, workspace)
-    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # whose float32 masses fit
+    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # whose masses fit
     parts = []
     for rs in slices(N, max(1, rows)):
         part = linear_logprobs_forward(
