@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in one go: the tests that need CUDA, those that use it if it is there, the table of the head,
-# whole training steps beside TRL.
+# Run everything that needs a GPU at once: the tests that need CUDA, those that use it if it is there, the table of the
+# head, and whole training steps beside TRL.
 #
 #     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh OUT_DIR
 #
 # It needs torch, triton, transformers, accelerate and pytest, and no network. Peers that are pure Python can travel as
-# wheels, in a folder wheels/ where the command is run, filled where there is a network; they serve this run alone:
+# wheels, in a folder wheels/ where the command is run. Fill it where there is a network; the wheels serve only this
+# run:
 #
 #     pip download --no-deps -d wheels trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 #
-# Every part has its time limit, and all of them together BUDGET seconds (540); a failing part stops no other. Run again
-# with the same OUT_DIR (put back there, if it was moved), it does what is still missing: a part that came to its end is
-# not repeated, the tables go on at the first case that they lack. Start a fresh OUT_DIR when the code has changed.
-# OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and training.log, and
-# head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts have ended well.
+# Every part has its time limit, and all parts together have BUDGET seconds (540). A failing part stops no other. A
+# second run with the same OUT_DIR does what is still missing: it repeats no part that came to its end, and the tables
+# go on at the first case that they lack. Put OUT_DIR back if it was moved, and start a fresh one when the code has
+# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and training.log,
+# and head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts
+# have ended well.
 #
 # SUITE_SIZE=smoke runs toy sizes, on any machine; PYTHON names the interpreter (python3).
 set -u
@@ -71,7 +73,7 @@ head_table() { # CASES
     done
 }
 
-training_table() { # CASES; its last seconds would only begin a case that the limit cuts off
+training_table() { # CASES; it ends early, because a case begun in its last seconds would be cut off
     part training 540 training.log "1 3 5 124 137" "$python" -m benchmarks.training --cases "$1" \
         --seconds "$((deadline - SECONDS - 10))" --out "$out/training.jsonl"
 }

@@ -1,7 +1,7 @@
-"""Time, peak memory and provenance, the same for every benchmark.
+"""Measure time, peak memory and provenance, in the same way for every benchmark.
 
 Variants take turns within each repetition, so a busy or throttled machine slows all of them alike, and a ratio is the
-median of per-repetition ratios. Memory is measured in a call of its own, before the timed ones and after a warm-up.
+median of per-repetition ratios. Memory is measured in a separate call, after a warm-up and before the timed calls.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Measured:
-    """What one call costs."""
+    """The time and the memory of one call."""
 
     times: list[float]
     """Milliseconds of each repetition, in order."""
@@ -44,12 +44,12 @@ class Measured:
         return min(self.times)
 
     def ratio_to(self, other: "Measured") -> float:
-        """Time relative to `other`, measured in the same run."""
+        """Return the time relative to that of `other`, which was measured in the same run."""
         return median(a / b for a, b in zip(self.times, other.times, strict=True))
 
 
 def measure(variants: Mapping[str, Callable[[], object]], repetitions: int = 5) -> dict[str, Measured]:
-    """Measure each function, which must drop what it computes, in turns."""
+    """Measure the functions in turns; each must drop what it computes."""
     peaks = {}
     for name, fn in variants.items():
         fn()  # compile, fill caches
@@ -73,10 +73,11 @@ def milliseconds(fn: Callable[[], object]) -> float:
 
 
 def peak_memory(fn: Callable[[], object]) -> float:
-    """MiB that a call needs at its worst moment, above what was in use before it.
+    """Return the MiB that a call needs at its worst moment, above what was in use before it.
 
-    CUDA: what PyTorch's allocator handed out. CPU (Linux): physical memory of the whole process, its high-water mark
-    reset just before the call; so matmul libraries' own buffers count, and memory allocated but never touched does not.
+    On CUDA this is the memory that PyTorch's allocator handed out. On the CPU (Linux) it is the physical memory of the
+    whole process, whose high-water mark is reset just before the call: buffers of matmul libraries count, and memory
+    that is allocated but never touched does not.
     """
     gc.collect()
     if DEVICE == "cuda":
@@ -99,7 +100,7 @@ def _status_kib(field: str) -> int:
 
 
 def provenance() -> dict[str, str]:
-    """Say where, when and on what a number was measured; COMMIT names the commit where there is no git."""
+    """Return where, when and on what a number was measured. Without git, the variable COMMIT names the commit."""
     if DEVICE == "cuda":
         machine = torch.cuda.get_device_name()
     else:

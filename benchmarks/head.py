@@ -1,18 +1,20 @@
-"""linear_logprobs against its peers, forward and backward: time, memory and error on the same tensors.
+"""Compare linear_logprobs with its peers, forward and backward: time, memory and error on the same tensors.
 
     python -m benchmarks.head --rows 2048 --hidden 1024 --vocab 64000 --dtype float32
     python -m benchmarks.head --cases cpu --out benchmarks/results/cpu-2-cores/head.jsonl
 
 Time and memory are for one forward and backward, and for a forward alone, without gradients; memory includes the
-results. Errors are against float64 on the same rounded inputs: the largest of logps, the relative Frobenius norm of
-dhidden and dweight, the latter two over a sample of rows and of vocabulary entries (half of them targets). Density is
-the share of cells that a sparse backward computes, unless it is so high that all are. On CUDA "of matmul" says how near
-the forward comes to the logits' matmul alone, at the speed of torch.mm.
+results. Errors are against float64 on the same rounded inputs: the largest error of logps, and the relative Frobenius
+norm of the errors of dhidden, over a sample of rows, and of dweight, over a sample of vocabulary entries (half of them
+targets). Density is the share of cells (a row by some neighbouring tokens) that a sparse backward computes; above a
+limit it computes all cells. On CUDA, "of matmul" says how near the forward comes to the speed of the logits' matmul
+alone in torch.mm.
 
-With --cases, those that --out holds from this machine are skipped: called again, it goes on where it was cut off. What
-cannot run is left out and named; the exit code is 4 if that was fastdpo, and 3 if it never returned or took the device
-down, which ends the process: called again with the same --out, the rest runs without it.
-Needs torch; `fastdpo[bench]` for TRL, liger-kernel and cut-cross-entropy for themselves.
+With --cases, cases that --out already holds from this machine are skipped, so that a second call goes on where the
+first was cut off. A variant that cannot run is left out and named. The exit code is 4 if that variant was fastdpo. It
+is 3 if a variant never returned or took the device down, which ends the process; a second call with the same --out runs
+the other variants. The benchmark needs torch, `fastdpo[bench]` for TRL, and the packages liger-kernel and
+cut-cross-entropy for these peers.
 """
 
 import argparse
@@ -39,14 +41,14 @@ from fastdpo.head.linear_logprobs import Backward, Impl, linear_logprobs, linear
 from fastdpo.head.op import implementation
 
 SAMPLE = 256  # rows and vocabulary entries whose gradients are compared
-MATMUL_ROWS = 2048  # of the logits that torch.mm is timed with
+MATMUL_ROWS = 2048  # rows of the logits that torch.mm is timed with
 PATIENCE = 180.0
 """Seconds that a variant may take for its first forward and backward, compilation included."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the variants are compared on."""
+    """The sizes and settings that the variants are compared on."""
 
     N: int
     D: int
@@ -79,7 +81,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to measure; `impl` and `backward` if it is ours."""
+    """An implementation to measure; `impl` and `backward` are set if it is fastdpo's."""
 
     name: str
     logps: Logps
@@ -88,11 +90,11 @@ class Variant:
 
 
 Fatal = Callable[[str, str], None]
-"""Ends the process: the name of the variant that did it, and what it did."""
+"""A function that ends the process; its arguments are the name of the variant at fault and what it did."""
 
 
 class Inputs(NamedTuple):
-    """Leaves with gradients where trained; dlogps is the upstream gradient."""
+    """Inputs of a variant; those that are trained require gradients, and dlogps is the upstream gradient."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -101,9 +103,10 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Rows like a language model's: a power-law rank curve over Zipf-distributed candidates, targets drawn from them.
+    """Make rows like a language model's: a power-law rank curve over Zipf-distributed candidates.
 
-    `flat` rows are random instead: no token has more than a few thousandths of the probability.
+    Targets are drawn from the rows' own distributions. A `flat` case has random rows and targets instead, where no
+    token has more than a few thousandths of the probability.
     """
     N, D, V, dtype = case.N, case.D, case.V, getattr(torch, case.dtype)
     torch.manual_seed(0)
@@ -125,7 +128,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def ours(case: Case) -> list[Variant]:
-    """Every implementation in every backward that makes a difference: "auto" is exact for 32-bit inputs."""
+    """Return every implementation with every backward that differs: "auto" is "exact" for 32-bit inputs."""
     found = []
     impls: list[Impl] = ["torch", "blas", "triton"] if DEVICE == "cuda" else ["torch"]
     for impl in impls:
@@ -139,19 +142,19 @@ def ours(case: Case) -> list[Variant]:
 
 
 def remembering(logps: Logps) -> Logps:
-    """Give a variant its own memory of densities: what it measured chooses its algorithm, as in training."""
+    """Give a variant its own record of densities, which chooses its algorithm as in training."""
     densities: dict[Any, Any] = {}
     calls: dict[Any, int] = {}
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        sparsity._densities, sparsity._calls = densities, calls  # the backward follows before the next variant
+        sparsity._densities, sparsity._calls = densities, calls  # the backward runs before the next variant
         return logps(hidden, weight, targets)
 
     return call
 
 
 def density(variant: Variant, inputs: Inputs) -> float | None:
-    """Share of the cells that a sparse backward computes."""
+    """Return the share of the cells that a sparse backward computes; None if the backward is dense."""
     if variant.backward in (None, "exact"):
         return None
     sparsity._densities, sparsity._calls = {}, {}
@@ -161,7 +164,7 @@ def density(variant: Variant, inputs: Inputs) -> float | None:
 
 
 def pytorch(case: Case) -> list[Variant]:
-    """The eager baseline, where logits, log-probabilities and the gradients of both fit."""
+    """Return the eager baseline if logits, log-probabilities and the gradients of both fit into memory."""
     if 4 * case.N * case.V * getattr(torch, case.dtype).itemsize < free_bytes():
         return [Variant("PyTorch", peers.pytorch)]
     print("left out: PyTorch: its logits do not fit")
@@ -178,7 +181,7 @@ def free_bytes() -> int:
 
 
 class Exact(NamedTuple):
-    """The float64 truth; gradients for the sampled rows and vocabulary entries only."""
+    """The float64 truth, with gradients of the sampled rows and vocabulary entries only."""
 
     logps: Tensor
     rows: Tensor
@@ -208,7 +211,7 @@ def exact_results(inputs: Inputs) -> Exact:
 
 
 def step(logps: Logps, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Forward and backward; logps, dhidden and dweight (None when frozen)."""
+    """Run forward and backward, and return logps, dhidden and dweight (None if the weight is frozen)."""
     hidden, weight, targets, dlogps = inputs
     wrt = [t for t in (hidden, weight) if t.requires_grad]
     result = logps(hidden, weight, targets)
@@ -222,7 +225,7 @@ def forward(logps: Logps, inputs: Inputs) -> Tensor:
 
 
 def matmul(inputs: Inputs) -> None:
-    """Compute all logits, the least any forward does, block by block in one place."""
+    """Compute all logits, the least that any forward does, in blocks that share one buffer."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     workspace = hidden.new_empty(min(MATMUL_ROWS, len(hidden)), len(weight))
     for rows in hidden.split(MATMUL_ROWS):
@@ -243,7 +246,7 @@ def relative(actual: Tensor, exact: Tensor) -> float:
 
 
 def examined(variant: Variant, inputs: Inputs, exact: Exact, fatal: Fatal) -> dict[str, Any] | None:
-    """Run once what may fail in any way: errors and density, or None, and a line, if it did."""
+    """Run a variant once and return its errors and density; print a line and return None if it fails in any way."""
     timer = Timer(PATIENCE, fatal, (variant.name, f"did not return within {PATIENCE:.0f} s"))
     timer.daemon = True
     timer.start()
@@ -263,7 +266,7 @@ def examined(variant: Variant, inputs: Inputs, exact: Exact, fatal: Fatal) -> di
 
 
 def run(case: Case, variants: list[Variant], fatal: Fatal, repetitions: int) -> list[dict[str, Any]]:
-    """Measure the variants that can run; one row of results for each."""
+    """Measure the variants that can run, and return one row of results for each."""
     inputs = make_inputs(case)
     exact = exact_results(inputs)
     found = {v.name: examined(v, inputs, exact, fatal) for v in variants}
@@ -351,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"left out from now on: {name}: {why}", flush=True)
         if args.out:
             record(args.out, [{"op": "linear_logprobs", "impl": name, "fatal": why, "provenance": where}])
-        os._exit(3)  # its thread, or its device, cannot be had back
+        os._exit(3)  # its thread or its device cannot be recovered
 
     others = [Variant(name, logps) for name, logps in peers.installed().items()]
     failed = False

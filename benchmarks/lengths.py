@@ -1,9 +1,10 @@
 """Preference pairs of random words whose lengths are distributed like those of well-known datasets.
 
-Medians are those of the table in https://arxiv.org/abs/2410.20305: with L = P + C + R and r = P / mean(C, R) given, the
-prompt has L r / (r + 2) tokens and a response L / (r + 2). Lengths are log-normal, the two responses independent; the
-spreads are assumed, such that means and the share of padding come out as published statistics suggest. Real responses
-to one prompt sometimes begin alike; these never do but by chance, which is to the disadvantage of prefix sharing.
+Medians come from the table in https://arxiv.org/abs/2410.20305, which gives the length of an example L = P + C + R
+(prompt, chosen, rejected) and the ratio r = P / mean(C, R): the prompt has L r / (r + 2) tokens and a response
+L / (r + 2). Lengths are log-normal, and those of the two responses independent. The standard deviations are
+assumptions, chosen so that means and the share of padding come out as published statistics suggest. Real responses to
+one prompt sometimes begin alike; these do so only by chance, which puts prefix sharing at a disadvantage.
 """
 
 import math
@@ -34,9 +35,9 @@ LENGTHS = {
 
 
 def pairs(name: str, count: int, vocab: int, max_length: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows of text in the standard format, one token a word, for the tokenizer of `tokenizer`.
+    """Return rows of text in the standard format; a word is one token for the tokenizer that `tokenizer` returns.
 
-    No prompt is longer than three quarters of `max_length`; what goes beyond it is cut by whoever tokenises.
+    No prompt is longer than three quarters of `max_length`. Rows may exceed `max_length`; whoever tokenises cuts them.
     """
     rng, lengths = random.Random(seed), LENGTHS[name]
 
@@ -55,7 +56,7 @@ def pairs(name: str, count: int, vocab: int, max_length: int, seed: int = 0) -> 
 
 
 def token_counts(rows: list[dict[str, str]], max_length: int) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) of each row as trained on: responses end with EOS unless cut."""
+    """Return the tokens (prompt, chosen, rejected) of each row; a response ends with EOS unless it is cut."""
     counts = []
     for row in rows:
         prompt, *responses = (len(row[field].split()) for field in ("prompt", "chosen", "rejected"))
@@ -65,7 +66,7 @@ def token_counts(rows: list[dict[str, str]], max_length: int) -> list[tuple[int,
 
 
 def tokenizer(vocab: int) -> Any:
-    """A fast tokenizer of transformers whose words are w0, w1, ..."""
+    """Return a fast tokenizer of transformers whose words are w0, w1, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -1,4 +1,4 @@
-"""Every causal-LM class of transformers, tiny: which layout of a batch is exact on it, and how exact.
+"""Try a tiny model of every causal-LM class of transformers: which layout of a batch is exact on it, and how exact.
 
     python -m benchmarks.model_sweep [CLASS ...]
 
@@ -33,11 +33,11 @@ SECONDS = 120
 
 
 class Row(NamedTuple):
-    """What became of a class."""
+    """The result for one class."""
 
     name: str
     verdict: str
-    """shared, tree, packed, padded; refused, not buildable; wrong, crash: faults of fastdpo."""
+    """One of shared, tree, packed, padded, refused, not buildable, or wrong and crash, which are faults of fastdpo."""
     head: str = ""
     logps_error: float = float("nan")
     """Largest error of a log-prob, nats."""
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def make_pairs() -> list[dict[str, list[int]]]:
-    """Ragged pairs: longer than the windows, with and without a common start of the responses."""
+    """Return pairs of many lengths, longer than attention windows, with and without a common start of the responses."""
     generator = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> list[int]:
@@ -69,7 +69,7 @@ def own_logps(model: Any, pairs: list[dict[str, list[int]]]) -> Tensor:
         for pair in pairs:
             prompt, response = pair["prompt_ids"], pair[field]
             ids = torch.tensor([prompt + response])
-            # the last token predicts nothing, and is not given to the model
+            # the last token predicts nothing, so the model does not get it
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
             log_probs = logits[len(prompt) - 1 :].float().log_softmax(-1)
             parts.append(log_probs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1))
@@ -84,9 +84,9 @@ def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
 
 
 def worst_gradient(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest error relative to the parameter's largest gradient.
+    """Return the largest error of a parameter's gradient, relative to its largest entry.
 
-    Or, where that is nothing but rounding (the bias of keys shifts all scores alike), to the model's largest.
+    If that entry is only rounding error (the bias of keys shifts all scores alike), the model's largest serves instead.
     """
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     worst = 0.0
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def render(rows: list[Row]) -> str:
-    """The table as a document."""
+    """Return the document with the table."""
     count = Counter(row.verdict for row in rows)
     tree = find_spec("tree_recurrence") is not None
     lines = [

@@ -1,6 +1,7 @@
-"""The other ways to a row's log-probability, each as `hidden [N, D], weight [V, D], targets [N] -> logps [N]`.
+"""Peers that compute log-probabilities of rows, as `hidden [N, D], weight [V, D], targets [N] -> logps [N]`.
 
-Every peer is called as its own documentation has it, with its defaults; what is not installed is left out and named.
+Every peer is called as its own documentation shows, with its defaults. A peer that is not installed is left out and
+named.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""An implementation: hidden, weight, targets -> logps."""
+"""A function of hidden, weight and targets that returns logps."""
 
-TRL_CHUNK = 32768  # as its DPOTrainer asks
+TRL_CHUNK = 32768  # the value that its DPOTrainer uses
 
 
 def pytorch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -34,14 +35,17 @@ def _trl(*, statistics: bool = False) -> Logps:
 
 
 def _liger() -> Logps:
-    """Its fused cross-entropy of every token: the gradients are computed in the backward, which recomputes."""
+    """Return Liger's fused cross-entropy of every token, whose backward recomputes the logits for the gradients."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return lambda hidden, weight, targets: -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
 def _liger_scaled() -> Logps:
-    """Its op for policy gradients: a CuTe kernel on Hopper (needs nvidia-cutlass-dsl), elsewhere chunks of 512 rows."""
+    """Return Liger's op for policy gradients.
+
+    It is a CuTe kernel on Hopper (with nvidia-cutlass-dsl) and works in chunks of 512 rows elsewhere.
+    """
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Scaled
 
     return lambda hidden, weight, targets: -Scaled.apply(hidden, weight, targets)
@@ -66,7 +70,7 @@ PEERS: dict[str, Callable[[], Logps]] = {
 
 
 def installed() -> dict[str, Logps]:
-    """Import all peers; print those that cannot be."""
+    """Import all peers and return them; print those that cannot be imported."""
     found = {}
     for name, load in PEERS.items():
         try:

@@ -1,8 +1,8 @@
-"""A small language model, trained on this machine: its rows stand in for those of a real one.
+"""Train a small language model on this machine, whose hidden states and targets stand in for those of a real one.
 
-The text are the sources of the models of transformers, which are wherever fastdpo is and repeat one another enough for
-a small model to become as confident as a large one is on prose. One twentieth of the files is held out. Everything is
-seeded: two runs with the same versions give the same model.
+The text is the source code of the models of transformers. It is there wherever fastdpo is, and repeats itself enough
+for a small model to become as confident as a large one is on prose. One twentieth of the files is held out. Everything
+is seeded: two runs with the same versions give the same model.
 
 Shapes: B sequences of T tokens, N = B * (T - 1) rows.
 """
@@ -25,22 +25,22 @@ B, T = 8, 129
 
 
 class Text(NamedTuple):
-    """Token ids `[tokens]`."""
+    """Token ids of the text, `[tokens]` each."""
 
     train: Tensor
     held_out: Tensor
 
 
 class Run(NamedTuple):
-    """What a training run was like, step by step, and the loss it ends with on held-out text, in nats per token."""
+    """A training run step by step, and its final loss on held-out text, in nats per token."""
 
     losses: list[float]
-    densities: list[float]  # of the steps whose forward kept what a sparse backward needs
+    densities: list[float]  # in the steps whose forward kept what a sparse backward needs
     held_out: float
 
 
 def sources(most: int) -> list[str]:
-    """Read files, until there are so many characters."""
+    """Read source files, until there are `most` characters."""
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
@@ -69,7 +69,7 @@ def make_model(V: int, D: int, layers: int) -> LlamaForCausalLM:
 
 
 def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
-    """Yield `[B, T]`, from anywhere in the text."""
+    """Yield batches `[B, T]` of token ids, from random places in the text."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(tokens) - T, (B,), generator=generator)
@@ -77,7 +77,7 @@ def batches(tokens: Tensor, seed: int) -> Iterator[Tensor]:
 
 
 def rows(model: LlamaForCausalLM, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute hidden `[N, D]`, and targets `[N]`."""
+    """Compute the hidden states `[N, D]` and the targets `[N]` of a batch."""
     return model.model(batch[:, :-1]).last_hidden_state.flatten(0, 1), batch[:, 1:].flatten()
 
 
@@ -92,10 +92,10 @@ def train(
     dtype: torch.dtype = torch.float32,
     noise: float = 0.0,
 ) -> Run:
-    """Train with AdamW, the learning rate falling to 0.
+    """Train with AdamW and a learning rate that falls to 0.
 
-    The head computes on inputs of `dtype`. The gradient of hidden gets Gaussian noise, the same in every row, of a
-    Frobenius norm of `noise` times its own.
+    The head computes on inputs of `dtype`. The gradient of hidden gets Gaussian noise of the same size in every
+    row, whose Frobenius norm is `noise` times that of the gradient.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
@@ -127,7 +127,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, text: Text) -> float:
-    """Compute the loss on the same 16 batches of held-out text."""
+    """Compute the loss on 16 batches of held-out text, which are the same in every call."""
     losses = []
     for _, batch in zip(range(16), batches(text.held_out, seed=0), strict=False):
         hidden, targets = rows(model, batch)

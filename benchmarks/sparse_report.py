@@ -1,4 +1,4 @@
-"""The tables and figures of docs/sparse_backward.md, made from its data. Computes nothing but means and ratios."""
+"""Make the tables and figures of docs/sparse_backward.md from its data. Only means and ratios are computed here."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ COLOURS = {"exact": BLUE, "noise": GREY, "auto": GREEN, "sparse": VERMILION}
 
 
 def fill(document: str, study: Study) -> str:
-    """Put every table between its markers, `<!-- name -->` and `<!-- end -->`."""
+    """Write every table between its markers in the document, `<!-- name -->` and `<!-- end -->`."""
     for name, table in TABLES.items():
         found = re.search(f"<!-- {name} -->\n(.*?)<!-- end -->", document, re.DOTALL)
         if not found:
@@ -47,7 +47,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _swept(study: Study) -> list[dict[str, Any]]:
-    """Rows of the sweep that skip something with the limit as it is shipped."""
+    """Return the rows of the sweep that have the shipped limit and skip something."""
     return [row for row in study["cells"] if row["limit"] == MAX_ROW_MASS and row["density"] < 1]
 
 
@@ -143,7 +143,7 @@ def _training(study: Study) -> str:
             percent(mean(densities)) if densities else "-",
         ])  # fmt: skip
     seeds = [f"seed {run['seed']}" for run in exact]
-    titles = ["backward", *seeds, "mean ± standard deviation", "training loss, likewise", "cells computed"]
+    titles = ["backward", *seeds, "mean ± standard deviation", "training loss", "cells computed"]
     return markdown(" | ".join(titles), rows)
 
 

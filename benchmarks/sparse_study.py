@@ -1,11 +1,11 @@
-"""What a sparse backward costs in accuracy: the study behind docs/sparse_backward.md, its tables and its figures.
+"""Study what a sparse backward costs in accuracy, for docs/sparse_backward.md with its tables and figures.
 
     python -m benchmarks.sparse_study         # half an hour on 2 cores, no GPU; rewrites docs/sparse_backward*
 
-Truth is float64 on the same rounded inputs. A sweep isolates what skipping cells does: with E the difference of the
-sparse and the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. What
-fastdpo computes, rounding included, is measured beside it, and what that does to a training run. Rows skip their
-smallest cells as `fastdpo.head.impl.sparsity` has it.
+The truth is float64 on the same rounded inputs. A sweep isolates the effect of skipping cells: if E is the sparse minus
+the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. The study also
+measures what fastdpo computes, rounding included, and the effect on a training run. Rows skip their smallest cells by
+the rule of `fastdpo.head.impl.sparsity`, which also defines cells, masses and limits.
 
 Shapes: N rows, D hidden size, V vocabulary, T columns of a tile, J = V / T tiles.
 """
@@ -41,7 +41,7 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed."""
+    """Sizes of the study."""
 
     N: int = 128
     D: int = 256
@@ -52,9 +52,9 @@ class Sizes:
     lm_steps: int = 2000
     lm_rows: int = 512
     characters: int = 8_000_000
-    """Of text."""
+    """Characters of text."""
     limits: tuple[float, ...] = (0.04, 0.02, 0.01, 0.005, 0.0025)
-    """Of the mass that a row may skip, in terms of the root mean square of the rows' gradients."""
+    """Limits of the mass that a row may skip, in units of the root mean square of the rows' gradients."""
     seeds: tuple[int, ...] = (1, 2, 3, 4)
     steps: int = 30
 
@@ -65,11 +65,11 @@ SMOKE = Sizes(
 )  # fmt: skip
 LM = ("LM, held out", "LM, seen")
 SMALL = 16
-"""Columns of a small tile, for the LM: of V = 16384 they make the 1024 cells that V = 131072 has with tiles of 128."""
+"""Columns of a small tile, for the LM: V = 16384 then has 1024 cells, as V = 131072 has with tiles of 128."""
 TILES = dict.fromkeys(LM, (SMALL, 64, 128))
-"""Tiles studied, where they are not 64 and 128."""
+"""Tile sizes of the rows that are not studied with 64 and 128."""
 NO_LIMIT = {"row": 1e9, "cell": 2.0**-4}
-"""Limits that are none: a cell with so much mass is computed for the row's sake."""
+"""Limits that never bind: the limit of a row already forces a cell of 2^-4 to be computed."""
 
 
 class Cells(NamedTuple):
@@ -96,7 +96,7 @@ def cells(
 
 
 def skip(rows: Rows, probs: Tensor, chosen: Cells, *, conserve: bool) -> Tensor:
-    """Sparse less exact gradient of the logits, `[N, V]` float32."""
+    """Return the sparse minus the exact gradient of the logits, `[N, V]` float32."""
     T = probs.shape[1] // chosen.mass.shape[1]
     lost = probs.unflatten(1, (-1, T))
     if conserve:
@@ -107,18 +107,18 @@ def skip(rows: Rows, probs: Tensor, chosen: Cells, *, conserve: bool) -> Tensor:
 
 
 def distances(weight: Tensor, T: int) -> Tensor:
-    """Distance `[V / T, T]` of each embedding from the mean of its tile."""
+    """Return the distance `[V / T, T]` of each embedding from the mean of its tile."""
     tiles = weight.unflatten(0, (-1, T))
     away: Tensor = (tiles - tiles.mean(1, keepdim=True)).norm(dim=2)
     return away
 
 
 def predictions(rows: Rows, chosen: Cells, difference: Tensor) -> dict[str, dict[str, float]]:
-    """Compare the error of dhidden with what three bounds say: in all, and in the row where it is worst.
+    """Divide the error of dhidden by three candidates for its bound, over all rows and in the worst row.
 
-    With r the distances from a tile's mean: sum of mass * max r holds whatever the directions. The root of the sum of
-    squares of mass * max r holds if cells err in directions that are orthogonal, the residual, the root of the sum of
-    squares of what each logit's gradient loses, times r, if tokens do.
+    Let r be the distances of embeddings from their tile's mean. "sum", of mass * max r, holds whatever the directions.
+    "squares", the root of the sum of squares of mass * max r, holds if the errors of cells are orthogonal. "residual",
+    the root of the sum of squares of each logit gradient's loss times r, holds if the errors of tokens are orthogonal.
     """
     J = chosen.mass.shape[1]
     r = distances(rows.weight.float(), difference.shape[1] // J)
@@ -137,7 +137,7 @@ def predictions(rows: Rows, chosen: Cells, difference: Tensor) -> dict[str, dict
 
 
 def sweep(kind: str, rows: Rows, true: Exact, limits: tuple[float, ...]) -> Table:
-    """Errors and density for every tile and limit of a row's mass, the mass of skipped cells conserved and dropped."""
+    """Return errors and density for every tile and row limit, with the mass of skipped cells conserved and dropped."""
     hidden, weight = rows.hidden.float(), rows.weight.float()
     probs = probabilities(rows)
     rare = torch.ones(weight.shape[0], dtype=torch.bool)
@@ -171,11 +171,11 @@ RULES = {
     "row alone, half": (sparsity.MAX_ROW_MASS / 2, NO_LIMIT["cell"]),
     "cell alone": (NO_LIMIT["row"], sparsity.MAX_CELL_MASS),
 }
-"""Limits of the mass that a row may skip, in all and in a cell."""
+"""Limits of the mass that a row may skip, in total and in one cell."""
 
 
 def compared(kind: str, rows: Rows, true: Exact) -> Table:
-    """Density and errors under every rule, with the smallest tile."""
+    """Return density and errors under every rule, with the smallest tile."""
     probs, T = probabilities(rows), TILES.get(kind, (64,))[0]
     table: Table = []
     for name, limits in RULES.items():
@@ -191,7 +191,7 @@ def compared(kind: str, rows: Rows, true: Exact) -> Table:
 
 @contextmanager
 def setting(T: int, dense: float) -> Iterator[None]:
-    """Let fastdpo's cells have T columns, and let it compute all of them above a density."""
+    """Inside the block, fastdpo's cells have T columns, and it computes all of them above the density `dense`."""
     saved = torch_impl.CELL, sparsity.DENSE
     torch_impl.CELL, sparsity.DENSE = T, dense
     sparsity._densities.clear()
@@ -209,7 +209,7 @@ def grads(rows: Rows, backward: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def shipped(kind: str, rows: Rows, true: Exact, T: int) -> dict[str, Any]:
-    """Errors of what fastdpo computes, and of the same in PyTorch with bfloat16 logits."""
+    """Return the errors of what fastdpo computes, and of plain PyTorch with bfloat16 logits."""
     hidden, weight = rows.hidden.detach().requires_grad_(), rows.weight.detach().requires_grad_()
     logps = F.linear(hidden, weight).float().log_softmax(-1).gather(1, rows.targets[:, None]).squeeze(1)
     variants = {"bf16 logits": torch.autograd.grad(logps, [hidden, weight], rows.dlogps)}
@@ -235,9 +235,9 @@ RUNS: dict[str, Literal["auto", "exact", "sparse"]] = {
 
 
 def training(base: Any, text: small_lm.Text, sizes: Sizes, T: int, noise: float) -> Table:
-    """Train on from `base` with every backward, none of them falling back, the batches of a seed being the same.
+    """Train copies of `base` with every backward, without the fallback; a seed gives all of them the same batches.
 
-    "noise" is exact, and adds noise of a relative size to dhidden.
+    "noise" has the exact backward, and adds noise of the relative size `noise` to dhidden.
     """
     table: Table = []
     for seed in sizes.seeds:
@@ -253,7 +253,7 @@ def training(base: Any, text: small_lm.Text, sizes: Sizes, T: int, noise: float)
 
 
 def lm_rows(model: Any, tokens: Tensor, most: int) -> Rows:
-    """Rows of a batch of text."""
+    """Return at most `most` rows of one batch of text."""
     with torch.no_grad():
         hidden, targets = (x[:most] for x in small_lm.rows(model, next(small_lm.batches(tokens, seed=0))))
     weight = model.lm_head.weight.detach()

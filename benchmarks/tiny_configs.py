@@ -1,7 +1,7 @@
-"""Tiny random models of every causal-LM class of transformers, from its own config class.
+"""Make tiny random models of every causal-LM class of transformers, from its own config class.
 
-A config's sizes go by their names: `SIZES` has a small value for each name that configs use, and `OVERRIDES` what a
-class needs besides. Sub-configs (the text part of a model that also sees) are made the same way.
+`SIZES` has a small value for each name of a size that configs use, and `OVERRIDES` has the values that a class needs
+besides. Sub-configs (the text part of a model that also sees) are made the same way.
 """
 
 import copy
@@ -97,11 +97,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 class NotBuildableError(Exception):
-    """No tiny model of the class can be made or run here; says why."""
+    """No tiny model of the class can be made or run here; the message says why."""
 
 
 def class_names() -> list[str]:
-    """All classes of transformers that AutoModelForCausalLM can answer with."""
+    """Return all classes of transformers that AutoModelForCausalLM can return."""
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
 
 
@@ -136,7 +136,7 @@ def make_tiny(name: str) -> Any:
     """Make a model of a class in float32 with random weights, in training mode, without dropout.
 
     Raises:
-        NotBuildableError: its config or constructor refuses; with the reason.
+        NotBuildableError: its config or constructor fails; the message has the reason.
     """
     cls = getattr(transformers, name)
     try:

@@ -1,21 +1,21 @@
-"""Whole DPO steps, fastdpo beside trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
+"""Compare whole DPO steps of fastdpo and trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
 
     python -m benchmarks.training --model llama-20m --lengths hh
     python -m benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
 
 Every variant trains the same randomly initialised model, against the same reference, on the same rows in the same
-order, with the same settings of transformers' Trainer. A turn builds everything, trains a first step that does not
-count and then those that do, one of them a logging step, and drops everything; variants take turns. The first turn of
-each is a rehearsal where the device compiles kernels. Memory is the most that a turn needs beside the two models'
-weights: gradients, optimizer state, activations.
+order, with the same settings of transformers' Trainer. Variants take turns. A turn builds everything, trains a first
+step that does not count and then the steps that do, one of them a logging step, and drops everything. On devices that
+compile kernels, the first turn of each variant is a rehearsal. Memory is the most that a turn needs beside the two
+models' weights: gradients, optimizer state, activations.
 
-fastdpo comes as it is, and with one thing switched off at a time: sharing of prompts; packing, and so sharing too; the
-fused head. Times are split where modules begin and end: body and head (of the policy, forward and backward), reference,
-data, and the rest (optimizer, clipping, the Trainer's loop); on CUDA by events in the stream.
+fastdpo runs as it is, and with one thing switched off at a time: sharing of prompts; packing, and therefore sharing
+too; the fused head. Times are split where modules begin and end: body and head (of the policy, forward and backward),
+reference, data, and the rest (optimizer, clipping, the Trainer's loop). On CUDA, events in the stream measure them.
 
-With --cases, those that --out holds from this machine are skipped: called again, it goes on where it was cut off. What
-cannot run is left out and named; the exit code is 4 if that was fastdpo, and 5 if --seconds were over before all cases
-were measured. Needs torch; `fastdpo[bench]` for TRL.
+With --cases, cases that --out already holds from this machine are skipped, so that a second call goes on where the
+first was cut off. A variant that cannot run is left out and named. The exit code is 4 if that variant was fastdpo, and
+5 if --seconds were over before all cases were measured. The benchmark needs torch, and `fastdpo[bench]` for TRL.
 """
 
 import argparse
@@ -76,7 +76,7 @@ DTYPES = {"toy": "float32", "llama-20m": "float32"}  # the others: bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """What the variants are compared on."""
+    """The sizes and settings that the variants are compared on."""
 
     model: str
     lengths: str
@@ -117,7 +117,7 @@ CASES = {
 }
 
 Trainer = Callable[[Case, Any, Any, Any, dict[str, Any]], Any]
-"""Makes a trainer of a case, policy, reference, tokenizer and the settings that all variants have in common."""
+"""A function that makes a trainer from a case, policy, reference, tokenizer and the settings common to all variants."""
 
 
 def _fastdpo(layout: str = "shared", **options: Any) -> Trainer:
@@ -156,7 +156,7 @@ VARIANTS: dict[str, Trainer] = {
 
 
 def rows(case: Case) -> list[dict[str, str]]:
-    """Every row is trained on once: those of the step that does not count, and the others."""
+    """Return the rows of all steps, the first of which does not count; each row is trained on once."""
     vocab = MODELS[case.model][1]["vocab_size"]
     return lengths.pairs(case.lengths, case.pairs * (case.steps + 1), vocab, case.max_length)
 
@@ -175,7 +175,7 @@ def make_model(name: str, dtype: str, seed: int) -> Any:
 
 
 class Clock:
-    """Adds up the time between marks by phase; on CUDA the device's time, read when everything is over."""
+    """Adds up the time between marks by phase; on CUDA it is the device's time, read after the last step."""
 
     def __init__(self) -> None:
         self.phase = "rest"
@@ -186,7 +186,7 @@ class Clock:
         self.switch("rest")
 
     def switch(self, phase: str) -> str:
-        """Let the time from now on be that of `phase`; return the one before."""
+        """Count the time from now on as that of `phase`, and return the phase before."""
         before, self.phase = self.phase, phase
         if DEVICE == "cuda":
             now: Any = torch.cuda.Event(enable_timing=True)
@@ -203,7 +203,7 @@ class Clock:
         self.switch(before)
 
     def read(self) -> dict[str, float]:
-        """Milliseconds by phase, from the start to the last mark."""
+        """Return the milliseconds by phase, from the start to the last mark."""
         totals: dict[str, float] = defaultdict(float)
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             totals[phase] += start.elapsed_time(end) if DEVICE == "cuda" else end - start
@@ -211,7 +211,7 @@ class Clock:
 
 
 def watch(trainer: Any, clock: Clock) -> None:
-    """Mark where the parts of a step begin and end, in any trainer of the kind."""
+    """Mark where the parts of a step begin and end, in a trainer of any variant."""
 
     def into(phase: str) -> Callable[..., None]:
         def mark(*_: Any) -> None:
@@ -221,7 +221,7 @@ def watch(trainer: Any, clock: Clock) -> None:
 
     def body_done(_module: Any, _args: Any, output: Any) -> None:
         clock.switch("head")
-        if output[0].requires_grad:  # when this gradient is there, the head's backward is done
+        if output[0].requires_grad:  # the head's backward ends when this gradient is there
             output[0].register_hook(into("body"))
 
     decoder: Any = trainer.model.get_decoder()
@@ -265,7 +265,7 @@ class Laps(transformers.TrainerCallback):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn of a variant cost, and what it computed."""
+    """The time and memory of one turn of a variant, and the loss and gradient norm that it computed."""
 
     ms: float
     peak_mib: float
@@ -275,7 +275,7 @@ class Turn:
 
 
 def turn(case: Case, make: Trainer) -> Turn:
-    """Build, train, drop."""
+    """Build a trainer, train, and drop everything."""
     dtype = case.dtype
     # transformers 5.18 gave it another name
     checkpointing = "activation" if hasattr(DPOConfig, "activation_checkpointing") else "gradient"
@@ -312,14 +312,14 @@ def turn(case: Case, make: Trainer) -> Turn:
 
 
 def clean() -> None:
-    """A trainer is full of cycles."""
+    """Collect what a turn has left, because a trainer is full of reference cycles."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 
 
 def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict[str, Any]]:
-    """Measure the variants that can run; one row of results for each."""
+    """Measure the variants that can run, and return one row of results for each."""
     turns: dict[str, list[Turn]] = {name: [] for name in variants}
     left_out = set()
     rehearsals = 1 if DEVICE == "cuda" else 0
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin no case that would take longer, by the last"
+        "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
     )
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Gradient of a block of logits that a vendor matmul made, row by row.
+"""Compute the gradient of a block of logits that a vendor matmul made, row by row.
 
-z are scale times the raw logits of C columns of the vocabulary, x = z or, with a soft-cap, cap * tanh(z). With
-q = exp(x - others) and slope = 1, or 1 - tanh^2,
+z is scale times the raw logits of C columns of the vocabulary, and x = z or, with a soft-cap, cap * tanh(z). With
+q = exp(x - others) and slope = 1 or, with a soft-cap, 1 - tanh^2, the gradient of the raw logits is
 
     dlogits[n, v] = q * (dothers[n] - dentropy[n] * (log q + entropy[n])) * slope        v != targets[n]
     dlogits[n, targets[n]] = dtarget[n] * slope
@@ -19,12 +19,12 @@ from fastdpo.kernels.logits_tile import interpreted, tanh_and_slope
 BLOCK = 2048
 
 
-@triton.jit  # C a multiple of 16, as of all but the last block, moves in vectors
+@triton.jit  # a C divisible by 16, which all blocks but the last have, is loaded in vectors
 def _dlogits_rows_kernel(
     dlogits_ptr,  # [N, C], out
     z_ptr,  # [N, C] ACC
     targets_ptr,  # [N] int64
-    others_ptr,  # [N] ACC, as the rest
+    others_ptr,  # [N] ACC, as those below
     dtarget_ptr,
     dothers_ptr,
     dentropy_ptr,  # or None
@@ -48,7 +48,7 @@ def _dlogits_rows_kernel(
     q = tl.exp(log_q)
     dx = q * tl.load(dothers_ptr + n)
     if dentropy_ptr is not None:
-        log_q = tl.where(q == 0, 0.0, log_q)  # of an impossible token it is -inf
+        log_q = tl.where(q == 0, 0.0, log_q)  # an impossible token has -inf
         dx -= tl.load(dentropy_ptr + n) * (q * (log_q + tl.load(entropy_ptr + n)))
     dx = tl.where(offs_c == tl.load(targets_ptr + n), tl.load(dtarget_ptr + n), dx) * slope
     tl.store(dlogits_ptr + n * stride_dn + offs_c, dx.to(dlogits_ptr.dtype.element_ty), mask=mask_c)
@@ -65,22 +65,22 @@ def dlogits_rows(
     entropy: Tensor | None,
     cap: float | None,
 ) -> None:
-    """Fill `dlogits`.
+    """Fill `dlogits` with the gradient of the raw logits.
 
     Args:
         dlogits: `[N, C]`, out, rows contiguous.
         z: `[N, C]` float32 (float64 for float64 inputs), rows contiguous.
         targets: `[N]` int64, counted from the first column; outside [0, C) for a target in another block.
-        others: `[N]`, as the rest, contiguous, in the dtype of `z`.
-        dtarget: `[N]`, gradient of the target's logit, times the scale of dx/dz.
-        dothers: `[N]`, gradient of `others`, times that scale.
-        dentropy: `[N]`, gradient of the entropy of q, times that scale; None for none.
-        entropy: `[N]`, or None.
+        others: `[N]`, contiguous, in the dtype of `z`, as all that follow.
+        dtarget: `[N]`, gradient of the target's logit, times the slope of the transform at 0.
+        dothers: `[N]`, gradient of `others`, times the same factor.
+        dentropy: `[N]`, gradient of the entropy of q, times the same factor; None if it has no gradient.
+        entropy: `[N]`, the entropy of q; None if `dentropy` is None.
         cap: factor of the soft-cap's tanh; None for no soft-cap.
     """
     N, C = z.shape
     kernel = _dlogits_rows_kernel
-    out = torch.empty_like(dlogits, dtype=z.dtype) if interpreted(kernel) else dlogits  # it would truncate
+    out = torch.empty_like(dlogits, dtype=z.dtype) if interpreted(kernel) else dlogits  # the interpreter truncates
     rows = (t if t is None else t.contiguous() for t in (targets, others, dtarget, dothers, dentropy, entropy))
     with torch.cuda.device_of(z):
         kernel[(N, triton.cdiv(C, BLOCK))](

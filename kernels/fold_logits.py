@@ -1,14 +1,15 @@
-"""Folding a block of logits, made by a vendor matmul, into the running log-sum-exp of its rows.
+"""Fold a block of logits, made by a vendor matmul, into the running log-sum-exp of its rows.
 
-z are scale times the raw logits of C columns of the vocabulary. With x = z or, with a soft-cap, cap * tanh(z), over
-the tokens other than the target,
+z is scale times the raw logits of C columns of the vocabulary, and x = z or, with a soft-cap, cap * tanh(z). Over the
+tokens other than the target,
 
     m' = max(m, max x)      decay = exp(m - m')      e = exp(x - m') * slope      s' = decay * s + sum exp(x - m')
 
-where slope is 1, or 1 - tanh^2. A program owns a row and walks it twice, for the maximum and for the rest: the second
-time it comes from the cache. e is 0 at the target, whose x goes to `target`.
+where slope is 1 or, with a soft-cap, 1 - tanh^2. A program owns a row and walks it twice, first for the maximum, then
+for all else: the second time the row comes from the cache. e is 0 at the target, whose x goes to `target`.
 
-For the statistics: sum exp(x - m') (x - m'), sum exp(x - m')^2, sum x of all tokens, the largest x before the target.
+The statistics are sum exp(x - m') (x - m'), sum exp(x - m')^2, sum x of all tokens, and the largest x before the
+target.
 
 Shapes: N rows, C columns, T columns of a cell, J = ceil(C / T).
 """
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from fastdpo.kernels.logits_tile import interpreted, tanh_and_slope
 
-BLOCK = 1024  # tests/kernels/test_aot.py compiles it: no spilled register
+BLOCK = 1024  # tests/kernels/test_aot.py checks that it spills no register
 
 
 @triton.jit
 def _transformed(z_ptrs, offs_c, C, target, cap, HAS_SOFTCAP: tl.constexpr):
-    """x, its slope, and whether it is one of the other tokens."""
+    """Return x, its slope, and whether its token is one of the others."""
     x = tl.load(z_ptrs, mask=offs_c < C, other=0.0)
     slope = tl.full(x.shape, 1.0, x.dtype)
     if HAS_SOFTCAP:
@@ -34,14 +35,14 @@ def _transformed(z_ptrs, offs_c, C, target, cap, HAS_SOFTCAP: tl.constexpr):
     return x, slope, (offs_c < C) & (offs_c != target)
 
 
-@triton.jit(do_not_specialize=["J"])  # C a multiple of 16, as of all but the last block, moves in vectors
+@triton.jit(do_not_specialize=["J"])  # a C divisible by 16, which all blocks but the last have, is loaded in vectors
 def _fold_logits_kernel(
     e_ptr,  # [N, C], out
     masses_ptr,  # [N, J] ACC, out
     decay_ptr,  # [N] ACC, out
     z_ptr,  # [N, C] ACC
     targets_ptr,  # [N] int64
-    target_ptr,  # [N] ACC, as all of the state, in and out
+    target_ptr,  # [N] ACC, in and out, as the state below
     m_ptr,
     s_ptr,
     sum_dz_ptr,
@@ -116,7 +117,7 @@ def fold_logits(
     cap: float | None,
     T: int,
 ) -> tuple[Tensor, Tensor]:
-    """Fold `z` into the state of its rows.
+    """Fold `z` into the state of its rows, in place.
 
     Args:
         e: `[N, C]`, out, the dtype of the operands of the next matmul, rows contiguous.
@@ -127,13 +128,13 @@ def fold_logits(
         T: columns of a cell, a power of two.
 
     Returns:
-        `masses [N, J]`: sums of e over cells, before it is rounded; and `decay [N]`.
+        `masses [N, J]`, the sums of e over cells before e is rounded, and `decay [N]`.
     """
     N, C = z.shape
     masses = z.new_empty(N, triton.cdiv(C, T))
     decay = z.new_empty(N)
     kernel = _fold_logits_kernel
-    out = e.to(z.dtype) if interpreted(kernel) and e.dtype != z.dtype else e  # it would truncate
+    out = e.to(z.dtype) if interpreted(kernel) and e.dtype != z.dtype else e  # the interpreter truncates
     with torch.cuda.device_of(z):
         kernel[(N,)](
             out, masses, decay, z, targets.contiguous(), *state, out.stride(0), z.stride(0), C, masses.shape[1],

@@ -1,23 +1,24 @@
-"""Gradient of the raw logits of a block of rows and a chunk of the vocabulary, recomputed from hidden and weight.
+"""Compute the gradient of the raw logits of a block of rows and a chunk of the vocabulary, from hidden and weight.
 
-With the names of `linear_logprobs_forward` and q = exp(x - others), the distribution of the tokens that are not the
-target, whose entropy is H = -sum_v q log q (not every caller has a gradient of that):
+The names are those of `linear_logprobs_forward`. q = exp(x - others) is the distribution of the tokens other than the
+target, and H = -sum_v q log q its entropy, whose gradient dentropy is optional:
 
     dx[n, v]          = q[n, v] * (dothers[n] - dentropy[n] * (log q[n, v] + H[n]))        v != targets[n]
     dx[n, targets[n]] = dtarget[n]
     dlogits           = dx * dx/dz
     dx/dz             = scale          or, with a soft-cap,          cap * scale * (1 - tanh(scale * z)^2)
 
-from which vendor matmuls make dhidden = dlogits @ weight and dweight = dlogits.T @ hidden. With p the probability of
-the target, a log-probability has dtarget = dlogps * (1 - p) = -dothers: no difference vanishes as p approaches 1.
+Vendor matmuls then make dhidden = dlogits @ weight and dweight = dlogits.T @ hidden. With p the probability of the
+target, a log-probability has dtarget = dlogps * (1 - p) = -dothers: no digits cancel as p approaches 1.
 
-The upstream gradients are multiplied in here, rather than applied as a scale of rows later. Stored in bfloat16, the
-product is rounded once, to 1.7e-3 rms. Scaling the rows of hidden for dweight would be a second rounding of that size,
-and the bar for dweight, 2.5e-3, leaves no room for it beside the rounding of the result. bfloat16 has the exponents of
-float32, so small gradients cost nothing. float16 has not: there, the caller multiplies them by a power of two that
-brings the largest gradient just below 2^15 and divides the float32 accumulators by it, both exact.
+The kernel multiplies by the upstream gradients, instead of leaving them to a later scaling of rows. Stored in bfloat16,
+the product is rounded once, to 1.7e-3 rms. Scaling the rows of hidden for dweight would be a second rounding of that
+size, and the bar for dweight, 2.5e-3, leaves no room for it beside the rounding of the result. bfloat16 has the
+exponents of float32, so small gradients lose no precision. float16 does not have them: there, the caller multiplies the
+gradients by a power of two that brings the largest just below 2^15, and divides the float32 accumulators by it. Both
+steps are exact.
 
-Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank addition; both N and V are those of the block.
+Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank addition; N and V are those of the block.
 """
 
 import torch
@@ -41,24 +42,24 @@ from fastdpo.kernels.logits_tile import (
     store_dlogits_tile,
 )
 
-# tests/kernels/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, 128, 64, 8, 3),
     ((9, 0), 2): Config(128, 256, 64, 8, 3),
     ((10, 0), 2): Config(128, 128, 64, 8, 3),
 }
-# A soft-cap keeps a second tile alive, the slopes
+# A soft-cap keeps a second tile in registers, the slopes
 SOFTCAP_CONFIGS: Configs = {capability: Config(128, 128, 64, 8, 3) for capability in CONFIGS}
 
 
 def default_configs(vectors: bool, has_softcap: bool, has_entropy: bool) -> tuple[Configs, dict[int, Config]]:
-    """Choose the table, and what serves where it has no entry."""
+    """Choose the table of configurations, and the fallback for what it has no entry for."""
     if has_entropy or not vectors:
         return {}, SMALL
     return SOFTCAP_CONFIGS if has_softcap else CONFIGS, FALLBACK
 
 
-@triton.jit(do_not_specialize=["N", "V"])  # they change from batch to batch: one compilation
+@triton.jit(do_not_specialize=["N", "V"])  # they change from batch to batch: compile once for all
 def _linear_logprobs_backward_kernel(
     dlogits_ptr,  # [N, V], out
     hidden_ptr,  # [N, D]
@@ -81,7 +82,7 @@ def _linear_logprobs_backward_kernel(
     V,
     D,
     R,
-    scale: tl.float64,  # a Python float would be rounded to float32
+    scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
@@ -124,7 +125,7 @@ def linear_logprobs_backward(
     entropy: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> None:
-    """Fill `dlogits` with the gradient of the raw logits (before bias and transform have been applied to them).
+    """Fill `dlogits` with the gradient of the raw logits (those before the bias and the transform).
 
     Args:
         dlogits: `[N, V]`, out, the dtype of `hidden`, rows contiguous.
@@ -137,9 +138,9 @@ def linear_logprobs_backward(
         dothers: `[N]`, gradient of `others`; NaN in it fills the row.
         scale: factor of the raw logits.
         cap: factor of the soft-cap's tanh; None for no soft-cap.
-        low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`; None for none.
+        low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`, or None.
         entropy: `(dentropy [N], entropy [N])`, gradient and value of the entropies of whole rows of q, in the dtype of
-            `others`; None for none.
+            `others`; None if the entropy has no gradient.
         config: tile sizes; chosen by device and dtype if None.
     """
     (N, D), V = hidden.shape, weight.shape[0]
@@ -148,7 +149,7 @@ def linear_logprobs_backward(
     config = config or default_config(hidden, *default_configs(vectors, cap is not None, entropy is not None))
     hidden2, weight2, R = low_rank_operands(low_rank)
     dentropy, entropy_value = (None, None) if entropy is None else (x.contiguous() for x in entropy)
-    # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
+    # The interpreter truncates where it should round to bfloat16, so PyTorch does the rounding
     out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
     with torch.cuda.device_of(hidden):
         kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(V, config.BLOCK_V),)](

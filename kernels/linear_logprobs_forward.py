@@ -1,19 +1,19 @@
-"""The two parts of every target's log-probability, straight from the hidden states: matmul and log-sum-exp in one.
+"""Compute the two parts of every target's log-probability from hidden states: matmul and log-sum-exp in one kernel.
 
     target_logits[n] = x[n, targets[n]]
     others[n]        = log sum_{v != targets[n]} exp(x[n, v])
 
-with the x of `logits_tile`; logps = logsigmoid(target_logits - others) is the caller's, who may first put together what
-several shards of the vocabulary found (a sum and a log-sum-exp).
+with the x of `logits_tile`. The caller computes logps = logsigmoid(target_logits - others), and may first merge these
+two over several shards of the vocabulary (a sum and a log-sum-exp).
 
 A program owns BLOCK_N rows and one of S shares of the vocabulary, which it walks in tiles of BLOCK_V columns. A tile of
 logits lives in registers, in ACC (float32; float64 for float64 inputs), and is folded into the state of
-`online_logsumexp`. The vocabulary is split between programs, so that a small N fills the chip too.
+`online_logsumexp`. Several programs share the vocabulary so that a small N fills the chip too.
 
-Where the chip and the inputs allow, `linear_logprobs_forward_tma` does the same; both are exact.
+Where the chip and the inputs allow it, `linear_logprobs_forward_tma` runs instead; both are exact.
 
-Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank addition, S shares, J tiles of TILE tokens. Memory:
-3 numbers per row and share, 7 with statistics.
+Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank addition, S shares, J tiles of TILE tokens. The
+kernel stores 3 numbers per row and share, 7 with statistics.
 """
 
 from functools import cache
@@ -49,18 +49,18 @@ from fastdpo.kernels.logits_tile import (
 from fastdpo.kernels.online_logsumexp import empty_state, fold_tile, load_targets, merge, store_state
 from fastdpo.kernels.row_lists import TILE
 
-MAX_SPLITS = 256  # shares of the vocabulary: fills any chip with a single row block
+MAX_SPLITS = 256  # shares of the vocabulary; enough to fill any chip with a single row block
 
-# tests/kernels/test_aot.py compiles these: no spilled register. (9, 0) is for what TMA does not fit
+# tests/kernels/test_aot.py checks that these spill no register. (9, 0) serves inputs that TMA does not fit
 CONFIGS: Configs = {capability: Config(128, 128, 64, 8, 3) for capability in (((8, 0), 2), ((9, 0), 2), ((10, 0), 2))}
-# Statistics keep a second tile alive, e beside x, and so do tile masses with a soft-cap, the slopes
+# Statistics keep a second tile in registers, e beside x; tile masses with a soft-cap too, the slopes
 TWO_TILE_CONFIGS: Configs = {capability: Config(64, 128, 64, 8, 3) for capability in CONFIGS}
 
 
 def default_configs(
     use_tma: bool, vectors: bool, stats: bool, softcapped_masses: bool, low_rank: bool
 ) -> tuple[Configs, dict[int, Config]]:
-    """Choose the table, and what serves where it has no entry."""
+    """Choose the table of configurations, and the fallback for what it has no entry for."""
     if stats + softcapped_masses + low_rank > 1 or not (use_tma or vectors):
         return {}, SMALL
     if stats or softcapped_masses:
@@ -72,8 +72,8 @@ def default_configs(
 def default_splits(row_blocks: int, tiles: int, processors: int) -> int:
     """Choose the number of vocabulary shares.
 
-    Enough of them to fill the chip with at most GROUP_N row blocks at a time; from there to four times as many, the one
-    whose last wave of programs ends first.
+    The smallest candidate fills the chip with at most GROUP_N row blocks at a time, the largest is four times as many.
+    The best one is that whose last wave of programs ends first.
     """
     fewest = min(triton.cdiv(processors, max(1, min(row_blocks, GROUP_N))), tiles, MAX_SPLITS)
     most = min(4 * fewest, tiles, MAX_SPLITS)
@@ -83,7 +83,7 @@ def default_splits(row_blocks: int, tiles: int, processors: int) -> int:
     )
 
 
-@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: one compilation
+@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: compile once for all
 def _linear_logprobs_forward_kernel(
     partials_ptr,  # [S, 3 or 7, N] ACC, out
     masses_ptr,  # [J, N] float32, out, or None
@@ -102,7 +102,7 @@ def _linear_logprobs_forward_kernel(
     D,
     R,
     S,
-    scale: tl.float64,  # a Python float would be rounded to float32
+    scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
@@ -137,16 +137,16 @@ def _linear_logprobs_forward_kernel(
 
 
 class ForwardOutput(NamedTuple):
-    """What the forward knows of each row; float32, or float64 for float64 inputs."""
+    """Results of the forward for each row, in float32, or float64 for float64 inputs."""
 
     target_logits: Tensor
-    """`[N]`, transformed; -inf where the target is outside [0, V): another shard may have it."""
+    """`[N]`, transformed; -inf if the target is outside [0, V), where another shard may have it."""
     others: Tensor
     """`[N]`, log-sum-exp of all tokens but the target."""
     stats: tuple[Tensor, ...] | None
-    """Of the other tokens, as `online_logsumexp.merge` makes them, if asked for."""
+    """Statistics of the other tokens that `online_logsumexp.merge` returns; None if not asked for."""
     tile_masses: Tensor | None
-    """`[N, J]` float32, of `online_logsumexp`, columns contiguous, if asked for."""
+    """`[N, J]` float32, columns contiguous, as `online_logsumexp` defines them; None if not asked for."""
 
 
 def linear_logprobs_forward(
@@ -163,7 +163,7 @@ def linear_logprobs_forward(
     config: Config | None = None,
     splits: int | None = None,
 ) -> ForwardOutput:
-    """Launch the kernel that suits chip and inputs, and merge the shares.
+    """Launch the kernel that suits the chip and the inputs, and merge the results of the shares.
 
     Args:
         hidden: `[N, D]`, any strides.
@@ -172,10 +172,10 @@ def linear_logprobs_forward(
         bias: `[V]`, or None.
         scale: factor of the raw logits.
         cap: factor of the soft-cap's tanh; None for no soft-cap.
-        stats: compute the statistics too.
-        tile_masses: store the tile masses too.
+        stats: whether to compute the statistics too.
+        tile_masses: whether to store the tile masses too.
         low_rank: `(hidden2 [N, R], weight2 [V, R])`, whose product is added to the raw logits, in the dtype of
-            `hidden`; None for none.
+            `hidden`, or None.
         config: tile sizes; chosen by device and dtype if None.
         splits: number of vocabulary shares S; chosen by shape and device if None.
     """

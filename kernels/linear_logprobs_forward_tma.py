@@ -1,13 +1,15 @@
-"""`linear_logprobs_forward` for chips that copy tiles by descriptor: NVIDIA's from compute capability 9.0 on.
+"""Run `linear_logprobs_forward` on chips that copy tiles by descriptor: NVIDIA's from compute capability 9.0 on.
 
-The maths, the results and the epilogue are those of the pointer kernel. Two differences:
+The maths, the results and the epilogue are those of the pointer kernel in `linear_logprobs_forward`. This kernel
+differs in two points:
 
 * The tensor memory accelerator (TMA) copies tiles of hidden and weight to shared memory: no thread computes an address
-  or holds a pointer, and past the edges of N, V and D it fills in zeros.
+  or holds a pointer, and the accelerator fills in zeros past the edges of N, V and D.
 * The grid has one program per multiprocessor. Each walks a list of (row block, share of the vocabulary) pairs in the
   grouped order in which the pointer kernel's programs start.
 
-TMA wants 16-byte alignment: `fits_tma` says which inputs have it. The launcher of the pointer kernel chooses.
+TMA needs 16-byte alignment: `fits_tma` says which inputs have it. The launcher in `linear_logprobs_forward` chooses
+the kernel.
 
 Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank addition, S shares.
 """
@@ -21,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdpo.kernels.logits_tile import Config, Configs, add_bias, add_low_rank, grouped_program_ids
 from fastdpo.kernels.online_logsumexp import empty_state, fold_tile, load_targets, store_state
 
-# tests/kernels/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these and checks that they spill no register
 TMA_CONFIGS: Configs = {
     ((9, 0), 2): Config(128, 256, 64, 8, 3),
     ((10, 0), 2): Config(128, 128, 64, 8, 3),
@@ -32,7 +34,7 @@ TMA_TWO_TILE_CONFIGS: Configs = {
 }
 
 
-@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: one compilation
+@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: compile once for all
 def linear_logprobs_forward_tma_kernel(
     partials_ptr,  # [S, 3 or 7, N] ACC, out
     masses_ptr,  # [J, N] float32, out, or None
@@ -47,7 +49,7 @@ def linear_logprobs_forward_tma_kernel(
     D,
     R,
     S,
-    scale: tl.float64,  # a Python float would be rounded to float32
+    scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
@@ -59,7 +61,7 @@ def linear_logprobs_forward_tma_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The kernel; its launcher is `linear_logprobs_forward`."""
+    """Compute the partial results; `linear_logprobs_forward` launches this kernel."""
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V)
     scale = tl.full((), scale, ACC)
@@ -102,14 +104,14 @@ def aligned(x: Tensor) -> bool:
 
 
 def fits_tma(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the chip and the inputs are made for this kernel."""
+    """Whether the chip and the inputs allow this kernel."""
     if not hidden.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(hidden.device) < (9, 0):
         return False
     return aligned(hidden) and aligned(weight)
 
 
 def descriptors(hidden: Tensor, weight: Tensor, config: Config) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe `hidden` and `weight` in the blocks of `config`."""
+    """Make the TMA descriptors of `hidden` and `weight`, in the blocks of `config`."""
     return (
         TensorDescriptor.from_tensor(hidden, [config.BLOCK_N, config.BLOCK_D]),
         TensorDescriptor.from_tensor(weight, [config.BLOCK_V, config.BLOCK_D]),

@@ -1,9 +1,9 @@
-"""What the kernels of the head share: tiles of raw logits, the transform, and the choice of a configuration.
+"""Parts that the kernels of the head share: tiles of raw logits, the transform, and the choice of a configuration.
 
     z[n, v] = sum_d hidden[n, d] * weight[v, d] + bias[v] + sum_r hidden2[n, r] * weight2[v, r]
     x[n, v] = scale * z[n, v]           or, with a soft-cap,          cap * tanh(scale * z[n, v])
 
-hidden2 and weight2, of rank R, are optional: with hidden2 = s * hidden @ A.T and weight2 = B they are a LoRA adapter of
+hidden2 and weight2, of rank R, are optional. With hidden2 = s * hidden @ A.T and weight2 = B they are a LoRA adapter of
 the head, and weight + s * B @ A is never formed.
 
 Shapes: N rows, D hidden size, V vocabulary, R rank.
@@ -32,14 +32,14 @@ class Config(NamedTuple):
 
 Configs = dict[tuple[tuple[int, int], int], Config]  # by compute capability and bytes per element
 
-# By bytes per element, for every other chip: at most 64 KiB of shared memory
+# By bytes per element, for chips without an entry of their own: they take at most 64 KiB of shared memory
 FALLBACK = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3), 8: Config(16, 128, 16, 8, 2)}
-# By bytes per element, for any chip and whatever takes registers: two more tiles of float32, addresses one by one
+# By bytes per element, for kernels that need more registers: two more float32 tiles, or an address per element
 SMALL = {2: Config(64, 128, 32, 8, 3), 4: Config(32, 128, 32, 8, 3), 8: Config(16, 128, 16, 8, 2)}
 
 
 def default_config(x: Tensor, configs: Configs, fallback: dict[int, Config] = FALLBACK) -> Config:
-    """Pick the Config for the device and the dtype of `x`, or one that fits any chip."""
+    """Pick the Config for the device and the dtype of `x`, or the fallback, which fits any chip."""
     if x.is_cuda and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(x.device)
         return configs.get((capability, x.element_size()), fallback[x.element_size()])
@@ -47,7 +47,7 @@ def default_config(x: Tensor, configs: Configs, fallback: dict[int, Config] = FA
 
 
 def loads_vectors(x: Tensor) -> bool:
-    """Whether Triton sees that 16 elements of `x` are loaded at once: else the addresses of each fill the registers."""
+    """Whether Triton can load 16 elements of `x` at once; if not, the addresses of single elements fill registers."""
     return x.data_ptr() % 16 == 0 and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
 
 
@@ -62,7 +62,7 @@ def processors(x: Tensor) -> int:
 
 
 def low_rank_operands(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Make both contiguous, with zeros up to a rank that Triton sees to load in vectors, and that rank; 0 for None."""
+    """Return both contiguous, padded with zeros to a rank that Triton loads in vectors, and that rank (0 for None)."""
     if pair is None:
         return None, None, 0
     R = triton.cdiv(pair[0].shape[1], 16) * 16
@@ -72,9 +72,9 @@ def low_rank_operands(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None
 
 @triton.jit
 def grouped_program_ids(pid, row_blocks, columns, GROUP_N: tl.constexpr):
-    """Row block and column of program `pid`: GROUP_N row blocks x all columns, then the next group.
+    """Return the row block and the column of program `pid`: GROUP_N row blocks by all columns, then the next group.
 
-    The hidden states of a group and the weight tiles it is at fit L2 together.
+    The hidden states of a group and the weight tiles that it works on fit into L2 together.
     """
     group = pid // (GROUP_N * columns)
     group_size = tl.minimum(row_blocks - group * GROUP_N, GROUP_N)
@@ -100,9 +100,9 @@ def accumulate_tile(
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """z + a[offs_n] @ b[offs_v].T in ACC. Past the edges: the last row, the last column."""
-    # Clamped, not masked: fewer registers. int64: n * stride_an passes 2^31 in a slice of a long batch, and
-    # v * stride_bv (or k * stride_bk of a transposed weight) at V=262144, K=8192
+    """Return z + a[offs_n] @ b[offs_v].T in ACC; past the edges it repeats the last row and the last column."""
+    # Clamping takes fewer registers than masking. int64, because n * stride_an passes 2^31 in a slice of a long batch,
+    # and v * stride_bv (or k * stride_bk of a transposed weight) does at V=262144, K=8192
     offs_n = tl.minimum(offs_n, N - 1).to(tl.int64)
     offs_v = tl.minimum(offs_v, V - 1).to(tl.int64)
     for k_start in range(0, K, BLOCK_K):
@@ -122,7 +122,7 @@ def accumulate_tile(
 
 @triton.jit
 def add_bias(z, bias_ptr, offs_v, V):
-    """z + bias[offs_v]; z if there is none."""
+    """Return z + bias[offs_v], or z without a bias."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(z.dtype)[None, :]
     return z
@@ -148,7 +148,7 @@ def raw_logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z[offs_n, offs_v] in ACC, without the low-rank addition. Past the edges: the last row, the last column."""
+    """Return z[offs_n, offs_v] in ACC, without the low-rank part; past the edges it repeats the last row and column."""
     z = tl.zeros((BLOCK_N, BLOCK_V), ACC)
     z = accumulate_tile(
         z, hidden_ptr, weight_ptr, offs_n, offs_v, stride_hn, stride_hd, stride_wv, stride_wd, N, V, D,
@@ -161,7 +161,7 @@ def raw_logits_tile(
 def add_low_rank(
     z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """z + hidden2[offs_n] @ weight2[offs_v].T, both contiguous; z if there is none."""
+    """Return z + hidden2[offs_n] @ weight2[offs_v].T, both contiguous, or z without a low-rank part."""
     if hidden2_ptr is not None:
         z = accumulate_tile(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, R, 1, R, 1, N, V, R, ACC, UPCAST, BLOCK_D)
     return z
@@ -169,12 +169,12 @@ def add_low_rank(
 
 @triton.jit
 def tanh_and_slope(y):
-    """tanh(y) and 1 - tanh(y)^2, neither by cancellation."""
+    """Return tanh(y) and 1 - tanh(y)^2, both computed without cancellation."""
     e = tl.exp(-2 * tl.abs(y))
     t = (1 - e) / (1 + e)
     t = tl.where(y < 0, -t, t)
     if y.dtype == tl.float32:
-        # The 1 - e of a small y is all rounding error; there, the Taylor series to y^9 is exact to 1e-8
+        # For a small y, 1 - e is all rounding error, but the Taylor series to y^9 is exact to 1e-8
         y2 = y * y
         series = y * (1 + y2 * (-1 / 3 + y2 * (2 / 15 + y2 * (-17 / 315 + y2 * (62 / 2835)))))
         t = tl.where(y2 < 0.0625, series, t)
@@ -201,7 +201,7 @@ def store_dlogits_tile(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dlogits[offs_n, v_start:v_start + BLOCK_V] = gradient of z; the maths is that of `linear_logprobs_backward`."""
+    """Store the gradient of z in dlogits[offs_n, v_start:v_start + BLOCK_V]; see `linear_logprobs_backward`."""
     offs_v = v_start + tl.arange(0, BLOCK_V)
     x = scale * z
     slope = scale
@@ -215,15 +215,15 @@ def store_dlogits_tile(
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + offs_n, mask=mask_n, other=0.0)
         entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        # The log q of an impossible token is -inf, q log q is 0
+        # An impossible token has log q = -inf, but q log q = 0
         dx -= dentropy[:, None] * (q * (tl.where(q == 0, 0.0, log_q) + entropy[:, None]))
     targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-    # Few tiles hold a target; the others are spared the comparisons
+    # Few tiles hold a target; the others skip the comparisons
     if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:
         dtarget = tl.load(dtarget_ptr + offs_n, mask=mask_n, other=0.0)
         dx = tl.where(offs_v.to(tl.int64)[None, :] == targets[:, None], dtarget[:, None], dx)
     dlogits = dx * slope
 
-    # int64: rows * stride_dn may pass 2^31
+    # int64, because rows * stride_dn may pass 2^31
     dlogits_ptrs = dlogits_ptr + offs_n.to(tl.int64)[:, None] * stride_dn + offs_v[None, :]
     tl.store(dlogits_ptrs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_v < V)[None, :])

@@ -1,25 +1,26 @@
-"""The running log-sum-exp of a row: folding a tile of logits into it, and merging what S programs made of their shares.
+"""The running log-sum-exp of a row: fold a tile of logits into it, and merge the results of S shares of a vocabulary.
 
 x are the transformed logits of `logits_tile`, [N, V]. A row's state is a running maximum m and sum s (online softmax,
 Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3), over the *other* tokens, v != targets[n]. The
-target's logit t is kept apart (0 where it is in another share). With others = log sum_{v != target} exp(x) and
+target's logit t is kept apart (0 if it is in another share). With others = log sum_{v != target} exp(x) and
 d = t - others,
 
     logps = -log(1 + exp(-d))
 
-is at most 0 by construction, and exact to 1e-6 of itself where p -> 1 and t - lse, the difference of two large numbers,
-has no digit left. For the statistics the state goes on with, over the others with e = exp(x - m), sum e * (x - m) and
-sum e^2; over all tokens, sum x; and the maximum of x before the target: the target is the first maximum, as argmax has
-it, if t >= m and t > that.
+is at most 0 by construction. It is exact to 1e-6 of itself even where p -> 1 and t - lse, the difference of two large
+numbers, has no digit left.
 
-The S partial results of a row are merged by a few PyTorch operations on [S, N]: no atomics, no locks, the same bits in
-every run.
+With statistics, the state also holds sum e * (x - m) and sum e^2 over the other tokens, with e = exp(x - m), the sum of
+x over all tokens, and `before`, the maximum of x before the target. The target is the argmax if t >= m and t > before.
 
-Tile masses, for the sparse backward: of TILE columns each, J = ceil(V / TILE),
+The S partial results of a row are merged by a few PyTorch operations on [S, N], without atomics or locks, so every run
+gives the same bits.
+
+For the sparse backward there are tile masses, one for each of J = ceil(V / TILE) tiles of TILE columns:
 
     tile_masses[n, j] = log sum_{v in tile j, v != target} exp(x[n, v]) * slope[n, v]
 
-with slope = 1 or, with a soft-cap, 1 - tanh^2. A mass 87 below the row's running maximum, 1e-38 of it, is -inf.
+with slope = 1 or, with a soft-cap, 1 - tanh^2. A mass 87 below the row's running maximum (1e-38 of it) is -inf.
 
 Shapes: N rows, V vocabulary, S shares.
 """
@@ -34,14 +35,14 @@ from fastdpo.kernels.logits_tile import tanh_and_slope
 
 @triton.jit
 def load_targets(targets_ptr, offs_n, N, V):
-    """Load targets[offs_n] as int32, -1 for one outside [0, V)."""
+    """Load targets[offs_n] as int32; a target outside [0, V) becomes -1."""
     targets = tl.load(targets_ptr + offs_n, mask=offs_n < N, other=-1)
     return tl.where((targets >= 0) & (targets < V), targets, -1).to(tl.int32)
 
 
 @triton.jit
 def empty_state(HAS_STATS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(m, s, t), with statistics (m, s, t, sum_ex, sum_ee, sum_x, before), before the first tile."""
+    """Return the state before the first tile: m, s, t and, with statistics, sum_ex, sum_ee, sum_x, before."""
     lowest = tl.full((BLOCK_N,), float("-inf"), ACC)
     zeros = tl.zeros((BLOCK_N,), ACC)
     if HAS_STATS:
@@ -76,7 +77,7 @@ def fold_tile(
         tanh, slope = tanh_and_slope(x)
         x = cap * tanh
 
-    # Few tiles hold a target or the end of the vocabulary; the others are spared the comparisons
+    # Few tiles hold a target or the end of the vocabulary; the others skip the comparisons
     holds_target = tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0
     if HAS_STATS:
         sum_ex, sum_ee, sum_x, before = state[3], state[4], state[5], state[6]
@@ -90,7 +91,7 @@ def fold_tile(
         x = tl.where(in_vocab & (offs_v[None, :] != targets[:, None]), x, float("-inf"))
 
     m_new = tl.maximum(m, tl.max(x, axis=1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing but -inf so far: no -inf - -inf
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # avoids -inf - -inf
     e = tl.exp(x - shift[:, None])
     rescale = tl.exp(m - shift)
     if HAS_STATS:
@@ -108,7 +109,7 @@ def fold_tile(
         empty = sums == 0
         masses = tl.where(empty, float("-inf"), shift[:, None] + tl.log(tl.where(empty, 1.0, sums)))
         offs_j = v_start // TILE + tl.arange(0, TILES)
-        # int64: J * N passes 2^31 at V=262144 from 2^20 rows on
+        # int64, because J * N passes 2^31 at V=262144 from 2^20 rows on
         masses_ptrs = masses_ptr + offs_j.to(tl.int64)[None, :] * N + offs_n[:, None]
         tl.store(masses_ptrs, masses.to(tl.float32), mask=(offs_n < N)[:, None] & (offs_j < tl.cdiv(V, TILE))[None, :])
 
@@ -120,7 +121,7 @@ def fold_tile(
 
 @triton.jit
 def store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS: tl.constexpr):
-    """partials[pid_s, :, offs_n] = state."""
+    """Store `state` in partials[pid_s, :, offs_n]."""
     K: tl.constexpr = 7 if HAS_STATS else 3
     mask_n = offs_n < N
     partials_ptrs = partials_ptr + pid_s.to(tl.int64) * K * N + offs_n
@@ -131,15 +132,15 @@ def store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS: tl.constexpr):
 def merge(partials: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
     """Merge `partials [S, 3 or 7, N]` into the target's logit (-inf where not `valid [N]`), others and statistics.
 
-    With q = exp(x - others), the distribution of the other tokens, these are -sum q log q, log sum q^2, the sum of x
-    over all tokens, and the maximum of x before the target and of all others: -inf if there is none.
+    With q = exp(x - others), the distribution of the other tokens, the statistics are -sum q log q, log sum q^2, the
+    sum of x over all tokens, the maximum of x before the target, and that of all others; -inf if there is none.
     """
     m, s, t, *sums = partials.unbind(1)
     lowest = torch.finfo(m.dtype).min
     target_logits = t.sum(0).where(valid, -torch.inf)
     top = m.amax(0)
-    shift = top.where(top > -torch.inf, target_logits.clamp(min=lowest))  # finite also if there is no other token
-    drop = (m - shift).clamp(min=lowest)  # of an empty share: exp(drop) is 0, and so is 0 * drop
+    shift = top.where(top > -torch.inf, target_logits.clamp(min=lowest))  # finite even if there is no other token
+    drop = (m - shift).clamp(min=lowest)  # finite for an empty share, so that 0 * drop is 0
     rescale = drop.exp()
     total = (rescale * s).sum(0)
     others = shift + total.log()

@@ -1,15 +1,15 @@
-"""Lists of the active rows of every vocabulary tile: the work of a sparse backward, without asking the host for it.
+"""List the active rows of every vocabulary tile, the work of a sparse backward, without waiting for the host.
 
-The vocabulary is cut in tiles of TILE columns. A cell is one row by one tile; a sparse backward computes the active
-cells alone. The kernels that do, `sparse_dlogits`, `sparse_dhidden` and `sparse_dweight`, gather the rows of a tile
-from its list and stop at its count, which the host never sees:
+The vocabulary is cut into tiles of TILE columns. A cell is one row by one tile, and a sparse backward computes only the
+active cells. Its kernels `sparse_dlogits`, `sparse_dhidden` and `sparse_dweight` gather the rows of a tile from its
+list and stop at its count, which the host never reads:
 
     rows[j, :counts[j]] = the n with active[n, j], in ascending order
 
-A program owns a tile and walks the rows in blocks: the prefix sum of a block's mask, on top of the count so far, is the
-place of each active row in the list.
+A program owns a tile and walks the rows in blocks. The prefix sum of a block's mask, added to the count so far, gives
+the place of each active row in the list.
 
-Shapes: N rows, J = ceil(V / TILE) tiles. Memory: J lists of N int32, 1 / 64 of dlogits in 16 bit.
+Shapes: N rows, J = ceil(V / TILE) tiles. The J lists of N int32 take 1 / 64 of the memory of 16-bit dlogits.
 """
 
 import torch
@@ -21,7 +21,7 @@ TILE = 128  # columns of a tile
 BLOCK_N = 1024
 
 
-@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch: one compilation
+@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch: compile once for all
 def _row_lists_kernel(
     rows_ptr,  # [J, N] int32, out
     counts_ptr,  # [J] int32, out
@@ -31,7 +31,7 @@ def _row_lists_kernel(
     N,
     BLOCK_N: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)  # of rows, and of a mask in a larger one, there may be more than 2^31
+    tile = tl.program_id(0).to(tl.int64)  # int64, because offsets in rows and in the mask may pass 2^31
     count = tl.zeros((), tl.int32)
     for n_start in range(0, N, BLOCK_N):
         offs_n = n_start + tl.arange(0, BLOCK_N)
@@ -50,7 +50,7 @@ def row_lists(active: Tensor) -> tuple[Tensor, Tensor]:
         active: `[N, J]` bool, any strides.
 
     Returns:
-        `rows [J, N]` int32, uninitialised after the first `counts[j]` entries of row j, and `counts [J]` int32.
+        `rows [J, N]` int32, where only the first `counts[j]` entries of row j are initialised, and `counts [J]` int32.
     """
     N, J = active.shape
     rows = torch.empty((J, N), dtype=torch.int32, device=active.device)

@@ -1,17 +1,17 @@
-"""Gradient of the hidden states from the active cells of dlogits.
+"""Compute the gradient of the hidden states from the active cells of dlogits.
 
     dhidden[n, :] += sum over the active cells (n, j) of dlogits[n, tile j] @ weight[tile j, :]
 
-A program owns a range of rows and BLOCK_D columns of dhidden, and nobody else touches them: no atomics. It walks the
-tiles in order, and in each the part of the list (`row_lists`) that lies in its range, BLOCK_N rows at a time: gathers
-their cells, multiplies, and adds to their rows of dhidden. A row's sum is formed in the order of the tiles, so it has
-the same bits in every run.
+A program owns a range of rows and BLOCK_D columns of dhidden, and no other program touches them, so there are no
+atomics. It walks the tiles in order, and in each tile the part of the list (`row_lists`) that lies in its range,
+BLOCK_N rows at a time: it gathers their cells, multiplies, and adds to their rows of dhidden. A row's sum is formed in
+the order of the tiles, so it has the same bits in every run.
 
-The rows of one list are distinct, those of the next are not: a barrier after every tile makes the sums that some
-threads of the program stored visible to the others, which load them again.
+The rows within one list are distinct, but the next list repeats some of them. A barrier after every tile therefore
+makes the sums that some threads of the program stored visible to the others, which load them again.
 
-The ranges exist to fill the chip, where slices of D alone are too few. A list is in ascending order, so the part of it
-that lies in a range is found by a binary search, one PyTorch operation for all of them.
+The ranges fill the chip where slices of D alone are too few programs. A list is in ascending order, so a binary search
+finds the part of it that lies in a range; one PyTorch operation does this for all lists and ranges.
 
 Shapes: N rows, D hidden size, V vocabulary, J = ceil(V / BLOCK_V) tiles, R ranges of rows.
 """
@@ -24,9 +24,9 @@ from torch import Tensor
 from fastdpo.kernels.logits_tile import FALLBACK, SMALL, Config, Configs, default_config, interpreted, loads_vectors
 from fastdpo.kernels.row_lists import TILE
 
-PROGRAMS = 4  # per multiprocessor: a program waits for its gathers, others work meanwhile
+PROGRAMS = 4  # per multiprocessor: while one program waits for its gathers, others work
 
-# tests/kernels/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(64, TILE, 64, 4, 2),
     ((9, 0), 2): Config(64, TILE, 64, 4, 2),
@@ -35,11 +35,11 @@ CONFIGS: Configs = {
 
 
 def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
-    """Choose the table, and what serves where it has no entry."""
+    """Choose the table of configurations, and the fallback for what it has no entry for."""
     return (CONFIGS, FALLBACK) if vectors else ({}, SMALL | {4: Config(32, TILE, 16, 8, 2)})
 
 
-@triton.jit(do_not_specialize=["N", "R"])  # they change from batch to batch; V a multiple of 16 moves in vectors
+@triton.jit(do_not_specialize=["N", "R"])  # they change from batch to batch; a V divisible by 16 is loaded in vectors
 def _sparse_dhidden_kernel(
     dhidden_ptr,  # [N, D] ACC, in and out
     dlogits_ptr,  # [N, V]
@@ -74,7 +74,7 @@ def _sparse_dhidden_kernel(
         for i_start in range(start, stop, BLOCK_N):
             offs_i = i_start + tl.arange(0, BLOCK_N)
             mask_n = offs_i < stop
-            # int64: N * tile, rows * stride_dn and rows * D may pass 2^31, v * stride_wv does at V=262144, D=8192
+            # int64: N * tile, rows * stride_dn and rows * D may pass 2^31; v * stride_wv does at V=262144, D=8192
             offs_n = tl.load(rows_ptr + tl.full((), N, tl.int64) * tile + offs_i, mask=mask_n, other=0).to(tl.int64)
             dlogits_ptrs = dlogits_ptr + offs_n[:, None] * stride_dn + offs_v[None, :]
             weight_ptrs = weight_ptr + offs_v[:, None] * stride_wv + offs_d[None, :] * stride_wd
@@ -100,7 +100,7 @@ def sparse_dhidden(
     config: Config | None = None,
     ranges: int | None = None,
 ) -> None:
-    """Add the gradient that the active cells of `dlogits` make to `dhidden`.
+    """Add to `dhidden` the gradient from the active cells of `dlogits`.
 
     Args:
         dhidden: `[N, D]` float32 (float64 for float64 inputs), in and out, rows contiguous.
@@ -108,8 +108,8 @@ def sparse_dhidden(
         rows: `[J, N]` int32, as `row_lists` returned it.
         counts: `[J]` int32, as `row_lists` returned it.
         weight: `[V, D]`, any strides: a chunk of the head.
-        config: tile sizes, BLOCK_V that of the cells; chosen by device and dtype, and TILE, if None.
-        ranges: number of row ranges R; chosen by shape and device if None.
+        config: tile sizes, where BLOCK_V is the width of a cell. None chooses by device and dtype, with BLOCK_V = TILE.
+        ranges: number of row ranges R; None chooses by shape and device.
     """
     (N, V), D = dlogits.shape, weight.shape[1]
     kernel = _sparse_dhidden_kernel
@@ -122,7 +122,7 @@ def sparse_dhidden(
         ranges = max(1, min(triton.cdiv(PROGRAMS * processors, slices), triton.cdiv(N, config.BLOCK_N)))
     places = torch.arange(N, dtype=torch.int32, device=rows.device)
     edges = torch.arange(ranges + 1, dtype=torch.int32, device=rows.device) * triton.cdiv(N, ranges)
-    edges.clamp_(max=N)  # beyond are the entries that the lists do not have
+    edges.clamp_(max=N)  # N marks entries past the end of a list
     lists = rows.where(places < counts.unsqueeze(1), N)
     bounds = torch.searchsorted(lists, edges.repeat(len(rows), 1), out_int32=True)
     with torch.cuda.device_of(dlogits):

@@ -1,11 +1,12 @@
-"""Gradient of the raw logits in the active cells of a block of rows and a chunk of the vocabulary, and in no other.
+"""Compute the gradient of the raw logits in the active cells of a block of rows and a chunk of the vocabulary.
 
-The maths is that of `linear_logprobs_backward` without the entropy, and so are the bits. A program owns BLOCK_N rows of
-one tile's list (`row_lists`): it gathers their hidden states, recomputes their logits in that tile, and scatters the
-gradient to its place in the dense layout. A list may be as long as N, so the grid is that of the dense kernel, but a
-program past the end of its list returns at once: an inactive cell costs neither arithmetic nor memory traffic.
+The maths and the bits of the results are those of `linear_logprobs_backward` without the entropy. Cells that are not
+active stay untouched. A program owns BLOCK_N rows of one tile's list (`row_lists`): it gathers their hidden states,
+recomputes their logits in that tile, and scatters the gradient to its place in the dense layout. A list may be as long
+as N, so the grid is that of the dense kernel, but a program past the end of its list returns at once: an inactive cell
+costs neither arithmetic nor memory traffic.
 
-Shapes: N rows, D hidden size, V vocabulary, both N and V those of the block; J = ceil(V / BLOCK_V) tiles.
+Shapes: N rows, D hidden size, V vocabulary, where N and V count those of the block, J = ceil(V / BLOCK_V) tiles.
 """
 
 import torch
@@ -28,24 +29,24 @@ from fastdpo.kernels.logits_tile import (
 )
 from fastdpo.kernels.row_lists import TILE
 
-# tests/kernels/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, TILE, 64, 8, 3),
     ((9, 0), 2): Config(128, TILE, 64, 8, 3),
     ((10, 0), 2): Config(128, TILE, 64, 8, 3),
 }
-# A soft-cap keeps a second tile alive, the slopes
+# A soft-cap keeps a second tile in registers, the slopes
 SOFTCAP_CONFIGS: Configs = {capability: Config(64, TILE, 64, 8, 3) for capability in CONFIGS}
 
 
 def default_configs(vectors: bool, has_softcap: bool) -> tuple[Configs, dict[int, Config]]:
-    """Choose the table, and what serves where it has no entry."""
+    """Choose the table of configurations, and the fallback for what it has no entry for."""
     if has_softcap:
         return SOFTCAP_CONFIGS if vectors else {}, SMALL
     return (CONFIGS, FALLBACK | {4: SMALL[4]}) if vectors else ({}, SMALL)
 
 
-@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; V a multiple of 16 moves in vectors
+@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors
 def _sparse_dlogits_kernel(
     dlogits_ptr,  # [N, V], out
     rows_ptr,  # [J, N] int32
@@ -68,7 +69,7 @@ def _sparse_dlogits_kernel(
     V,
     D,
     R,
-    scale: tl.float64,  # a Python float would be rounded to float32
+    scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     cap: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
@@ -134,8 +135,8 @@ def sparse_dlogits(
         dothers: `[N]`, gradient of `others`; NaN in it fills the row's active cells.
         scale: factor of the raw logits.
         cap: factor of the soft-cap's tanh; None for no soft-cap.
-        low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`; None for none.
-        config: tile sizes, BLOCK_V that of the cells; chosen by device and dtype, and TILE, if None.
+        low_rank: `(hidden2 [N, R], weight2 [V, R])` of the forward, in the dtype of `hidden`, or None.
+        config: tile sizes, where BLOCK_V is the width of a cell. None chooses by device and dtype, with BLOCK_V = TILE.
     """
     (N, D), V = hidden.shape, weight.shape[0]
     kernel = _sparse_dlogits_kernel
@@ -145,7 +146,7 @@ def sparse_dlogits(
     tiles = triton.cdiv(V, config.BLOCK_V)
     assert rows.shape == (tiles, N)
     hidden2, weight2, R = low_rank_operands(low_rank)
-    # The interpreter truncates where it should round to bfloat16: leave that to PyTorch
+    # The interpreter truncates where it should round to bfloat16, so PyTorch does the rounding
     out = dlogits.float() if interpreted(kernel) and dlogits.dtype == torch.bfloat16 else dlogits
     with torch.cuda.device_of(hidden):
         kernel[(tiles * triton.cdiv(N, config.BLOCK_N),)](

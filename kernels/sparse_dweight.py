@@ -1,11 +1,11 @@
-"""Gradients of the weight and the bias from the active cells of dlogits.
+"""Compute the gradients of the weight and the bias from the active cells of dlogits.
 
     dweight[tile j, :] (+)= sum over the rows n active in tile j of dlogits[n, tile j]^T hidden[n, :]
     dbias[tile j]      (+)= sum over the rows n active in tile j of dlogits[n, tile j]
 
 A program owns one tile and BLOCK_D columns of dweight. It walks the tile's list (`row_lists`), BLOCK_N rows at a time,
-gathers their cells and hidden states, and adds their product to a sum in registers, which it stores once: no atomics,
-the same bits in every run. A tile with an empty list gets 0.
+gathers their cells and hidden states, and adds their product to a sum in registers, which it stores once. So there are
+no atomics, and every run gives the same bits. A tile with an empty list gets 0.
 
 Shapes: N rows, D hidden size, V vocabulary, J = ceil(V / BLOCK_V) tiles.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.kernels.logits_tile import FALLBACK, SMALL, Config, Configs, default_config, interpreted, loads_vectors
 from fastdpo.kernels.row_lists import TILE
 
-# tests/kernels/test_aot.py compiles these: no spilled register
+# tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(64, TILE, 128, 8, 3),
     ((9, 0), 2): Config(64, TILE, 128, 8, 3),
@@ -27,12 +27,12 @@ CONFIGS: Configs = {
 
 
 def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
-    """Choose the table, and what serves where it has no entry."""
+    """Choose the table of configurations, and the fallback for what it has no entry for."""
     small_float32 = {4: Config(16, TILE, 32, 8, 3)}
     return (CONFIGS, FALLBACK | small_float32) if vectors else ({}, SMALL | small_float32)
 
 
-@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; V a multiple of 16 moves in vectors
+@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors
 def _sparse_dweight_kernel(
     dweight_ptr,  # [V, D] ACC, out
     dbias_ptr,  # [V] ACC, out, or None
@@ -70,7 +70,7 @@ def _sparse_dweight_kernel(
     for i_start in range(0, count, BLOCK_N):
         offs_i = i_start + tl.arange(0, BLOCK_N)
         mask_n = offs_i < count
-        # int64: tile * N, rows * stride_dn and rows * stride_hn may pass 2^31
+        # int64, because tile * N, rows * stride_dn and rows * stride_hn may pass 2^31
         offs_n = tl.load(rows_ptr + tile.to(tl.int64) * N + offs_i, mask=mask_n, other=0).to(tl.int64)
         dlogits_ptrs = dlogits_ptr + offs_n[None, :] * stride_dn + offs_v[:, None]
         hidden_ptrs = hidden_ptr + offs_n[:, None] * stride_hn + offs_d[None, :] * stride_hd
@@ -88,7 +88,7 @@ def _sparse_dweight_kernel(
     if ACCUMULATE:
         dweight += tl.load(dweight_ptrs, mask=mask, other=0.0)
     tl.store(dweight_ptrs, dweight, mask=mask)
-    if dbias_ptr is not None:  # noqa: SIM102  (decided when compiling; the next one when running)
+    if dbias_ptr is not None:  # noqa: SIM102  (this is decided when compiling, the next one when running)
         if pid_d == 0:
             if ACCUMULATE:
                 dbias += tl.load(dbias_ptr + offs_v, mask=mask_v, other=0.0)
@@ -105,7 +105,7 @@ def sparse_dweight(
     config: Config | None = None,
     dbias: Tensor | None = None,
 ) -> None:
-    """Write the gradients that the active cells of `dlogits` make to `dweight` and `dbias`, or add them.
+    """Write the gradients from the active cells of `dlogits` to `dweight` and `dbias`, or add to what they hold.
 
     Args:
         dweight: `[V, D]` float32 (float64 for float64 inputs), out, rows contiguous.
@@ -113,9 +113,9 @@ def sparse_dweight(
         rows: `[J, N]` int32, as `row_lists` returned it.
         counts: `[J]` int32, as `row_lists` returned it.
         hidden: `[N, D]`, any strides.
-        accumulate: add to what `dweight` and `dbias` hold.
-        config: tile sizes, BLOCK_V that of the cells; chosen by device and dtype, and TILE, if None.
-        dbias: `[V]`, out, the dtype of `dweight`, contiguous; None where not needed.
+        accumulate: whether to add to what `dweight` and `dbias` hold.
+        config: tile sizes, where BLOCK_V is the width of a cell. None chooses by device and dtype, with BLOCK_V = TILE.
+        dbias: `[V]`, out, the dtype of `dweight`, contiguous; None if not needed.
     """
     (N, V), D = dlogits.shape, hidden.shape[1]
     kernel = _sparse_dweight_kernel

@@ -52,7 +52,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"max_length": 12.5}, "max_length must be int, got 12.5"),
         ({"max_length": 0}, "max_length must be at least 2"),
         ({"per_device_train_batch_size": True}, "per_device_train_batch_size must be int, got True"),
-        ({"loss_type": ["sigmoid", "kto"]}, "loss_type sums objectives of different data"),
+        ({"loss_type": ["sigmoid", "kto"]}, "loss_type must not mix kinds of examples"),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights must hold one number per loss_type"),
         (
             {"loss_type": "simpo", "sync_ref_model": True},

@@ -1,8 +1,9 @@
-"""Which implementation of the head is the fastest here: measured on the first calls of a shape, remembered on disk.
+"""Choose the fastest implementation of the head: time the first calls of a shape, and remember the winner on disk.
 
-The candidates take turns: each serves ROUNDS calls, between two events of the device's own clock. Nobody waits for the
-events; once a later call finds that all have passed, the sums of the medians decide, and the verdict goes to
-`choices.json`, where this and later processes find it. The first round, which compiles, does not count.
+These first calls are a trial, in which the candidates take turns. Each serves ROUNDS calls, and device events before
+and after each phase time it. No call waits for an event. Once a later call finds all events complete, the candidate
+with the smallest sum of median times wins. Its name, the verdict, goes to `choices.json`, where this and later
+processes find it. The first round does not count, because it compiles.
 """
 
 import json
@@ -26,18 +27,18 @@ logger = logging.getLogger("fastdpo")
 ROUNDS = 4
 
 Event = torch.cuda.Event
-_verdicts: dict[str, str] | None = None  # what the file holds, once it has been read
+_verdicts: dict[str, str] | None = None  # the content of the file, after it was read
 _calls: dict[str, int] = {}
 _events: dict[str, dict[tuple[str, str], list[tuple[Any, Any]]]] = {}  # by key, then implementation and phase
 
 
 def cache_file() -> Path:
-    """Return the file of verdicts."""
+    """Return the path of the file of verdicts."""
     return cache_home() / "choices.json"
 
 
 def pick(key: str, candidates: tuple[str, ...]) -> str:
-    """Return the candidate that serves this call: the fastest, where that is known."""
+    """Return the candidate that serves this call: the fastest if it is known, else the one whose turn it is."""
     verdict = _read().get(key)
     if verdict in candidates:
         return str(verdict)
@@ -58,7 +59,10 @@ def pick(key: str, candidates: tuple[str, ...]) -> str:
 
 @contextmanager
 def timed(key: str, impl: str, phase: str) -> Iterator[None]:
-    """Time a phase, forward or backward, of a call that is a trial; what comes after would keep the verdict waiting."""
+    """Time the block, a forward or backward, if it is part of a trial.
+
+    A candidate that has its ROUNDS timings is not timed again, because new events would delay the verdict.
+    """
     if not key or key in _read() or len(_events.get(key, {}).get((impl, phase), ())) == ROUNDS:
         yield
         return
@@ -70,7 +74,7 @@ def timed(key: str, impl: str, phase: str) -> Iterator[None]:
 
 
 def _milliseconds(key: str, impl: str) -> float:
-    """Sum the medians of the phases; infinite where there was only a first round, or none."""
+    """Return the sum of the phases' median times; infinity if a phase was not timed after the first round."""
     phases = [pairs[1:] for (name, _), pairs in _events.get(key, {}).items() if name == impl]
     if not phases or not all(phases):
         return float("inf")
@@ -85,13 +89,13 @@ def _read() -> dict[str, str]:
         except FileNotFoundError:
             _verdicts = {}
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): the head is measured again", cache_file(), error)
+            logger.warning("%s cannot be read (%s): the head's implementations are timed again", cache_file(), error)
             _verdicts = {}
     return _verdicts
 
 
 def _write(key: str, verdict: str) -> None:
-    """Add a verdict to the file, with those that other processes have added since."""
+    """Add a verdict to the file, and keep those that other processes have added since it was read."""
     global _verdicts
     known, _verdicts = _read(), None
     _verdicts = known | _read() | {key: verdict}
@@ -99,7 +103,9 @@ def _write(key: str, verdict: str) -> None:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_file(cache_file(), json.dumps(_verdicts, indent=1, sort_keys=True).encode())
     except OSError as error:
-        logger.warning("%s cannot be written (%s): the head is measured again next time", cache_file(), error)
+        logger.warning(
+            "%s cannot be written (%s): the head's implementations are timed again next time", cache_file(), error
+        )
 
 
 @cache
@@ -107,12 +113,12 @@ def has_triton() -> bool:
     """Whether Triton is installed; logs a warning once if it is not."""
     found = find_spec("triton") is not None
     if not found:
-        logger.warning("Triton is not installed: linear_logprobs runs on CUDA in PyTorch.")
+        logger.warning("Triton is not installed: on CUDA, linear_logprobs runs in PyTorch.")
     return found
 
 
 def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
-    """Return the implementation that serves "auto", and the key of the trial that the call is part of, or nothing."""
+    """Return the implementation that serves the call, and the key of the trial it is part of ("" if none)."""
     measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
     if not measures or not has_triton():
         return impl, ""

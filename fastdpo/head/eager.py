@@ -1,9 +1,9 @@
-"""The obvious PyTorch everything is checked against: `[N, V]` logits, any dtype, any device.
+"""The head in obvious PyTorch, with `[N, V]` logits: every implementation is checked against it.
 
     logits = transform(hidden @ weight.T + bias)
     logps = log_softmax(logits)[targets]
 
-`transform` is, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
+`transform` applies, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
 
 Shapes: N rows, D hidden size, V vocabulary.
 """
@@ -24,12 +24,13 @@ class Stats(NamedTuple):
     mean_logits: Tensor
     """Mean over the vocabulary of the transformed logits."""
     is_top1: Tensor
-    """bool: the target is the first maximum of the logits, as argmax."""
+    """bool: whether the target is the argmax of the logits, the first one among equals."""
     density: Tensor | None = None
-    """Share of (row, vocabulary tile) cells that a sparse backward computes, where the upstream gradients of all rows
-    are of one size. None where the backward is dense."""
+    """Share of a row's cells that a sparse backward computes if the upstream gradients of all rows have one size; a
+    cell is the row by one tile of the vocabulary. None if the backward is dense."""
     bound: Tensor | None = None
-    """Probability that it spreads evenly over the tokens of its tile, likewise; see `fastdpo.head.impl.sparsity`."""
+    """Probability in the cells that such a backward skips and spreads evenly over their tokens, see
+    `fastdpo.head.impl.sparsity`. None if the backward is dense."""
 
 
 def transform_logits(logits: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
@@ -60,11 +61,11 @@ def linear_logprobs(
         logit_scale: factor of the raw logits.
         softcap: bound of the soft-capped logits, or None.
         temperature: divisor of the logits.
-        stats: compute `Stats` too.
+        stats: whether to compute `Stats` too.
 
     Returns:
-        `logps [N]`, the log-sum-exp of the transformed logits `lse [N]`, and `Stats` or None; floating results in the
-        dtype of `hidden`.
+        `logps [N]`, the log-sum-exp of the transformed logits `lse [N]`, and `Stats` or None. Floating-point results
+        have the dtype of `hidden`.
 
     Raises:
         RuntimeError: a target is outside [0, V).

@@ -1,8 +1,8 @@
-"""Log-probabilities of a linear head without logits: arguments checked, results put together.
+"""Log-probabilities of a linear head without logits: check the arguments, run the op and combine its results.
 
     logps[n] = log softmax(transform(hidden[n] @ weight.T + bias))[targets[n]]
 
-`transform` is, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
+`transform` applies, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature.
 
 Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part.
 """
@@ -51,40 +51,42 @@ def linear_logprobs(
 ) -> Tensor:
     """Compute the log-probability of every row's target, without ever holding `[N, V]` logits.
 
-    Differentiable once with respect to all floating-point tensors; only the gradients asked for are computed. Under
-    `torch.autocast` they are cast as `F.linear` would cast them.
+    The result is differentiable once with respect to all floating-point tensors, and only the gradients asked for are
+    computed. Under `torch.autocast`, these tensors are cast as `F.linear` would cast them.
 
     Args:
         hidden: `[N, D]`, float64, float32, bfloat16 or float16, any strides.
         weight: `[V, D]`, dtype and device of `hidden`.
         targets: `[N]` int64 in [0, V).
         bias: `[V]`, dtype and device of `hidden`.
-        low_rank: `hidden2 [N, R]` and `weight2 [V, R]`, whose product is added to the logits: LoRA's
-            `(scaling * hidden @ A.T, B)`, for which neither `weight + scaling * B @ A` nor its gradient is formed. Or
-            trainable rows of some tokens: `(hidden @ (rows - weight[tokens]).T, one_hot(tokens, V).T)`.
+        low_rank: `hidden2 [N, R]` and `weight2 [V, R]`; `hidden2 @ weight2.T` is added to the logits. For LoRA they are
+            `(scaling * hidden @ A.T, B)`, and neither `weight + scaling * B @ A` nor its gradient is formed. For
+            trainable rows of some tokens they are `(hidden @ (rows - weight[tokens]).T, one_hot(tokens, V).T)`.
         logit_scale: factor of the raw logits, finite and not 0.
         softcap: bound of the soft-capped logits, above 0; None for no soft-cap.
         temperature: divisor of the logits, above 0.
-        impl: "triton" (CUDA, or TRITON_INTERPRET=1: logits in registers, sparse backward), "blas" (as well, vendor
-            matmuls, dense backward), "torch" (any device), "eager" (`[N, V]` logits in the dtype of
-            the inputs, for tests) or "auto": on CUDA the faster of triton and blas, measured on the first calls of a
-            shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); torch elsewhere, and without Triton.
-        backward: which cells (a row by some neighbouring tokens) of the gradient of the logits to compute. "exact":
-            all. "auto": for 16-bit inputs the gradient of `hidden` may skip cells of small probability, up to 0.005
-            of the rows' root mean square, which then act as their average, where that is quicker; all other gradients
-            are exact. "sparse": so may all gradients, in every dtype. See docs/sparse_backward.md for what that costs,
-            and `Stats` to watch it.
-        workspace_bytes: bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
-        shard: `(group, start, V)` where a process group shares the vocabulary: `weight`, `bias` and `weight2` are this
-            rank's part, which begins with token `start` of V; `hidden` and `targets` are the same on all ranks, and so
-            are the result and the gradient of `hidden`.
+        impl: "triton" keeps logits in registers and has a sparse backward; "blas" uses vendor matmuls and has a dense
+            backward; both need CUDA or TRITON_INTERPRET=1. "torch" runs on any device. "eager" forms `[N, V]` logits
+            in the dtype of the inputs, for tests. "auto" takes the faster of triton and blas on CUDA, timed on the
+            first calls of a shape and remembered in ~/.cache/fastdpo (or $FASTDPO_CACHE); elsewhere, and without
+            Triton, it takes torch.
+        backward: which cells of the gradient of the logits to compute; a cell is one row by some neighbouring tokens.
+            "exact" computes all. "auto" is exact except for the gradient of `hidden` of 16-bit inputs, which skips
+            cells of small probability where that is faster. A row skips at most 0.005 of the root mean square of the
+            rows' |dlogps| * (1 - p), with p the target's probability, and a skipped cell acts as its average. "sparse"
+            lets all gradients skip cells, in every dtype. docs/sparse_backward.md says what that costs, and `Stats`
+            has the share of cells computed and the probability skipped.
+        workspace_bytes: upper bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
+        shard: `(group, start, V)` if the ranks of a process group each hold a part of the vocabulary of V tokens.
+            `weight`, `bias` and `weight2` are this rank's part, which begins with token `start`. `hidden`, `targets`,
+            the result and the gradient of `hidden` are the same on all ranks.
 
     Returns:
-        `[N]` float32 (float64 for float64 inputs), in nats, never above 0. Logits are not rounded below float32.
+        `[N]` float32 (float64 for float64 inputs), in nats, never above 0. Logits have at least float32 precision.
 
     Raises:
-        ValueError: an argument breaks a rule above. On CUDA a target outside [0, V) cannot be seen without waiting for
-            the device: there its row, and every gradient it takes part in, is NaN.
+        ValueError: an argument breaks a rule above. On CUDA, where checking targets would wait for the device, a target
+            outside [0, V) raises no error: its row, and every gradient it takes part in, becomes NaN.
     """
     logps, _ = _compute(
         hidden,
@@ -118,12 +120,12 @@ def linear_logprobs_with_stats(
 ) -> tuple[Tensor, Stats]:
     """Compute `linear_logprobs` and the statistics of each row's distribution, in the same pass over the vocabulary.
 
-    Arguments and errors as `linear_logprobs`.
+    Arguments and errors are those of `linear_logprobs`, without `shard`.
 
     Returns:
         The log-probabilities and `Stats`, all `[N]`: entropy, log_sum_sq_probs and mean_logits in the dtype of the
-        log-probabilities, is_top1 bool; density and bound are None where the backward is dense. The log-probabilities
-        and the entropy are differentiable, the rest is not. A backward through the entropy is exact.
+        log-probabilities, is_top1 bool; density and bound are None if the backward is dense. The log-probabilities
+        and the entropy are differentiable, the other fields are not. A backward through the entropy is exact.
     """
     logps, stats = _compute(
         hidden,
@@ -156,7 +158,7 @@ def _compute(
     shard: tuple[ProcessGroup, int, int] | None,
     with_stats: bool,
 ) -> tuple[Tensor, Stats | None]:
-    """Check, compute, and put the target and the other tokens together."""
+    """Check the arguments, run the op, and combine the target's logit with the other tokens' log-sum-exp."""
     hidden2, weight2 = low_rank or (None, None)
     hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
     _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
@@ -175,7 +177,7 @@ def _compute(
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, hidden2, weight2)]
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
-    if sparse and not torch.compiler.is_compiling():  # there, what is kept must not change from call to call
+    if sparse and not torch.compiler.is_compiling():  # compiled code keeps the same tensors in every call
         sparse = not sparsity.expect_dense(density_key(hidden, weight))
         if not sparse and backward == "sparse":
             _say_dense()
@@ -188,7 +190,7 @@ def _compute(
     target, others = result.target, result.others
     if group is not None:
         target, others = vocab_parallel.merge(target, others, group)
-    valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, targets have been checked
+    valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, the op has checked the targets
     logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
     return logps, _merge_stats(logps, result, V) if with_stats else None
 
@@ -203,11 +205,14 @@ def _say_dense() -> None:
 
 
 def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
-    """Put the statistics of the other tokens, q, and the target's p together: all is p and (1 - p) q."""
+    """Combine the statistics of q, the distribution of the other tokens, with the target's probability p.
+
+    The whole distribution is p at the target and (1 - p) q elsewhere.
+    """
     stats, kept = result.stats, result.kept
     assert stats is not None
     log_rest = F.logsigmoid(result.others - result.target)
-    lowest = torch.finfo(logps.dtype).min  # 0 * -inf must be 0
+    lowest = torch.finfo(logps.dtype).min  # replaces -inf, because 0 * -inf is NaN
     p, rest = logps.exp(), log_rest.exp()
     with torch.no_grad():
         log_sum_sq = torch.logaddexp(2 * logps, 2 * log_rest + stats.log_sum_sq)
@@ -245,7 +250,7 @@ def _eager(
 
 
 def _as_autocast(hidden: Tensor, *others: Tensor | None) -> list[Any]:
-    """Cast as `F.linear` would under autocast."""
+    """Cast the tensors as `F.linear` would under autocast."""
     dtype = autocast_dtype(hidden)
     return [t if t is None or dtype == hidden.dtype else t.to(dtype) for t in (hidden, *others)]
 

@@ -1,8 +1,8 @@
-"""The head as PyTorch knows it: a custom op, its fake and its autograd, and what is decided on the way.
+"""The head as a custom op of PyTorch, with its fake implementation and its autograd formula.
 
-The op's results are `target` and `others` of `fastdpo.head.impl.interface` and the statistics of the other tokens, from
-which `fastdpo.head.linear_logprobs` makes log-probabilities. What a forward keeps for its backward are results too, so
-that torch.compile sees all the memory there is.
+The op returns `target` and `others` of `fastdpo.head.impl.interface` and the statistics of the other tokens, from which
+`fastdpo.head.linear_logprobs` makes log-probabilities. It also returns what the forward keeps for the backward, so that
+torch.compile sees all memory in use.
 """
 
 import logging
@@ -44,13 +44,13 @@ class Arguments(NamedTuple):
     cap: float | None
     impl: str
     stats: bool
-    needs: list[bool]  # fields of Needs: decide what is kept; autograd decides what is computed
-    sparse: bool  # gradients from the active cells only,
-    exact_weight: bool  # but not those of weight, bias and weight2
-    vocab_start: int  # weight is this part of a vocabulary
-    vocab_size: int  # of so many tokens
+    needs: list[bool]  # fields of Needs, for which the forward keeps tensors; autograd decides what is computed
+    sparse: bool  # compute gradients from the active cells only,
+    exact_weight: bool  # but those of weight, bias and weight2 from all cells
+    vocab_start: int  # token with which weight begins,
+    vocab_size: int  # in a vocabulary of this many tokens
     workspace: int
-    trial: str  # key of the choice of `impl` that this call helps to make; or nothing
+    trial: str  # key of the trial of autotune that this call is part of; "" if none
 
     @property
     def local_targets(self) -> Tensor:
@@ -66,12 +66,16 @@ class Arguments(NamedTuple):
 
     @property
     def keep(self) -> Keep:
-        """What the forward keeps: shares to be sparse, else `expected` for a frozen head, probs for a trained one."""
+        """What the forward keeps.
+
+        A sparse backward needs shares. Without them, a frozen head keeps `expected`. A trained head keeps probs, unless
+        the gradients of its weights are sparse too.
+        """
         needs = Needs(*self.needs)
         trained = needs.weight or needs.bias or needs.weight2
         N, V = self.hidden.shape[0], self.weight.shape[0]
         T = self.module.cell_columns(self.hidden.device) if self.sparse else None
-        # exact weights take a pass over everything: the shares only spare the matmul of dhidden
+        # exact gradients of weights compute all cells: then the shares only speed up the matmul of dhidden
         shares = T is not None and any(needs) and (needs.hidden or needs.hidden2 or not self.exact_weight)
         if T is not None and shares and N * -(-V // T) * self.hidden.element_size() > self.workspace // 2:
             shares = False
@@ -92,7 +96,7 @@ RESULTS = 2 + STATS + len(Kept._fields)
 
 
 def results_of(outputs: list[Tensor], stats: bool) -> Forward:
-    """Put the op's outputs back in order; what was not kept is not 2-dimensional."""
+    """Sort the op's outputs into a `Forward`; kept tensors are 2-dimensional, placeholders are not."""
     target, others, *rest = outputs
     kept = (t if t.ndim == 2 else None for t in rest[STATS:])
     return Forward(target, others, OtherStats(*rest[:STATS]) if stats else None, Kept(*kept))
@@ -102,7 +106,7 @@ def results_of(outputs: list[Tensor], stats: bool) -> Forward:
     "fastdpo::linear_logprobs", mutates_args=(), schema=f"{ARGUMENTS}) -> ({', '.join(['Tensor'] * RESULTS)})"
 )
 def linear_logprobs_op(*args: Any) -> tuple[Tensor, ...]:
-    """Return target, others, the fields of `OtherStats` and those of `Kept`; empty where not asked for."""
+    """Return target, others, the fields of `OtherStats` and of `Kept`; those not asked for are empty tensors."""
     a = Arguments(*args)
     check_targets(a.targets, a.vocab_size)
     with autotune.timed(a.trial, a.impl, "forward"):
@@ -133,11 +137,11 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     f"({', '.join(['Tensor'] * len(Needs._fields))})",
 )
 def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of `needs`; those not needed are empty."""
+    """Return the gradients that `needs` asks for; the others are empty tensors."""
     *forward_args, results, dtarget, dothers, dentropy = args
     a = Arguments(*forward_args)
     result = results_of(results, a.stats)
-    if dentropy is not None:  # what was kept is linear in the gradient of the log-probability
+    if dentropy is not None:  # kept tensors only give the gradient of a log-probability
         result = result._replace(kept=Kept())
     selection = None
     if result.kept.shares is not None:
@@ -167,7 +171,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = Arguments(*inputs)
-    # `expected` instead of hidden, unless the entropy may need it
+    # `expected` replaces hidden, unless a gradient of the entropy may need hidden
     hidden, hidden2 = (None, None) if a.keep.expected and not a.stats else (a.hidden, a.hidden2)
     ctx.save_for_backward(hidden, *inputs[1:4], hidden2, a.weight2, *output)
     ctx.options = inputs[6:]
@@ -177,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dtarget: Tensor | None, dothers: Tensor | None, dentropy: Tensor | None, *_: Any) -> Any:
-    saved = ctx.saved_tensors  # to be asked for once
+    saved = ctx.saved_tensors  # read once, because each access unpacks the tensors
     a, results = Arguments(*saved[:6], *ctx.options), saved[6:]
     if a.hidden is None:
         N = len(a.targets)
@@ -206,7 +210,7 @@ linear_logprobs_backward_op.register_autograd(_no_double_backward)
 
 
 def check_targets(targets: Tensor, V: int) -> None:
-    """Check the range of targets, unless that would wait for a device."""
+    """Check the range of targets on the CPU; elsewhere a check would wait for the device."""
     if targets.device.type != "cpu":
         return
     outside = (targets < 0) | (targets >= V)
@@ -226,9 +230,9 @@ def implementation(impl: str, device: torch.device) -> ModuleType:
         )
     return import_module(
         f"fastdpo.head.impl.{'triton' if impl == 'auto' else impl}"
-    )  # only here: Triton may be missing
+    )  # imported late: Triton may be missing
 
 
 def density_key(hidden: Tensor, weight: Tensor) -> sparsity.Key:
-    """Name the head whose density is remembered."""
+    """Return the key under which `sparsity` remembers the density of this head."""
     return hidden.device, hidden.dtype, tuple(weight.shape)

@@ -1,7 +1,7 @@
-"""A vocabulary cut into shards, one for each rank of a group: what ranks tell each other.
+"""Communication between the ranks of a group, each of which holds one shard of the vocabulary.
 
-Three numbers a row: the largest `others`, the sum of their exponentials, and the target's logit, which one rank has.
-In the backward, the sum of the gradients of hidden.
+In the forward the ranks reduce three numbers per row: the largest `others`, the sum of their exponentials, and the
+target's logit, which one rank has. In the backward they sum the gradients of hidden.
 """
 
 from typing import Any
@@ -43,12 +43,12 @@ class _Merge(torch.autograd.Function):
 
 
 def sum_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return `x`, the same on all ranks; its gradient is the sum over the ranks."""
+    """Return `x`, which is the same on all ranks, and sum its gradient over the ranks in the backward."""
     result: Tensor = _SumGradients.apply(x, group)
     return result
 
 
 def merge(target: Tensor, others: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Merge `target [N]`, -inf on the ranks that do not have it, and `others [N]`, of each rank's shard."""
+    """Merge the shards' `target [N]`, -inf on ranks that do not have it, and `others [N]` into the vocabulary's."""
     result: tuple[Tensor, Tensor] = _Merge.apply(target, others, group)
     return result

@@ -1,1 +1,1 @@
-"""From token log-probabilities to the loss of an optimizer step."""
+"""Turn token log-probabilities into the loss of an optimizer step."""

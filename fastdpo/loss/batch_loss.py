@@ -1,12 +1,12 @@
-"""From token log-probs to the loss: sums over responses, the objectives, their weights, and what each is divided by.
+"""Turn token log-probs into the loss: sum them over responses, apply the objectives and weight the examples.
 
-An optimizer step's loss is one fraction plus another, both over all its micro-batches on all processes:
+An optimizer step's loss is the sum of two fractions, each over all its micro-batches on all processes:
 
     loss = sum of the examples' losses / number of examples
          + sum over the chosen tokens of -log pi / number of chosen tokens         (sft, orpo, cpo and rpo_alpha)
 
-`compute` returns the two numerators of a micro-batch, so that k micro-batches or k processes give what one batch
-gives. A weight of an example weighs its part of both; it is in neither denominator.
+`compute` returns the two numerators of a micro-batch, so that k micro-batches or k processes add up to the loss of one
+large batch. An example's weight multiplies its terms in both numerators; the denominators ignore it.
 
 Shapes: B examples, R responses (slot-major: 2B for pairs, chosen first), M completion tokens, K ranked responses.
 """
@@ -32,29 +32,32 @@ class DPOOutput(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """What a micro-batch adds to an optimizer step, and what metrics want of it."""
+    """A micro-batch's part of an optimizer step's loss, and the values that metrics report."""
 
     losses: Tensor
-    """`[B]`, weighted: to be summed, and divided by the number of examples in the optimizer step."""
+    """`[B]`, weighted. The caller sums them and divides by the number of examples in the optimizer step."""
     token_loss: Tensor | None
-    """Scalar: to be divided by the number of chosen tokens in the optimizer step; None if no objective has this."""
+    """Scalar, which the caller divides by the number of chosen tokens in the optimizer step; None if the objective has
+    no likelihood term."""
     chosen_rewards: Tensor
-    """`[B]`, detached: beta times the log-ratio, or times log pi without a reference, averaged over the tokens where
-    the objective averages. Ranked: of the best response. Unpaired: of desirable responses, 0 for the others."""
+    """`[B]`, detached: beta times the log-ratio. Without a reference it is beta times log pi, averaged over the tokens
+    if the objective averages. Ranked examples have the reward of the best response. Unpaired examples have the reward
+    of a desirable response, and 0 for an undesirable one."""
     rejected_rewards: Tensor
-    """As `chosen_rewards`. Ranked: mean over the other responses. Unpaired: of undesirable ones, 0 for the others."""
+    """`[B]`, detached, as `chosen_rewards`. Ranked examples have the mean over all responses but the best. Unpaired
+    examples have the reward of an undesirable response, and 0 for a desirable one."""
     sequence_logps: Tensor
     """`[R]`, detached: log pi of each response, summed over its tokens (not discounted by LD-DPO)."""
     ref_sequence_logps: Tensor | None
-    """The same under the reference; None without one."""
+    """`[R]`: the same under the reference; None if there is no reference."""
     weights: Tensor | None = None
-    """`[B]`, detached: what the examples' losses are weighted by, WPO's weights included; None: nothing."""
+    """`[B]`, detached: factors of the examples' losses, WPO's included. None if no example is weighted."""
     kl: Tensor | None = None
     """Scalar: KTO's estimate of the divergence, over the whole optimizer step; None for other objectives."""
 
 
 def step_mean(out: LossOutput, totals: StepTotals) -> Tensor:
-    """The micro-batch's part of the optimizer step's loss, a scalar with its gradient."""
+    """Return the micro-batch's part of the optimizer step's loss, a differentiable scalar."""
     loss = out.losses.sum() / totals.examples
     return loss if out.token_loss is None else loss + out.token_loss / totals.chosen_tokens
 
@@ -76,32 +79,31 @@ def dpo_loss(
 ) -> DPOOutput:
     """Compute the loss of each preference pair from log-probabilities summed over completion tokens.
 
-    The batch is taken for the whole optimizer step: means of `losses` are the loss, and `aot` sorts these pairs.
+    The batch counts as the whole optimizer step: the mean of `losses` is the loss, and `aot` sorts these pairs.
 
     Args:
-        chosen_logps: log pi(y_w | x) under the policy, [B], nats, any float dtype (16-bit ones computed in float32).
+        chosen_logps: log pi(y_w | x) under the policy, [B], nats, any float dtype (16-bit: computed in float32).
         rejected_logps: log pi(y_l | x) under the policy, [B].
         ref_chosen_logps: log pi_ref(y_w | x) under the frozen reference, [B]; None only if no objective reads it.
         ref_rejected_logps: log pi_ref(y_l | x) under the frozen reference, [B].
-        loss_type: one or several names in `fastdpo.loss.objectives.OBJECTIVES`; formulas and papers stand there.
+        loss_type: one or several names in `fastdpo.loss.objectives.OBJECTIVES`, which has their formulas and papers.
         beta: strength of the pull towards the reference, > 0, one number or [B]; 0.1 to 0.5 is usual.
         label_smoothing: probability that a preference label is flipped, in [0, 0.5).
-        chosen_lengths: completion tokens of y_w, [B]: for `ipo`, `sigmoid_norm`, `simpo`, `orpo` and everything with
-            a likelihood term.
+        chosen_lengths: completion tokens of y_w, [B], which `ipo`, `sigmoid_norm`, `simpo`, `orpo` and every objective
+            with a likelihood term read.
         rejected_lengths: completion tokens of y_l, [B].
         margin: what beta times the difference of the log-ratios must exceed, [B] (ODPO).
         weight: factor of each pair's loss, [B].
-        **options: the other fields of `fastdpo.loss.options.ObjectiveSettings`, as `loss_weights` or
-        `f_divergence_type`,
-            but those about tokens: `ld_alpha` and `use_weighting`.
+        **options: the other fields of `fastdpo.loss.options.ObjectiveSettings`, such as `loss_weights`, except
+            `ld_alpha` and `use_weighting`, which need the log-probs of single tokens.
 
     Returns:
         `DPOOutput`: losses, chosen_rewards, rejected_rewards, [B] each. A likelihood term is spread over the losses so
         that their mean contains its mean over all chosen tokens.
 
     Raises:
-        ValueError: a setting is unknown, out of range or impossible in combination, a tensor is missing that an
-            objective reads, or shapes differ.
+        ValueError: a setting is unknown, out of range or incompatible with another, a tensor that an objective reads
+            is missing, or shapes differ.
     """
     settings = ObjectiveSettings(
         loss_type=(loss_type,) if isinstance(loss_type, str) else tuple(loss_type),
@@ -111,7 +113,7 @@ def dpo_loss(
     )
     if settings.kind != "preference":
         raise ValueError(
-            f"loss_type {settings.loss_type[0]!r} is not about pairs; call its function in fastdpo.loss.objectives"
+            f"loss_type {settings.loss_type[0]!r} does not take pairs; call its function in fastdpo.loss.objectives"
         )
     for name, off in (("ld_alpha", None), ("use_weighting", False)):
         if getattr(settings, name) != off:
@@ -155,18 +157,18 @@ def compute(
     """Compute a micro-batch's part of an optimizer step's loss, without waiting for the device.
 
     Args:
-        batch: of `fastdpo.shared_prefix_batch`; read are `cu_target`, `label` (unpaired), `response_index` (ranked),
-            the examples' own `weight`, `margin` and `beta`, and reference values where `ref_token_logps` is None:
-            `ref_token_logps`, or their sums over responses, `ref_logps` `[R]`.
+        batch: a batch of `fastdpo.shared_prefix_batch`. The function reads `cu_target`, `label` (unpaired),
+            `response_index` (ranked) and the examples' own `weight`, `margin` and `beta`. If `ref_token_logps` is
+            None, it reads the batch's `ref_token_logps`, or their sums over responses, `ref_logps` `[R]`.
         logps: log-probs of the completion tokens under the policy, `[M]`, nats.
         ref_token_logps: the same under the reference, `[M]`.
         settings: the objective.
         stats: statistics of the tokens' distributions, `[M]`, for `use_weighting`.
-        context: what the examples must know of the rest of the optimizer step, from `step_context`. None: this
-            micro-batch is the step.
+        context: what the objective reads from the whole optimizer step, made by `step_context`. None means that this
+            micro-batch is the whole step.
 
     Raises:
-        ValueError: the batch is of another kind than the objective, or lacks something it reads.
+        ValueError: the batch holds other examples than the objective takes, or lacks a tensor that it reads.
     """
     sequences, inputs = _inputs(batch, logps, ref_token_logps, settings)
     if settings.needs_step_context:
@@ -199,7 +201,9 @@ def compute(
 def step_values(
     batch: Mapping[str, Any], logps: Tensor, ref_token_logps: Tensor | None, settings: ObjectiveSettings
 ) -> Values:
-    """What other examples of the optimizer step must know of this micro-batch's; arguments and errors as `compute`.
+    """Return the values of this micro-batch that the losses of other examples in the optimizer step depend on.
+
+    Arguments and errors are those of `compute`.
 
     Returns:
         Detached values `[B]` by name, for `step_context`; empty if `settings.needs_step_context` is False.
@@ -213,7 +217,7 @@ def step_values(
 class _Sequences(NamedTuple):
     """Sums over responses, `[R]` each."""
 
-    logps: Tensor  # discounted by LD-DPO
+    logps: Tensor  # with discounted tails if LD-DPO is on
     ref_logps: Tensor | None
     whole_logps: Tensor
     whole_ref_logps: Tensor | None
@@ -243,12 +247,12 @@ def _sequences(
 
 
 def _sums(x: Tensor, bounds: Tensor) -> Tensor:
-    """`[M]` to `[R]`."""
-    return torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)  # unsafe: its checks wait for the device
+    """Sum over the tokens of each response, `[M]` to `[R]`."""
+    return torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)  # unsafe skips checks that wait for the device
 
 
 def _discount_tails(x: Tensor, bounds: Tensor, alpha: float) -> Tensor:
-    """Scale by `alpha` the tokens that come after as many as the shorter response of the pair has. `[M]`."""
+    """Scale by `alpha` the values of `x [M]` at tokens beyond the length of the pair's shorter response."""
     token = torch.arange(len(x), device=x.device)
     response = torch.searchsorted(bounds, token, right=True) - 1
     shorter = torch.minimum(*bounds.diff().chunk(2)).repeat(2)
@@ -256,7 +260,10 @@ def _discount_tails(x: Tensor, bounds: Tensor, alpha: float) -> Tensor:
 
 
 def _wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, bounds: Tensor) -> Tensor:
-    """`[B]`: of both responses, the geometric mean of p(token) / sum_v p(v)^2; Eq. 2 of WPO with its alignment."""
+    """Return the weights of pairs `[B]`, Eq. 2 of WPO with its alignment.
+
+    A weight is the product over both responses of their geometric mean of p(token) / sum_v p(v)^2.
+    """
     means = _sums(logps.detach() - log_sum_sq_probs.detach(), bounds) / bounds.diff()
     chosen, rejected = means.exp().chunk(2)
     return chosen * rejected
@@ -285,7 +292,7 @@ def _inputs(
 def _pair_inputs(
     logps: Tensor | None, ref_logps: Tensor | None, lengths: Tensor | None, settings: ObjectiveSettings
 ) -> dict[str, Any]:
-    """Everything about pairs that is made of `[2B]` tensors."""
+    """Split `[2B]` tensors into the inputs `[B]` that objectives on pairs read."""
     assert logps is not None
     inputs = dict(zip(("chosen_logps", "rejected_logps"), logps.chunk(2), strict=True))
     if lengths is not None:
@@ -309,13 +316,13 @@ def _unpaired_inputs(batch: Mapping[str, Any], logratios: Tensor, settings: Obje
 
 
 def _ranked_inputs(batch: Mapping[str, Any], logratios: Tensor, settings: ObjectiveSettings) -> dict[str, Any]:
-    index = batch["response_index"]  # [B, K], R where there is none
+    index = batch["response_index"]  # [B, K]; R marks a missing response
     padded = torch.cat((logratios, logratios.new_zeros(1)))
     return {"ranked_logratios": padded[index], "ranked_mask": index < len(logratios)}
 
 
 def _options(columns: Mapping[str, Any], inputs: Mapping[str, Any], settings: ObjectiveSettings) -> dict[str, Any]:
-    """The settings by name, the examples' own beta in place of the common one, and the margin z of pairs."""
+    """Return the settings by name, with the examples' own beta if they have one, and the margin z of pairs."""
     beta: Beta = settings.beta if columns.get("beta") is None else columns["beta"]
     options: dict[str, Any] = vars(settings) | {"beta": beta}
     if "chosen_scores" in inputs:
@@ -328,7 +335,7 @@ def _options(columns: Mapping[str, Any], inputs: Mapping[str, Any], settings: Ob
 
 
 def _evaluate(inputs: Mapping[str, Any], settings: ObjectiveSettings) -> Tensor:
-    """Weighted sum of the objectives, `[B]`."""
+    """Return the weighted sum of the objectives, `[B]`."""
     total: Tensor | float = 0.0
     for name, weight in zip(settings.loss_type, settings.weights, strict=True):
         total = total + weight * OBJECTIVES[name](**{p: inputs[p] for p in PARAMETERS[name]})
@@ -349,7 +356,7 @@ def _step_values(inputs: Mapping[str, Any], settings: ObjectiveSettings) -> Valu
 
 
 def _rewards(inputs: Mapping[str, Any], settings: ObjectiveSettings) -> tuple[Tensor, Tensor]:
-    """Of chosen and rejected responses, `[B]` each, detached; see `LossOutput`."""
+    """Return the chosen and the rejected rewards that `LossOutput` describes."""
     if settings.kind == "unpaired":
         rewards, label = inputs["beta"] * inputs["logratios"].detach(), inputs["label"]
         return rewards.where(label, 0.0), rewards.where(~label, 0.0)
@@ -368,7 +375,7 @@ def _rewards(inputs: Mapping[str, Any], settings: ObjectiveSettings) -> tuple[Te
 
 
 def _check_tensors(tensors: Mapping[str, Tensor | None], settings: ObjectiveSettings) -> None:
-    """Check the tensors of `dpo_loss`: all that are needed are there, `[B]`."""
+    """Check that `dpo_loss` got every tensor that it needs and no reference it ignores, each `[B]`."""
     names = settings.loss_type
     needed = {"reference log-probs": settings.needs_reference, "lengths": settings.needs_lengths}
     for what, name in (("reference log-probs", "ref_{}_logps"), ("lengths", "{}_lengths")):

@@ -1,20 +1,20 @@
-"""Preference objectives: plain PyTorch on a few numbers per example.
+"""Preference objectives, computed in plain PyTorch from a few numbers per example.
 
-One objective is one function of named tensors that returns the losses `[B]`; `OBJECTIVES` maps its name to it. To add
-one, add a function and a line in the table. The names of its parameters say what it needs and what it goes with:
+An objective is a function of named tensors that returns the losses `[B]`; `OBJECTIVES` maps its name to it. To add one,
+add a function and a line in that table. The names of its parameters say what it reads and which options it allows:
 
-    z                                   beta * (chosen_scores - rejected_scores) - margin: takes a margin per example
-    chosen_scores, rejected_scores      f'(pi / pi_ref) of an f-divergence; in reverse KL, DPO's own, the log-ratios
+    z                                   beta * (chosen_scores - rejected_scores) - margin; examples may have a margin
+    chosen_scores, rejected_scores      f'(pi / pi_ref) of an f-divergence; the log-ratios for DPO's own, reverse KL
     chosen_logratios, rejected_logratios    log pi - log pi_ref
     chosen_logps, rejected_logps        log pi alone
     chosen_lengths, rejected_lengths    completion tokens
     ranked_logratios, ranked_mask       `[B, K]`, best first, for K ranked responses
-    logratios, label, kl                of single responses with a label (bool: desirable)
+    logratios, label, kl                for single responses with a label (True: desirable)
     matched_*                           numbers of other examples of the optimizer step, see `fastdpo.loss.whole_step`
 
-and `beta` (a number or `[B]`) and the options of `fastdpo.loss.options.ObjectiveSettings` that it reads.
-Log-probabilities are sums over completion tokens, in nats. What pairs are called w (chosen) and l (rejected) in the
-formulas.
+A function also takes `beta` (a number or `[B]`) and the options of `fastdpo.loss.options.ObjectiveSettings` that it
+reads. Log-probabilities are sums over completion tokens, in nats. In formulas, w marks the chosen response of a pair
+and l the rejected one.
 """
 
 import math
@@ -36,8 +36,8 @@ def sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
 
     loss = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
 
-    e = 0: Eq. 7 of Rafailov et al., https://arxiv.org/abs/2305.18290; else Eq. 3 of https://ericmitchell.ai/cdpo.pdf;
-    with a margin ODPO, https://arxiv.org/abs/2402.10571.
+    With e = 0 this is Eq. 7 of Rafailov et al., https://arxiv.org/abs/2305.18290, else Eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf. A margin in z makes it ODPO, https://arxiv.org/abs/2402.10571.
     """
     losses = -(1 - label_smoothing) * F.logsigmoid(z)
     if label_smoothing:
@@ -51,7 +51,7 @@ def hinge(z: Tensor) -> Tensor:
 
 
 def robust(z: Tensor, label_smoothing: float) -> Tensor:
-    """Robust DPO: unbiased where a share e of the labels is flipped.
+    """Robust DPO, which is unbiased if a share e of the labels is flipped.
 
     loss = (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)
 
@@ -73,11 +73,11 @@ def exo_pair(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def discopop(z: Tensor, discopop_tau: float) -> Tensor:
-    """Log-ratio modulated loss, found by a language model: m = sigmoid(z / tau).
+    """Log-ratio modulated loss, which a language model found, with m = sigmoid(z / tau).
 
     loss = -(1 - m) log sigmoid(z) + m exp(-z)
 
-    Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, for exp(-z) alone overflows.
+    Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, because exp(-z) alone overflows.
     """
     logistic = -F.logsigmoid(z) * (-z / discopop_tau).sigmoid()
     return logistic + (F.logsigmoid(z / discopop_tau) - z).exp()
@@ -91,7 +91,7 @@ def ipo(
 ) -> Tensor:
     """IPO: loss = (s_w / n_w - s_l / n_l - 1 / (2 beta))^2 with scores s and lengths n.
 
-    Eq. 17 of https://arxiv.org/abs/2310.12036, beta being its tau; averaged over tokens, as its authors do and TRL.
+    Eq. 17 of https://arxiv.org/abs/2310.12036 with tau = beta. Its authors and TRL average over tokens, as here.
     """
     return (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths - 0.5 / beta).square()
 
@@ -101,7 +101,7 @@ def sigmoid_norm(
 ) -> Tensor:
     """Length-normalised DPO: loss = -log sigmoid(beta (s_w / n_w - s_l / n_l)) with scores s and lengths n.
 
-    As Tulu 3 trains, https://arxiv.org/abs/2411.15124.
+    Tulu 3 trains with this loss, https://arxiv.org/abs/2411.15124.
     """
     return -F.logsigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths))
 
@@ -110,7 +110,7 @@ def sigmoid_norm(
 
 
 def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
-    """Noise contrastive alignment, of two responses with rewards that say which is better.
+    """Noise contrastive alignment of two responses whose rewards only say which one is better.
 
     loss = -log sigmoid(beta c) - log sigmoid(-beta c) / 2 - log sigmoid(-beta r) / 2, with log-ratios c and r
 
@@ -129,15 +129,15 @@ def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
 
 def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
-    """SPPO where the winner wins for sure: loss = (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2, with log-ratios c and r.
+    """SPPO with a certain winner: loss = (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2, with log-ratios c and r.
 
-    Eq. 4.7 of https://arxiv.org/abs/2405.00675, its eta being 1 / beta.
+    Eq. 4.7 of https://arxiv.org/abs/2405.00675 with eta = 1 / beta.
     """
     return (chosen_logratios - 0.5 / beta).square() + (rejected_logratios + 0.5 / beta).square()
 
 
 def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
-    """Anchored, for responses better than the model's: chosen up and rejected down.
+    """APO for pairs better than the model's own responses: raise the chosen one and lower the rejected one.
 
     loss = 1 - sigmoid(beta c) + sigmoid(beta r), with log-ratios c and r
 
@@ -147,7 +147,7 @@ def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
 
 def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
-    """Anchored, for responses worse than the model's: both down, the rejected one more.
+    """APO for pairs worse than the model's own responses: lower both, the rejected one more.
 
     loss = sigmoid(beta c) + 1 - sigmoid(beta (c - r)), with log-ratios c and r
 
@@ -162,10 +162,10 @@ def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 def aot(
     chosen_logps: Tensor, rejected_logps: Tensor, matched_ref_margins: Tensor, beta: Beta, label_smoothing: float
 ) -> Tensor:
-    """Alignment by optimal transport, paired: the policy's margins dominate the reference's, quantile by quantile.
+    """Alignment by optimal transport, paired: push the policy's margins above the reference's, quantile by quantile.
 
-    loss = sigmoid's at beta (m - m_ref), with margins m = log pi(y_w) - log pi(y_l) and m_ref the reference's margin
-    of the same rank in the optimizer step.
+    loss = `sigmoid` at z = beta (m - m_ref), with margins m = log pi(y_w) - log pi(y_l) and m_ref the reference's
+    margin of the same rank in the optimizer step.
 
     Section 3 of https://arxiv.org/abs/2406.05882 with the logistic loss.
     """
@@ -180,13 +180,13 @@ def aot_unpaired(
     beta: Beta,
     label_smoothing: float,
 ) -> Tensor:
-    """Alignment by optimal transport: the chosen log-ratios dominate the rejected ones, quantile by quantile.
+    """Alignment by optimal transport: push the chosen log-ratios above the rejected ones, quantile by quantile.
 
-    loss = sigmoid's at beta (c - r), with log-ratios c and r of the same rank in the optimizer step
+    loss = `sigmoid` at z = beta (c - r), with log-ratios c and r of the same rank in the optimizer step
 
-    Section 3 of https://arxiv.org/abs/2406.05882 with the logistic loss. Here each pair counts the loss of its own
-    chosen response, against a constant, and that of its own rejected response, against a constant: together they have
-    the gradient of all losses. Half of their value is taken off, for each loss is counted twice.
+    Section 3 of https://arxiv.org/abs/2406.05882 with the logistic loss. The function adds up two losses of each pair:
+    its chosen response against a constant, and its rejected response against a constant. Their sum has the gradient of
+    all matched losses, but counts the value of each one twice, so half of the value is subtracted.
     """
     of_chosen = sigmoid(beta * (chosen_logratios - matched_rejected), label_smoothing)
     of_rejected = sigmoid(beta * (matched_chosen - rejected_logratios), label_smoothing)
@@ -198,9 +198,9 @@ def aot_unpaired(
 
 
 def sft(chosen_logps: Tensor) -> Tensor:
-    """No preference at all: only the negative log-likelihood of the chosen responses, averaged over all their tokens.
+    """Supervised fine-tuning: the negative log-likelihood of the chosen responses, averaged over all their tokens.
 
-    It has another denominator than the pairs, so it is not among the losses per pair; see `fastdpo.loss.batch_loss`.
+    Its denominator is a number of tokens, not of pairs: `fastdpo.loss.batch_loss` adds it, and each pair's loss is 0.
     """
     return torch.zeros_like(chosen_logps)
 
@@ -214,7 +214,7 @@ def simpo(
     simpo_gamma: float,
     label_smoothing: float,
 ) -> Tensor:
-    """SimPO: loss = sigmoid's at beta (log pi(y_w) / n_w - log pi(y_l) / n_l) - gamma, with lengths n.
+    """SimPO: loss = `sigmoid` at z = beta (log pi(y_w) / n_w - log pi(y_l) / n_l) - gamma, with lengths n.
 
     Eq. 6 of https://arxiv.org/abs/2405.14734, which takes beta from 2 to 10 and gamma from beta / 5 to beta / 2.
     For CPO-SimPO add `sft` to the sum.
@@ -225,7 +225,7 @@ def simpo(
 
 
 def cpo(chosen_logps: Tensor, rejected_logps: Tensor, beta: Beta, label_smoothing: float) -> Tensor:
-    """CPO: loss = sigmoid's at beta (log pi(y_w) - log pi(y_l)), plus cpo_alpha times `sft`.
+    """CPO: loss = `sigmoid` at z = beta (log pi(y_w) - log pi(y_l)), plus cpo_alpha times `sft`.
 
     Eq. 3 of https://arxiv.org/abs/2401.08417 with its likelihood term, averaged over tokens as in TRL.
     """
@@ -237,8 +237,8 @@ def orpo(
 ) -> Tensor:
     """ORPO: loss = -beta log sigmoid(log (odds(p_w) / odds(p_l))), plus `sft`; odds(p) = p / (1 - p).
 
-    Eq. 4 to 7 of https://arxiv.org/abs/2403.07691, beta being its lambda and p the geometric mean of the tokens'
-    probabilities. p stays an ulp below 1, where the odds end.
+    Eq. 4 to 7 of https://arxiv.org/abs/2403.07691 with lambda = beta and p the geometric mean of the tokens'
+    probabilities. p stays an ulp below 1, where the odds would be infinite.
     """
 
     def log_odds(logps: Tensor, lengths: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def orpo(
 
 
 def plackett_luce(ranked_logratios: Tensor, ranked_mask: Tensor, beta: Beta) -> Tensor:
-    """DPO for K ranked responses: each one is the best of those from its rank on.
+    """DPO for K ranked responses: each one should beat all those ranked below it.
 
     loss = -sum_k log (exp(beta c_k) / sum_{j >= k} exp(beta c_j)), with the log-ratio c_k of the response ranked k
 
@@ -274,11 +274,11 @@ def plackett_luce(ranked_logratios: Tensor, ranked_mask: Tensor, beta: Beta) -> 
 def kto(
     logratios: Tensor, label: Tensor, kl: Tensor, beta: Beta, desirable_weight: float, undesirable_weight: float
 ) -> Tensor:
-    """KTO: desirable responses above the KL of policy and reference, undesirable ones below it.
+    """KTO: push desirable responses above the KL of policy and reference, and undesirable ones below it.
 
-    loss = w (1 - sigmoid(+-beta (c - kl))), with log-ratio c, + and desirable_weight for desirable responses
+    loss = w (1 - sigmoid(+-beta (c - kl))), with log-ratio c; desirable responses have + and w = desirable_weight
 
-    Eq. 7 and 8 of https://arxiv.org/abs/2402.01306; kl, its z_0, is estimated over the optimizer step, see
+    Eq. 7 and 8 of https://arxiv.org/abs/2402.01306; kl, their z_0, is estimated over the optimizer step, see
     `fastdpo.loss.whole_step`.
     """
     sign, weights = _by_label(label, logratios, desirable_weight, undesirable_weight)
@@ -288,16 +288,16 @@ def kto(
 def apo_zero_unpaired(
     logratios: Tensor, label: Tensor, beta: Beta, desirable_weight: float, undesirable_weight: float
 ) -> Tensor:
-    """`apo_zero` of single responses: loss = w (1 - sigmoid(+-beta c)), with log-ratio c, + for desirable responses.
+    """`apo_zero` of single responses: loss = w (1 - sigmoid(+-beta c)), with log-ratio c and + for desirable ones.
 
-    Eq. 7 of https://arxiv.org/abs/2408.06266, each of its two terms where the label says.
+    Eq. 7 of https://arxiv.org/abs/2408.06266: the label chooses which of its two terms a response gets.
     """
     sign, weights = _by_label(label, logratios, desirable_weight, undesirable_weight)
     return weights * (-sign * beta * logratios).sigmoid()
 
 
 def _by_label(label: Tensor, like: Tensor, desirable: float, undesirable: float) -> tuple[Tensor, Tensor]:
-    """Sign and weight of each response, [B]."""
+    """Return the sign and the weight of each response, [B]."""
     yes = label.to(like.dtype)
     return 2 * yes - 1, desirable * yes + undesirable * (1 - yes)
 
@@ -330,7 +330,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1, constant from where float32 would soon overflow."""
+    """Compute exp(x) - 1, constant above a limit near which the dtype would overflow."""
     return x.clamp(max=700.0 if x.dtype == torch.float64 else 80.0).expm1()
 
 

@@ -1,6 +1,6 @@
-"""Which objective, with which options: every check of a combination, and what follows from it.
+"""The settings of a run's objective: the checks of their combinations, and what the objective needs.
 
-What an objective needs and goes with is read from the names of its parameters, see `fastdpo.loss.objectives`.
+The parameter names of an objective tell what it needs and which options it allows, see `fastdpo.loss.objectives`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ PARAMETERS = {name: frozenset(inspect.signature(function).parameters) for name, 
 
 _SCORES = {"z", "chosen_scores", "rejected_scores"}
 _DIFFERENCES = _SCORES | {"ranked_logratios"}
-"""What a constant reference would cancel in."""
+"""Differences between responses, from which a constant reference cancels out."""
 _MATCHED = {"matched_ref_margins", "matched_rejected", "matched_chosen"}
 _STEP = _MATCHED | {"kl"}
 _REFERENCE = _DIFFERENCES | _STEP | {"chosen_logratios", "rejected_logratios", "logratios"}
@@ -29,24 +29,24 @@ _REFERENCE = _DIFFERENCES | _STEP | {"chosen_logratios", "rejected_logratios", "
 _POSITIVE = {"beta", "discopop_tau", "desirable_weight", "undesirable_weight", "rpo_alpha"}
 
 EXAMPLE_NUMBERS = ("weight", "margin", "beta")
-"""What an example may have of its own."""
+"""Numbers that an example may set for itself."""
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The objective of a run. Names and defaults are TRL's where it has them.
+    """The objective of a run. Names and defaults are TRL's where TRL has the field.
 
     Raises:
-        ValueError: a field is out of range, misspelt, impossible in combination or without effect; the message names
+        ValueError: a field is out of range, misspelt, incompatible with another or without effect; the message names
             it, its value and the fix.
     """
 
     loss_type: tuple[str, ...] = ("sigmoid",)
     """Names in `fastdpo.loss.objectives.OBJECTIVES` (a list or one name is taken too); several are summed."""
     loss_weights: tuple[float, ...] | None = None
-    """Their weights in the sum; None: 1 each."""
+    """Weight of each objective in the sum. None gives each a weight of 1."""
     beta: float = 0.1
-    """Strength of the pull towards the reference; `ipo`'s tau, `orpo`'s lambda."""
+    """Strength of the pull towards the reference. It is `ipo`'s tau and `orpo`'s lambda."""
     label_smoothing: float = 0.0
     """Probability that a preference label is flipped, in [0, 0.5)."""
     f_divergence_type: str = "reverse_kl"
@@ -58,11 +58,12 @@ class ObjectiveSettings:
     use_weighting: bool = False
     """WPO: weigh pairs by how likely the policy itself would write them, https://arxiv.org/abs/2406.11827."""
     ld_alpha: float | None = None
-    """LD-DPO: factor in [0, 1] of the tokens beyond the pair's shorter length, https://arxiv.org/abs/2409.06411."""
+    """LD-DPO: factor in [0, 1] of the log-probs of tokens beyond the length of the pair's shorter response,
+    https://arxiv.org/abs/2409.06411."""
     rpo_alpha: float | None = None
-    """RPO: weight of an added `sft`, https://arxiv.org/abs/2404.19733."""
+    """RPO: weight of an added `sft` term, https://arxiv.org/abs/2404.19733."""
     reference_free: bool = False
-    """Take a reference to which all responses are equally likely; none is loaded."""
+    """Take a reference under which all responses are equally likely, instead of loading a model."""
     simpo_gamma: float = 0.5
     """Target margin of `simpo`."""
     cpo_alpha: float = 1.0
@@ -83,7 +84,7 @@ class ObjectiveSettings:
         self._check_effects()
         self._check_combinations()
 
-    # What follows
+    # What the objective needs
 
     @property
     def kind(self) -> Kind:
@@ -92,7 +93,7 @@ class ObjectiveSettings:
 
     @cached_property
     def parameters(self) -> frozenset[str]:
-        """Names of what the objectives read."""
+        """Names of the inputs that the objectives read."""
         return frozenset().union(*(PARAMETERS[name] for name in self.loss_type))
 
     @property
@@ -107,7 +108,7 @@ class ObjectiveSettings:
 
     @property
     def needs_step_context(self) -> bool:
-        """Whether an example's loss depends on others of the optimizer step, see `fastdpo.loss.whole_step`."""
+        """Whether an example's loss depends on other examples of the optimizer step, see `fastdpo.loss.whole_step`."""
         return bool(self.parameters & _STEP)
 
     @property
@@ -133,7 +134,7 @@ class ObjectiveSettings:
         return sum(terms) + (self.rpo_alpha or 0.0)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise a ValueError if examples cannot have those of `weight`, `margin`, `beta` that are in `columns`."""
+        """Raise a ValueError if examples cannot set the numbers of their own (EXAMPLE_NUMBERS) that `columns` names."""
         own = set(columns) & set(EXAMPLE_NUMBERS)
         for name in self.loss_type:
             if own and PARAMETERS[name] & _MATCHED:
@@ -160,8 +161,8 @@ class ObjectiveSettings:
                 raise ValueError(f"loss_type names {name!r} twice; name it once and set its weight in loss_weights")
         kinds = {name: kind_of_loss(name) for name in self.loss_type}
         if len(set(kinds.values())) > 1:
-            listed = ", ".join(f"{name!r} of {kind} examples" for name, kind in kinds.items())
-            raise ValueError(f"loss_type sums objectives of different data, {listed}; keep those of one kind")
+            listed = ", ".join(f"{name!r} takes {kind} examples" for name, kind in kinds.items())
+            raise ValueError(f"loss_type must not mix kinds of examples, but {listed}; keep objectives of one kind")
 
     def _check_numbers(self) -> None:
         for field in fields(self):
@@ -212,14 +213,14 @@ class ObjectiveSettings:
         names = self.loss_type
         if "exo_pair" in names and self.label_smoothing == 0:
             raise ValueError(
-                "label_smoothing must be above 0 with loss_type 'exo_pair', got 0.0; its paper takes 0.001"
+                "label_smoothing must be above 0 with loss_type 'exo_pair', got 0.0; its paper recommends 0.001"
             )
         if self.rpo_alpha is not None:
             self._check_pairs("rpo_alpha", self.rpo_alpha)
             for name in {"sft", "cpo", "orpo"} & set(names):
                 raise ValueError(
                     f"rpo_alpha {self.rpo_alpha} would add a likelihood term to loss_type {name!r}, which has one; "
-                    f"leave it out" + ("" if name == "orpo" else " and weigh that one")
+                    f"leave rpo_alpha out" + ("" if name == "orpo" else " and set the weight of that term")
                 )
         if self.f_divergence_type != "reverse_kl":
             allowed = [*with_parameter("z"), *with_parameter("chosen_scores"), "sft"]
@@ -227,14 +228,19 @@ class ObjectiveSettings:
         if self.use_weighting:
             self._check_pairs("use_weighting", True)
             allowed = [name for name in names if not PARAMETERS[name] & _MATCHED]
-            self._check_all("use_weighting", True, allowed, "set it to False: pairs that are sorted have no weight")
+            self._check_all(
+                "use_weighting",
+                True,
+                allowed,
+                "set it to False: this loss sorts pairs over the whole step, so a pair cannot be weighted",
+            )
         if self.ld_alpha is not None:
             self._check_pairs("ld_alpha", self.ld_alpha)
             allowed = [name for name in OBJECTIVES if PARAMETERS[name] & _REFERENCE or name == "sft"]
             self._check_all("ld_alpha", self.ld_alpha, allowed, "leave it at None")
         if self.reference_free:
             allowed = [name for name in OBJECTIVES if not PARAMETERS[name] & (_REFERENCE - _DIFFERENCES)]
-            self._check_all("reference_free", True, allowed, "set it to False: the loss is about the reference")
+            self._check_all("reference_free", True, allowed, "set it to False: this loss needs a reference model")
             for name, off in (("f_divergence_type", "reverse_kl"), ("ld_alpha", None)):
                 if (value := getattr(self, name)) != off:
                     raise ValueError(f"{name} {value!r} needs a reference; leave it at {off!r} with reference_free")
@@ -254,19 +260,19 @@ class ObjectiveSettings:
 
 
 def kind_of_loss(name: str) -> Kind:
-    """Kind of examples an objective takes."""
+    """Return the kind of examples that an objective takes."""
     if "label" in PARAMETERS[name]:
         return "unpaired"
     return "ranked" if "ranked_mask" in PARAMETERS[name] else "preference"
 
 
 def with_parameter(parameter: str) -> list[str]:
-    """Names of the objectives that read `parameter`."""
+    """Return the names of the objectives that read `parameter`."""
     return [name for name in OBJECTIVES if parameter in PARAMETERS[name]]
 
 
 def from_config(config: Any) -> ObjectiveSettings:
-    """The settings among the attributes of `config`."""
+    """Return the settings that the attributes of `config` hold."""
     return ObjectiveSettings(
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(ObjectiveSettings)}
     )

@@ -1,16 +1,16 @@
-"""Objectives that look at the whole optimizer step: what its examples must know of each other.
+"""Values that the examples of a whole optimizer step share, for the objectives that look at all of them.
 
 AOT sorts the pairs of the step, and KTO estimates a divergence over it. So a pass without gradients computes each
-micro-batch's values (`fastdpo.loss.batch_loss.step_values`), they are put together over micro-batches and processes,
-and each micro-batch gets what its own loss needs of the others, as constants:
+micro-batch's values (`fastdpo.loss.batch_loss.step_values`). `step_context` gathers them over micro-batches and
+processes, and gives each micro-batch the constants that its loss reads:
 
-    matched_ref_margins[i]  the reference's margin of the rank that pair i's margin has under the policy    (aot)
-    matched_rejected[i]     the rejected log-ratio of the rank of pair i's chosen one                (aot_unpaired)
-    matched_chosen[i]       the chosen log-ratio of the rank of pair i's rejected one                (aot_unpaired)
+    matched_ref_margins[i]  the reference's margin with the rank that pair i's margin has under the policy    (aot)
+    matched_rejected[i]     the rejected log-ratio with the rank of pair i's chosen log-ratio         (aot_unpaired)
+    matched_chosen[i]       the chosen log-ratio with the rank of pair i's rejected log-ratio         (aot_unpaired)
     kl                      max(0, mean of log pi - log pi_ref over the `kl_ids` responses)                   (kto)
 
-Sorting is stable, so that ties match one to one. Then the micro-batches' losses add up to the step's, and so do their
-gradients: a sorted sum's gradient keeps the order fixed.
+Sorting is stable, so that ties match one to one. The micro-batches' losses then add up to the step's loss, and their
+gradients to its gradient, because the gradient of a sorted sum treats the order as fixed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +25,14 @@ Values = dict[str, Tensor]
 
 
 class StepTotals(NamedTuple):
-    """What the loss of an optimizer step is divided by: float32 scalars on the device."""
+    """The denominators of an optimizer step's loss, float32 scalars on the device."""
 
     examples: Tensor
     chosen_tokens: Tensor
 
 
 def step_totals(batches: Sequence[Mapping[str, Any]]) -> StepTotals:
-    """Totals of micro-batches of `fastdpo.shared_prefix_batch`, to be summed over processes."""
+    """Return the totals of micro-batches of `fastdpo.shared_prefix_batch`, which the caller sums over processes."""
     examples = [len(batch["pair_index"]) for batch in batches]
     ends = [batch["cu_target"][B] for B, batch in zip(examples, batches, strict=True)]
     tokens = torch.stack(ends).sum().float()
@@ -46,14 +46,14 @@ def step_context(
     rank: int = 0,
     capacity: int | None = None,
 ) -> list[Values]:
-    """Put the values of an optimizer step together and hand each micro-batch what it needs of the others.
+    """Gather the values of an optimizer step and give each micro-batch those that its loss reads.
 
     Args:
-        values: of this process's micro-batches, in their order, from `fastdpo.loss.batch_loss.step_values`.
-        gather: all processes' tensors of the same shape `[X]`, as `[processes, X]`; None where there is one process.
+        values: the values of this process's micro-batches, in their order, from `fastdpo.loss.batch_loss.step_values`.
+        gather: takes this process's `[X]` and returns those of all processes, `[processes, X]`; None for one process.
         rank: this process's row in what `gather` returns.
-        capacity: at least as many examples as any process has in the step, the same on all of them. None: found out,
-            which takes one more collective and waits for the device.
+        capacity: a number of examples that no process exceeds in the step, the same on all processes. None finds it
+            with one more collective, and waits for the device.
 
     Returns:
         One dict per micro-batch: the `context` of `fastdpo.loss.batch_loss.compute`.
@@ -80,7 +80,7 @@ def step_context(
 
 
 def _contexts(table: Values, valid: Tensor) -> Values:
-    """What each example must know of all, `[all]` or a scalar, by name; `valid` is False where a row is filled up."""
+    """Return the constants by name, `[all]` or a scalar; `valid` is False where a process's row was padded."""
     contexts = {}
     if "margins" in table:
         contexts["matched_ref_margins"] = _matched(table["margins"], table["ref_margins"], valid)
@@ -93,7 +93,7 @@ def _contexts(table: Values, valid: Tensor) -> Values:
 
 
 def _matched(x: Tensor, other: Tensor, valid: Tensor) -> Tensor:
-    """For each element of `x` the element of `other` that has the same rank."""
+    """Return for each element of `x` the element of `other` that has the same rank."""
     order = x.where(valid, torch.inf).argsort(stable=True)
     ranked = other.where(valid, torch.inf).sort(stable=True).values
     return torch.empty_like(x).scatter_(0, order, ranked)

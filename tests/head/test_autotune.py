@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_written_is_named(
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         assert call() == "blas"
         assert call() == "blas"
-    assert "measured again next time" in caplog.text
+    assert "timed again next time" in caplog.text
 
 
 def test_forward_alone_counts_too(cache: Path) -> None:

@@ -203,7 +203,7 @@ def test_auto_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, caplo
         modules = [op.implementation("auto", torch.device("cuda")) for _ in range(2)]
     autotune.has_triton.cache_clear()
     assert modules == [torch_impl, torch_impl]
-    assert [r.message for r in caplog.records] == ["Triton is not installed: linear_logprobs runs on CUDA in PyTorch."]
+    assert [r.message for r in caplog.records] == ["Triton is not installed: on CUDA, linear_logprobs runs in PyTorch."]
 
 
 def test_auto_is_triton_on_cuda_and_torch_on_a_cpu() -> None:

@@ -25,9 +25,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"f_divergence_type": "reverse-kl"}, "f_divergence_type 'reverse-kl' is unknown: did you mean 'reverse_kl'?"),
     (
         {"loss_type": ["sigmoid", "kto"]},
-        "loss_type sums objectives of different data, 'sigmoid' of preference examples",
+        "loss_type must not mix kinds of examples, but 'sigmoid' takes preference examples",
     ),
-    ({"loss_type": ["plackett_luce", "sft"]}, "'plackett_luce' of ranked examples, 'sft' of preference examples"),
+    ({"loss_type": ["plackett_luce", "sft"]}, "'plackett_luce' takes ranked examples, 'sft' takes preference examples"),
     # numbers
     ({"beta": 0.0}, "beta must be a positive number, got 0.0"),
     ({"beta": -0.1}, "beta must be a positive number, got -0.1"),
@@ -94,8 +94,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"loss_type": ["sigmoid", "sft"], "rpo_alpha": 1.0},
         "rpo_alpha 1.0 would add a likelihood term to loss_type 'sft'",
     ),
-    ({"loss_type": "cpo", "rpo_alpha": 1.0}, "which has one; leave it out and weigh that one"),
-    ({"loss_type": "orpo", "rpo_alpha": 1.0}, "loss_type 'orpo', which has one; leave it out"),
+    ({"loss_type": "cpo", "rpo_alpha": 1.0}, "which has one; leave rpo_alpha out and set the weight of that term"),
+    ({"loss_type": "orpo", "rpo_alpha": 1.0}, "loss_type 'orpo', which has one; leave rpo_alpha out"),
     *[
         ({"loss_type": name, "reference_free": True}, f"reference_free True is not possible with loss_type {name!r}")
         for name in _ABSOLUTE.split()

@@ -1,10 +1,10 @@
-"""The head as vendor matmuls into a bounded workspace, with Triton kernels for what lies between them.
+"""The head as vendor matmuls into a bounded workspace, with Triton kernels for the steps between them.
 
-The algorithm, its matmuls and what is kept are those of `fastdpo.head.impl.torch`; only the two steps that walk over a
-tile of logits, a dozen operations there, are one kernel each. The matmuls run at the vendor's speed, logits stay
-float32 (where the device multiplies into it), and what the kernels cost is reading and writing a tile.
+The algorithm, its matmuls and what it keeps are those of `fastdpo.head.impl.torch`. Only the two steps that walk over a
+tile of logits differ: each is a dozen operations there and one kernel here. The matmuls run at the vendor's speed,
+logits stay float32 where the device multiplies into float32, and a kernel costs one read and one write of a tile.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ kept_like = tiled.kept_like
 
 
 def cell_columns(device: torch.device) -> None:
-    """A vendor matmul has no use for active cells."""
+    """Return None: a vendor matmul computes all cells."""
 
 
 def forward(hidden: Tensor, *args: Any) -> Forward:

@@ -1,13 +1,13 @@
-"""Implementations of the head. Each module has `forward` and `backward`, which speak in the terms defined here.
+"""Types of the head's implementations: each module has `forward` and `backward`, which take and return them.
 
-The op is cut where it is exact: the target's logit is kept apart from the other tokens',
+A forward returns the target's logit and the log-sum-exp of the other tokens' logits, two numbers for a row:
 
     target[n] = x[n, targets[n]]          others[n] = log sum_{v != targets[n]} exp(x[n, v])
 
-x being the transformed logits. Then logps = log sigmoid(target - others), which is never above 0 and loses no digit
-where p approaches 1. A vocabulary cut into shards has its `target` in one of them and adds up its `others`.
+where x are the transformed logits. Then logps = log sigmoid(target - others), which is never above 0 and loses no digit
+where p approaches 1. If the vocabulary is cut into shards, one of them has the `target`, and their `others` are merged.
 
-With q[n, v] = exp(x[n, v] - others[n]), the distribution given that the token is not the target, gradients are
+Let q[n, v] = exp(x[n, v] - others[n]), the distribution given that the token is not the target. Then the gradients are
 
     dx[n, v] = dothers[n] * q[n, v]  for v != targets[n],     dx[n, targets[n]] = dtarget[n]
 
@@ -20,30 +20,31 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Bound of what a call allocates besides its results and float32 `[N, D]`, and of what it keeps for the backward."""
+"""Upper bound of what a call allocates besides its results and float32 `[N, D]`, and of what it keeps for the
+backward, in bytes."""
 
 
 class Transform(NamedTuple):
-    """What makes the logits x of the raw ones z: x = scale * z, or cap * tanh(scale * z) with a soft-cap."""
+    """The step from raw logits z to logits x: x = scale * z, or cap * tanh(scale * z) with a soft-cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
     @classmethod
     def of(cls, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0) -> "Transform":
-        """Fold, in this order: z * logit_scale, softcap * tanh(z / softcap), z / temperature."""
+        """Fold, in this order, the steps z * logit_scale, softcap * tanh(z / softcap), z / temperature."""
         if softcap is None:
             return cls(logit_scale / temperature)
         return cls(logit_scale / softcap, softcap / temperature)
 
     @property
     def slope(self) -> float:
-        """dx / dz at z = 0: the largest with a soft-cap, and the only one without."""
+        """dx / dz at z = 0. With a soft-cap it is the largest dx / dz; without one dx / dz is constant."""
         return self.scale if self.cap is None else self.scale * self.cap
 
 
 class LinearHead(NamedTuple):
-    """z = hidden @ weight.T + bias + hidden2 @ weight2.T, and the transform."""
+    """The head z = hidden @ weight.T + bias + hidden2 @ weight2.T, and its transform."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
@@ -52,7 +53,7 @@ class LinearHead(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What a forward is to leave for its backward."""
+    """Which fields of `Kept` a forward leaves for its backward."""
 
     expected: bool = False
     shares: bool = False
@@ -63,20 +64,20 @@ NOTHING = Keep()
 
 
 class Kept(NamedTuple):
-    """What it left; None where not asked for."""
+    """The tensors that a forward left for its backward; None if not asked for."""
 
     expected: Tensor | None = None
-    """`[N, D + R]`: sum_v q * slope * (weight, weight2). With a frozen head the whole matmul of the backward."""
+    """`[N, D + R]`: sum_v q * slope * (weight, weight2). With a frozen head it replaces the backward's matmul."""
     shares: Tensor | None = None
     """`[N, J]`: sum over a tile of q * slope; slope is 1, or 1 - tanh^2 with a soft-cap."""
     probs: Tensor | None = None
-    """`[N, columns]`: q of the last columns, up to the factors."""
+    """`[N, columns]`: q of the last columns, each divided by its factor."""
     factors: Tensor | None = None
-    """`[N, ceil(columns / block)]`: q = factor * probs, one factor for a row and a block of columns."""
+    """`[N, ceil(columns / block)]`: q = factor * probs, with one factor for a row and a block of columns."""
 
 
 class OtherStats(NamedTuple):
-    """Statistics of q, all `[N]`; merged with the target's by `fastdpo.head.linear_logprobs`."""
+    """Statistics of q, all `[N]`, which `fastdpo.head.linear_logprobs` combines with the target's."""
 
     entropy: Tensor
     """-sum_v q log q"""
@@ -85,10 +86,10 @@ class OtherStats(NamedTuple):
     sum_logits: Tensor
     """Sum of all x, the target's included."""
     top_before: Tensor
-    """An x of a token before the target, or -inf: the target is the first maximum if it is above this, and not below
-    top."""
+    """x of some token before the target, or -inf. The target is the first maximum if its x is above this one and not
+    below `top`."""
     top: Tensor
-    """Largest x of all but the target; -inf if there is none."""
+    """Largest x of the other tokens; -inf if there is none."""
 
 
 class Forward(NamedTuple):
@@ -121,7 +122,7 @@ class Needs(NamedTuple):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast, where it is on, would multiply `x`; else that of `x`. Float64 stays."""
+    """Return the dtype in which autocast would multiply `x`: that of `x` if autocast is off or `x` is float64."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return x.dtype

@@ -1,16 +1,17 @@
-"""Which cells of the softmax a backward computes, and how wrong it is to compute no more.
+"""Choose the cells of the softmax that a backward computes, and bound the error of skipping the others.
 
-A cell is one row by one tile of T neighbouring vocabulary entries, its mass the probability that the token lies in the
-tile without being the target. A cell that is not computed acts as its mass, spread evenly over the tile, so that the
-gradient of the logits still sums to 0 over the vocabulary. Lost is how the mass is spread:
+A cell is one row by one tile of T neighbouring vocabulary entries. Its mass is the probability that the token lies in
+the tile without being the target. A skipped cell acts as if its mass were spread evenly over the tile, so that the
+gradient of the logits still sums to 0 over the vocabulary. The error comes from how the mass is really spread:
 
     |error of dhidden[n]| <= |dlogps[n]| * sum over the skipped cells j of mass[n, j] * radius[j]
 
-with radius[j] the largest distance between a row of weight in tile j and their mean: the error of a cell is its mass
-times the difference of two points in the convex hull of the tile's embeddings. In a trained model p grows along hidden,
-so the errors of many small cells point the same way and do add up like that; those of a few large ones do not cancel
-either. So a row skips only cells of little mass, and only as many as have little mass together; little beside the root
-mean square of the rows' |dlogps| * (1 - p), which is the size of their gradients. Of all rows together it follows that
+where radius[j] is the largest distance between a row of weight in tile j and the mean of these rows: the error of a
+cell is its mass times the difference of two points in the convex hull of the tile's embeddings. In a trained model p
+grows along hidden, so the errors of many small cells point the same way and add up as in this bound; the errors of a
+few large cells do not cancel either. A row therefore skips only cells of little mass, and only as many as have little
+mass together. Both limits are in units of the root mean square of the rows' |dlogps| * (1 - p), which is the size of
+their gradients. For all rows together it follows that
 
     |error of dhidden| <= MAX_ROW_MASS * max radius * |dlogps * (1 - p)|                 (Frobenius norms)
 
@@ -26,7 +27,7 @@ from fastdpo.head.impl.interface import LinearHead, result_dtype
 from fastdpo.head.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 
 MAX_ROW_MASS, MAX_CELL_MASS = 0.005, 2.0**-12
-"""Largest mass that a row may skip, in all and in a cell, in terms of the root mean square of the rows' gradients.
+"""Largest mass that a row may skip, in total and in one cell, in units of the root mean square of the rows' gradients.
 docs/sparse_backward.md has the errors and densities."""
 STEPS = 5
 """Thresholds are MAX_CELL_MASS / sqrt(2)^k for k < 2^STEPS, found by bisection."""
@@ -43,13 +44,13 @@ class Selection(NamedTuple):
 
 
 def select(shares: Tensor, weight: Tensor, row: float = MAX_ROW_MASS, cell: float = MAX_CELL_MASS) -> Selection:
-    """Choose the largest threshold of each row that skips no more than `row` in all, and `cell` in a cell.
+    """Choose for each row the largest threshold that skips at most `row` of mass in total and `cell` in one cell.
 
     Args:
-        shares: `[N, J]`: a cell's mass is its share of `weight`.
+        shares: `[N, J]`: a cell's mass is its share times `weight`.
         weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
-        row: in terms of the root mean square of `weight`.
-        cell: likewise.
+        row: largest mass that a row skips, in units of the root mean square of `weight`.
+        cell: largest mass of a skipped cell, in the same units.
     """
     weight = weight.abs().float()
     finite = weight.nan_to_num(0.0, 0.0).double()
@@ -68,7 +69,7 @@ def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Select
     def skipped(k: Tensor) -> Tensor:
         return torch.where(mass <= limit(k).unsqueeze(1), mass, 0.0).sum(1)
 
-    k = torch.full_like(weight, 2**STEPS - 1)  # where it skips next to nothing
+    k = torch.full_like(weight, 2**STEPS - 1)  # the lowest threshold, which skips next to nothing
     for step in reversed(range(STEPS)):
         k = torch.where(skipped(k - 2**step) <= row, k - 2**step, k)
     threshold = limit(k) / weight
@@ -76,12 +77,12 @@ def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Select
 
 
 def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
-    """Mask `[N, J]` of the cells to compute, for a chunk of tiles.
+    """Return the mask `[N, J]` of the cells to compute in a chunk of tiles.
 
     Args:
-        shares: `[N, J]`, of the chunk.
+        shares: `[N, J]`, those of the chunk.
         threshold: `[N]`.
-        target_tiles: `[N]` int64: tile that holds the target, counted from the chunk's first; outside [0, J) if none.
+        target_tiles: `[N]` int64: tile of the target, counted from the chunk's first tile; may lie outside [0, J).
         upstream: `[N]` bool: rows with a gradient to propagate.
     """
     tiles = torch.arange(shares.shape[1], device=shares.device)
@@ -101,10 +102,10 @@ def spread_skipped(
     T: int,
     operand: torch.dtype,
 ) -> Tensor:
-    """Let every cell that is skipped act as its share, spread evenly over its columns.
+    """Add the gradients of the skipped cells, each of which acts as its share spread evenly over its columns.
 
-    Adds that to `dhidden`, and returns what each row of (weight, weight2) in a tile gets, `[J, trained + 1]`: columns
-    `trained` of its gradient, and the gradient of its bias. Matmuls are in the dtype `operand`.
+    The function adds to `dhidden` in place. It returns `[J, trained + 1]`, which every row of (weight, weight2) in a
+    tile gets: columns `trained` of its gradient, then the gradient of its bias. Matmuls take the dtype `operand`.
     """
     assert shares is not None
     V = head.weight.shape[0]
@@ -140,7 +141,7 @@ _calls: dict[Key, int] = {}
 
 
 def too_dense(selection: Selection) -> bool:
-    """Whether all cells are cheaper. Never on a device, which would have to be waited for."""
+    """Whether computing all cells is cheaper. False on a GPU, because the answer would wait for it."""
     return selection.active.device.type == "cpu" and bool(selection.active.mean() > DENSE)
 
 
@@ -158,14 +159,15 @@ def remember(key: Key, selection: Selection) -> None:
 
 
 def _note(key: Key, density: Tensor, ready: Any) -> None:
-    """Keep this and the one before: compiled code notes, and never asks."""
+    """Keep only the last two densities, because compiled code notes them without ever reading them."""
     _densities[key] = [*_densities.get(key, [])[-1:], (density, ready)]
 
 
 def expect_dense(key: Key) -> bool:
-    """Whether the last but one backward of this head was too dense; asked again every RETRY calls.
+    """Whether this head is expected to be too dense; every RETRY calls the answer is False, to try it again.
 
-    The last but one: a device has long finished it, so its density is there without waiting, and the same in every run.
+    The last but one backward decides. A device has long finished it, so its density is there without waiting, and is
+    the same in every run.
     """
     history = _densities.get(key, [])
     if len(history) < 2:

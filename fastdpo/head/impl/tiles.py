@@ -1,6 +1,6 @@
 """Pieces of the algorithm on a tile of some rows by some vocabulary entries, in PyTorch operations.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 import math
@@ -20,7 +20,7 @@ MASKED = torch.finfo(torch.float32).min
 
 
 class Rows(NamedTuple):
-    """What the gradient of logits is made of, all `[N]`; dtarget, dothers and dentropy times the scale of dx/dz."""
+    """What the gradient of logits is made of, all `[N]`. dtarget, dothers and dentropy include `Transform.slope`."""
 
     targets: Tensor
     others: Tensor
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
     @property
     def has_upstream(self) -> Tensor:
-        """bool `[N]`: rows with a gradient to propagate; a NaN is one."""
+        """bool `[N]`: whether a row has an upstream gradient other than 0; NaN counts as one."""
         return (self.dtarget != 0) | (self.dothers != 0)
 
     def at(self, index: Index) -> "Rows":
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Running(NamedTuple):
-    """State of the online softmax, all `[N]`: over the tokens seen, without the target; statistics or None."""
+    """State of the online softmax over the tokens seen, without the target, all `[N]`; statistics may be None."""
 
     target: Tensor
     """Logit of the target; -inf before it is seen."""
@@ -54,7 +54,7 @@ class Running(NamedTuple):
     sum_z: Tensor | None
     """Sum of z, the target's included."""
     top_before: Tensor | None
-    """A z before the target that was the first maximum of a tile; -inf if there is none."""
+    """Largest z that was a tile's first maximum and comes before the target; -inf if there is none."""
 
     def at(self, index: slice) -> "Running":
         return Running(*(None if t is None else t[index] for t in self))  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def empty_running(hidden: Tensor, dtype: torch.dtype, stats: bool) -> Running:
 
 
 class Folded(NamedTuple):
-    """A tile after it was folded into the state."""
+    """A tile after it was folded into the state; R rows, C columns."""
 
     e: Tensor
     """`[R, C]`: e^(z - m), 0 at the target."""
@@ -78,17 +78,17 @@ class Folded(NamedTuple):
     masses: Tensor
     """`[R, ceil(C / T)]`: sums of `weighted` over cells."""
     decay: Tensor
-    """`[R]`: what sums so far, relative to the old m, are to be multiplied by."""
+    """`[R]`: factor that takes earlier sums from the old m to the new one."""
 
 
 def fold_tile(state: Running, z: Tensor, targets: Tensor, transform: Transform, T: int, spare: Tensor) -> Folded:
-    """Fold a tile into `state`, of its rows.
+    """Fold a tile of logits into the `state` of its rows.
 
     Args:
         state: updated in place.
         z: `[R, C]`: the scale of the transform times the raw logits. Destroyed.
         targets: `[R]`, counted from the tile's first column.
-        transform: of the head.
+        transform: the transform of the head.
         T: columns of a cell.
         spare: memory for another tile, used for statistics.
     """
@@ -115,7 +115,7 @@ def fold_tile(state: Running, z: Tensor, targets: Tensor, transform: Transform, 
     z.sub_(m[:, None])
     e = torch.exp(z, out=z if state.sum_dz is None else spare[: z.numel()].view_as(z))
     if state.sum_dz is not None and state.sum_sq is not None:
-        z.clamp_(min=MASKED)  # -inf, of a token that the bias excludes
+        z.clamp_(min=MASKED)  # a bias of -inf makes it -inf
         state.sum_dz.add_(state.s * shift).mul_(decay).add_(z.mul_(e).sum(1))
         state.sum_sq.mul_(decay.square()).add_(torch.square(e, out=z).sum(1))
     masses = cell_sums(e, T)
@@ -151,7 +151,7 @@ def dlogits_tile(z: Tensor, rows: Rows, vs: slice, transform: Transform) -> Tens
 
 
 def scatter_target(dz: Tensor, rows: Rows, vs: slice) -> None:
-    """Put dtarget where the target is."""
+    """Write dtarget into the target's column of each row."""
     here, index = locate_targets(rows.targets, vs)
     dz.scatter_(1, index, torch.where(here, rows.dtarget[:, None], dz.gather(1, index)))
 
@@ -164,20 +164,20 @@ def target_slope(target: Tensor, transform: Transform) -> Tensor | float:
 
 
 def locate_targets(targets: Tensor, vs: slice) -> tuple[Tensor, Tensor]:
-    """Say which rows `[R, 1]` have their target in this slice of the vocabulary, and where (0 if not)."""
+    """Return whether a row's target is in this slice of the vocabulary, and its column (0 if not), `[R, 1]` each."""
     here = (targets >= vs.start) & (targets < vs.stop)
     return here.unsqueeze(1), torch.where(here, targets - vs.start, 0).unsqueeze(1)
 
 
 def cell_sums(x: Tensor, T: int) -> Tensor:
-    """Sum `[R, C]` over cells of T columns, `[R, ceil(C / T)]`; the last may be smaller."""
+    """Sum `[R, C]` over cells of T columns, `[R, ceil(C / T)]`; the last cell may be smaller."""
     whole = x.shape[1] // T * T
     sums = x[:, :whole].unflatten(1, (-1, T)).sum(2)
     return sums if whole == x.shape[1] else torch.cat([sums, x[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def cell_means(weight: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """Mean of the rows of `[C, D]` over cells of T of them, `[ceil(C / T), D]`."""
+    """Return the mean of every T rows of `weight [C, D]`, `[ceil(C / T), D]`; the last cell may be smaller."""
     whole = weight.shape[0] // T * T
     means = weight[:whole].unflatten(0, (-1, T)).mean(1, dtype=dtype)
     return means if whole == weight.shape[0] else torch.cat([means, weight[whole:].mean(0, keepdim=True, dtype=dtype)])
@@ -189,7 +189,7 @@ def side_by_side(a: Tensor, b: Tensor | None, index: Index, dtype: torch.dtype) 
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """out = beta * out + alpha * a @ b, accumulated in the dtype of `out`."""
+    """Compute out = beta * out + alpha * a @ b in place, accumulated in the dtype of `out`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, alpha=alpha, beta=beta)
     elif a.is_cuda:
@@ -199,14 +199,14 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float 
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """Cut [0, total) into slices of `size`; one empty slice if there is nothing, so that sums are still written."""
+    """Cut [0, total) into slices of `size`. A total of 0 gives one empty slice, so that sums are still written."""
     for start in range(0, max(total, 1), size):
         yield slice(start, min(start + size, total))
 
 
 @contextmanager
 def ieee_matmul() -> Iterator[None]:
-    """Keep fp32 matmuls in IEEE fp32, whatever `torch.set_float32_matmul_precision` says."""
+    """Inside the block, compute fp32 matmuls in IEEE fp32, whatever `torch.set_float32_matmul_precision` says."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     saved = [backend.fp32_precision for backend in backends]
     try:

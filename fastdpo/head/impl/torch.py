@@ -1,15 +1,16 @@
-"""The head in plain PyTorch, on any device: tiles of logits that stay in cache, never `[N, V]` of them.
+"""The head in plain PyTorch, on any device: it makes tiles of logits that stay in cache, never all `[N, V]`.
 
-Forward: online softmax (Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3) over tiles of some rows by
-some vocabulary entries, the target masked. Backward: each tile is turned into the gradient of its logits, in place, and
-multiplied into the gradients; the vocabulary is the outer loop, and a slice of dweight is finished before the next one
-begins. Matmuls, in units of 2NDV FLOPs, forward and backward:
+The forward is an online softmax (Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3) over tiles of
+some rows by some vocabulary entries, with the target masked. The backward turns each tile into the gradient of its
+logits, in place, and multiplies it into the gradients of the inputs. Its outer loop is over the vocabulary, so that a
+slice of dweight is finished before the next one begins. Forward and backward together cost these matmuls, in
+units of 2NDV FLOPs:
 
-    head trained                    4: forward, recompute, dhidden, dweight; less f, the share of V whose probs are kept
-    head frozen, `expected` kept    2: attention over the vocabulary, its values the rows of weight
-    sparse, rho cells computed      1 + 2 rho; 1 + 3 rho with dweight; 3 + rho - f with dweight exact
+    head trained                    4 - f: forward, recompute, dhidden, dweight; f is the share of V with probs kept
+    head frozen, `expected` kept    2: attention over the vocabulary whose values are the rows of weight
+    sparse, a share rho computed    1 + 2 rho; 1 + 3 rho with dweight; 3 + rho - f with exact dweight
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 import math
@@ -49,23 +50,23 @@ from fastdpo.head.impl.tiles import (
 )
 
 TILE_SHAPE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
-"""Rows and vocabulary entries of a tile. CPU: 4 MiB of fp32, on a Zen 4 core the best of 1 to 16 MiB, by 3 %."""
+"""Rows and vocabulary entries of a tile. On the CPU, 4 MiB of fp32 are the best of 1 to 16 MiB, by 3 % (Zen 4)."""
 CELL = 64
 """T, the columns of a cell of the sparse backward."""
 
 
 def cell_columns(device: torch.device) -> int | None:
-    """Return T where the backward can be sparse: where counting the active cells waits for nothing."""
+    """Return T, or None if the backward cannot be sparse: on a GPU, counting active cells would wait for it."""
     return CELL if device.type == "cpu" else None
 
 
 def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> Kept:
     """Allocate what `forward` keeps."""
     N, V, width = hidden.shape[0], head.weight.shape[0], _width(head)
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 cannot hold e^-20
     rows, cols = _tile_shape(hidden, head, workspace)
     shares = hidden.new_empty(N, -(-V // CELL), dtype=stored) if keep.shares else None
-    blocks = 0  # of probs, as many as fit beside a tile and the shares
+    blocks = 0  # of probs: as many as fit beside a tile and the shares
     if keep.probs and head.transform.cap is None:
         left = workspace - _tile_bytes(rows, cols, head, result_dtype(hidden))
         left -= 0 if shares is None else shares.nbytes
@@ -99,7 +100,7 @@ def forward(
     spare = torch.empty_like(buffer) if stats else buffer
     running = empty_running(hidden, dtype, stats)
     kept = kept_like(hidden, head, keep, workspace)
-    maxima = hidden.new_empty(N, -(-V // cols), dtype=dtype)  # the m to which a block of shares and probs is relative
+    maxima = hidden.new_empty(N, -(-V // cols), dtype=dtype)  # the m that a block's shares and probs are relative to
     first_kept = V if kept.probs is None else V - kept.probs.shape[1]
 
     with ieee_matmul():
@@ -159,20 +160,20 @@ def backward(
     *,
     make_dlogits: Callable[..., Tensor] = dlogits_tile,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of `Needs`, each in its input's dtype, None where not needed.
+    """Compute the gradients that `needs` asks for, each in its input's dtype; the others are None.
 
     Args:
         grads: upstream gradients.
-        hidden: `[N, D]`, as all that follows the argument of `forward`.
+        hidden: `[N, D]`, as given to `forward`; so are hidden2, targets and head.
         hidden2: `[N, R]`, or None.
         targets: `[N]`.
         head: the head.
-        result: of `forward`; of the statistics only the entropy, and only if it has an upstream gradient.
-        needs: the gradients to compute. The frozen head's `expected` serves for those of hidden and hidden2.
-        selection: the cells to compute, chosen from the kept shares; None for all.
-        exact_weight: compute all cells for the gradients of weight, bias and weight2 even so.
+        result: the result of `forward`. Of its statistics only the entropy is read, if it has an upstream gradient.
+        needs: the gradients to compute. Those of hidden and hidden2 come from `expected` if a frozen head kept it.
+        selection: the cells to compute, chosen from the kept shares; None computes all cells.
+        exact_weight: compute all cells for the gradients of weight, bias and weight2 even with a selection.
         workspace: bound of temporary memory, in bytes.
-        make_dlogits: turns a tile of logits into their gradient.
+        make_dlogits: a function that turns a tile of logits into its gradient.
     """
     (N, D), width = hidden.shape, _width(head)
     dtype = result_dtype(hidden)
@@ -233,7 +234,7 @@ def _from_tiles(
     workspace: int,
     make_dlogits: Callable[..., Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Add to `dhidden` and return dweight, dbias and dweight2, from tiles of dz: all of them, or the active cells."""
+    """Add to `dhidden` and return dweight, dbias and dweight2, from all tiles of dz or the active cells."""
     (N, D), V, width = hidden.shape, head.weight.shape[0], _width(head)
     dtype, operand = result_dtype(hidden), operand_dtype(hidden)
     rows, cols = _tile_shape(hidden, head, workspace)
@@ -308,7 +309,7 @@ def _from_tiles(
 
 
 def _row_lists(active: Tensor, columns: int, most: int) -> Iterator[tuple[Tensor, slice]]:
-    """For every cell of `active [N, J]`, yield its rows, at most so many at a time, and its columns."""
+    """For each column of `active [N, J]`, yield its active rows, at most `most` at a time, and its vocabulary slice."""
     rows = active.t().nonzero()[:, 1]
     for j, of_cell in enumerate(rows.split(active.sum(0).tolist())):
         for some in of_cell.split(most) if of_cell.numel() else ():
@@ -320,12 +321,12 @@ def _width(head: LinearHead) -> int:
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the operands of matmuls: only CUDA multiplies bf16 into fp32; dz would vanish in fp16."""
+    """Return the dtype of matmuls' operands: bf16 where CUDA multiplies it into fp32; in fp16, dz would vanish."""
     return hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else result_dtype(hidden)
 
 
 def _tile_shape(hidden: Tensor, head: LinearHead, workspace: int) -> tuple[int, int]:
-    """Return the rows and columns of a tile: TILE_SHAPE, or less to stay within the workspace; whole cells."""
+    """Return the rows and columns of a tile: TILE_SHAPE, or less to fit the workspace; columns are whole cells."""
     N = hidden.shape[0]
     max_rows, max_cols = TILE_SHAPE.get(hidden.device.type, TILE_SHAPE["cpu"])
     itemsize, width = result_dtype(hidden).itemsize, _width(head)
@@ -335,7 +336,7 @@ def _tile_shape(hidden: Tensor, head: LinearHead, workspace: int) -> tuple[int, 
 
 
 def _tile_bytes(rows: int, cols: int, head: LinearHead, dtype: torch.dtype) -> int:
-    """Bytes of a tile, one beside it and one rounded, rows of hidden, and a slice of weight and of dweight."""
+    """Return the bytes of a tile, a spare tile, a rounded copy, rows of hidden, and slices of weight and dweight."""
     return dtype.itemsize * (3 * rows * cols + (rows + 2 * cols) * _width(head))
 
 

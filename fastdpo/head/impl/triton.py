@@ -1,18 +1,19 @@
-"""The head in Triton: logits live in registers, and a sparse backward never computes those of a cell it skips.
+"""The head in Triton: logits live in registers, and a sparse backward skips those of inactive cells.
 
-Forward: one kernel. Backward, chunk of the vocabulary by chunk, and within it block of rows by block of rows:
+The forward is one kernel. The backward goes over chunks of the vocabulary, and for each chunk over blocks of rows:
 
     dlogits        = gradient of the raw logits [rows, chunk], in the dtype of the inputs
     dhidden[rows] += dlogits @ weight[chunk]                      float32 [N, D], rounded once, at the end
     dweight       += dlogits.T @ hidden[rows]                     float32 [chunk, D], rounded once, after the last rows
 
-so the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
-accumulate in float64.) Dense, dlogits is recomputed in full and the matmuls are the vendor's: 1 unit of 2 N D V FLOPs
-each. Sparse, kernels work through the list of rows that each tile of the vocabulary has, and cost what is active: all
-three of them, or dhidden alone where dweight is to be exact. There are no atomics and no synchronisation with the host;
-the same inputs give the same bits. `expected` and `probs` of `Keep` are not kept: `fastdpo.head.impl.blas` does that.
+So the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
+accumulate in float64.) A dense backward recomputes dlogits in full and uses the vendor's matmuls; each of the three
+steps costs 1 unit of 2 N D V FLOPs. In a sparse backward, kernels work through a list of the active rows of each tile
+of the vocabulary, so that the cost is in proportion to the active cells: for all three steps, or for dhidden alone if
+dweight must be exact. There are no atomics and no synchronisation with the host; the same inputs give the same bits.
+`expected` and `probs` of `Keep` are not kept here; `fastdpo.head.impl.blas` keeps them.
 
-Names and shapes as in `fastdpo.head.impl.interface`.
+Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
 from math import isqrt
@@ -53,7 +54,7 @@ def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> K
     """Allocate what `forward` keeps."""
     if not keep.shares:
         return Kept()
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 has no exponent for e^-20
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 cannot hold e^-20
     return Kept(shares=hidden.new_empty(hidden.shape[0], -(-head.weight.shape[0] // TILE), dtype=stored))
 
 
@@ -70,7 +71,7 @@ def forward(
     """Compute the `Forward` of arguments that have been checked."""
     N, V = hidden.shape[0], head.weight.shape[0]
     kept = kept_like(hidden, head, keep, workspace)
-    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # of tile masses in float32
+    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # whose masses fit
     parts = []
     for rs in slices(N, max(1, rows)):
         part = linear_logprobs_forward(
@@ -97,10 +98,10 @@ def backward(
     exact_weight: bool = True,
     workspace: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of `Needs`, as `fastdpo.head.impl.torch.backward`."""
+    """Compute the gradients that `needs` asks for; arguments and results are those of `impl.torch.backward`."""
     N, V = hidden.shape[0], head.weight.shape[0]
     acc = result_dtype(hidden)
-    others = result.others.masked_fill(result.others == -torch.inf, torch.inf)  # no other token: q is 0, not infinite
+    others = result.others.masked_fill(result.others == -torch.inf, torch.inf)  # without other tokens q is 0
     boost = _float16_boost(grads, head) if hidden.dtype == torch.float16 else None
     if boost is not None:
         entropy_grad = None if grads.entropy is None else grads.entropy * boost
@@ -163,13 +164,13 @@ def backward(
 
 
 class _Factor(NamedTuple):
-    """One of the two products that make the logits, hidden @ weight.T, and its gradients so far; None if not needed."""
+    """One of the two products hidden @ weight.T that make the logits, and its gradients so far, None if not needed."""
 
     hidden: Tensor  # [N, K]
     weight: Tensor  # [V, K]
-    dhidden: Tensor | None  # [N, K] in ACC
+    dhidden: Tensor | None  # [N, K] in the accumulators' dtype
     dweight: Tensor | None  # [V, K]
-    dweight_sum: Tensor | None  # [columns, K] in ACC
+    dweight_sum: Tensor | None  # [columns, K] in the accumulators' dtype
 
     @staticmethod
     def of(
@@ -192,7 +193,7 @@ class _Factor(NamedTuple):
         sparse: bool,
         bias_sum: Tensor | None,
     ) -> None:
-        """Add what the block `dlogits [rs, vs]` makes; with `lists`, dhidden from the active cells alone."""
+        """Add the gradients from the block `dlogits [rs, vs]`; with `lists`, dhidden takes the active cells alone."""
         if self.dhidden is not None and lists is not None:
             sparse_dhidden(self.dhidden[rs], dlogits, *lists, self.weight[vs])
         elif self.dhidden is not None:
@@ -207,7 +208,7 @@ class _Factor(NamedTuple):
 
 
 def _active(targets: Tensor, grads: Grads, result: Forward, selection: Selection, rs: slice, vs: slice) -> Tensor:
-    """Mask of the active cells of a block of rows and a chunk of the vocabulary."""
+    """Return the mask of the active cells in a block of rows and a chunk of the vocabulary."""
     assert result.kept.shares is not None
     shares = result.kept.shares[rs, vs.start // TILE : -(-vs.stop // TILE)]
     upstream = (grads.target[rs] != 0) | (grads.others[rs] != 0)
@@ -225,7 +226,7 @@ def _spread_skipped(
     selection: Selection,
     sparse: bool,
 ) -> Tensor:
-    """Let the skipped cells act as their share, see `sparsity.spread_skipped`."""
+    """Add the gradients of the skipped cells, see `sparsity.spread_skipped`."""
     scale = head.transform.slope
     rows = Rows(targets, result.others, scale * grads.target, scale * grads.others, None, None)
     widths = [factor.weight.shape[1] for factor in factors]
@@ -250,8 +251,9 @@ def _low_rank(hidden2: Tensor | None, head: LinearHead, rs: slice, vs: slice) ->
 def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int, workspace: int) -> tuple[int, int]:
     """Choose the rows and columns of a block of dlogits; the columns are whole cells.
 
-    Half of the workspace for the block, half for dweight's accumulator. The matmuls read and write their accumulators
-    8 N V D (1 / rows + 1 / columns) bytes in all: the block is square, unless the accumulator wants it narrower.
+    Half of the workspace is for the block, half for dweight's accumulator. Accumulators cost the matmuls
+    8 N V D (1 / rows + 1 / columns) bytes of reads and writes, so the block is square, or narrower if dweight's
+    accumulator would not fit otherwise.
     """
     half = workspace // 2
     columns = min(isqrt(half // itemsize), half // (acc_itemsize * max(D, 1)), -(-V // TILE) * TILE)
@@ -261,12 +263,12 @@ def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int, works
 
 
 def _whole_tiles(length: int) -> int:
-    """Round down to a multiple of 256, from there up; at least 1."""
+    """Round a length of at least 256 down to a multiple of 256; return at least 1."""
     return max(length // 256 * 256 if length >= 256 else length, 1)
 
 
 def _aligned(columns: int) -> int:
-    """Round up to a multiple of 64: the stride of dlogits that suits the matmuls."""
+    """Round up to a multiple of 64, a stride of dlogits that suits the matmuls."""
     return -(-columns // 64) * 64
 
 
