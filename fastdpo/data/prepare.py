@@ -133,7 +133,7 @@ def prepare_dataset(
         show_example=show_example,
         is_silent=_is_silent(),
     )
-    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a process of map
+    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a worker of map
     if is_stream:
         reporter.report_stream(trial)
         said: set[str] = set()

@@ -29,7 +29,7 @@ logger = logging.getLogger("fastdpo")
 
 MAX_NAMED_ROWS = 5
 _WINDOW = 1024  # a window has at least this many examples, few enough for the order to stay random
-_WINDOW_BATCHES = 64  # or examples for this many batches, so that its one half-empty batch is under a hundredth
+_WINDOW_BATCHES = 64  # and examples for about this many batches: its one half-empty batch is under a hundredth of them
 _MAX_PLANS = 8  # different ways to make batches; later epochs repeat them, with the batches in another order
 
 
@@ -118,7 +118,7 @@ def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget:
     """Pack examples into batches, the largest first, each into the first batch that has room."""
     order = order[np.lexsort((-sizes[order, 0], -sizes[order, 1]))]
     batches: list[list[int]] = []
-    count, width = np.zeros((2, len(order)), np.int64)  # of each batch; the first example of each is the widest
+    count, width = np.zeros((2, len(order)), np.int64)  # of each batch, whose first example is the widest
     for i, (n, w) in zip(order.tolist(), sizes[order].tolist(), strict=True):
         room = (count[: len(batches)] + n) * width[: len(batches)] <= budget
         at = int(room.argmax()) if len(batches) else 0

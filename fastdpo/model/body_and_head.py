@@ -3,7 +3,7 @@
     logits = cap(scale * lm_head(decoder(input_ids)))        the fused head: known matmul, known transform
     logits = forward(decoder := the hidden states)           the model's own head, whatever it computes
 
-The body is the decoder, whose output are hidden states; the head is all that makes logits of them. Body, head, scale
+The body is the decoder, which outputs hidden states; the head is all that makes logits of them. Body, head, scale
 and cap are found in the model and its config by the names that transformers uses. `probe` then compares the two lines
 above on a few rows of random hidden states. If they differ, because of a name that this module does not know, a hook,
 or layers between body and head, the model's own head is used: its own forward runs with a decoder that returns the
@@ -62,7 +62,7 @@ def locate_head(model: Any, place: int = 0) -> Head:
 
 
 def outside(model: nn.Module, head: Head) -> str | None:
-    """Return a reason against the fused head, a tensor that is neither in body nor head; None if there is none."""
+    """Return a reason against the fused head, a tensor that is in neither body nor head; None if there is none."""
     parts = (head.decoder, head.lm_head)
     inside = {id(x) for part in parts if part for x in (*part.parameters(), *part.buffers())}
     for name, x in (*model.named_parameters(), *model.named_buffers()):

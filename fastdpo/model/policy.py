@@ -81,7 +81,7 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # attention layers keep theirs as a number
+        for name, value in vars(module).items():  # attention layers keep their dropout as a number
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 

@@ -269,7 +269,7 @@ def score_batch(
     tokens = sum(len(response) for item in items for response in item.responses)
     batch = shared_prefix_batch(examples * -(-MIN_TARGETS // tokens), layout=layout)
     bounds = batch["cu_target"].tolist()
-    # unpaired examples have one response each, in their order
+    # examples with one response each keep the order of the items
     index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
     batch.pop("label", None)
     batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}

@@ -430,7 +430,7 @@ def test_refuses_an_unknown_layout():
 
 
 def test_refuses_an_empty_batch():
-    with pytest.raises(ValueError, match="at least one pair, got none"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         shared_prefix_batch([])
 
 

@@ -154,7 +154,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend causally within key paths by one of `BACKENDS`.
+    """Attend causally along key paths by one of `BACKENDS`.
 
     Args:
         name: as returned by `choose_backend`.

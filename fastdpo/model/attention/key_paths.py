@@ -98,9 +98,9 @@ def key_paths(
 def _own_buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     """Return buckets like `_buckets`, but choose the bucket of each segment by its own length alone.
 
-    SDPA on the CPU sums a path in blocks that depend on its padded length. With a padded length that depends on nothing
-    else, a path's result is the same, bit for bit, whatever else is in the batch; so precomputed reference log-probs
-    are exact.
+    SDPA on the CPU sums a path in blocks that depend on its padded length. Where that depends only on the path's own
+    length, the path's result is the same, bit for bit, whatever else is in the batch. This makes precomputed reference
+    log-probs exact.
     """
     rounded = [-(-n // ROUNDING) * ROUNDING for n in lengths]
     shapes, places, place = [], [0] * len(rounded), 0
