@@ -1,1 +1,1 @@
-"""From dataset rows to packed batches of token ids."""
+"""Turn dataset rows into packed batches of token ids."""

@@ -1,4 +1,4 @@
-"""The columns of a dataset: what each is used for, which kind of rows they make, and which hold text nobody reads."""
+"""Tell what each column of a dataset is used for, which kind of rows the columns make, and which text is never read."""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +26,7 @@ COLUMNS = (
     *dict.fromkeys(column for columns in TOKEN_COLUMNS.values() for column in columns),
     *("kl_ids", "pair_index", *NUMBERS, *REFERENCES),
 )
-"""All that `fastdpo.data.prepare.prepare_dataset` may return, of any kind."""
+"""All columns that `fastdpo.data.prepare.prepare_dataset` may return, for rows of any kind."""
 
 _USES = {
     "weight": "factor of the row's loss",
@@ -36,7 +36,7 @@ _USES = {
     "chat_template_kwargs": "for the chat template",
     "pair_index": "the row's number",
     "kl_ids": "completion for the KL term",
-    **dict.fromkeys(REFERENCES, "the reference's log-probs, which are not computed then"),
+    **dict.fromkeys(REFERENCES, "the reference's log-probs, used instead of computing them"),
 }
 _SYNONYMS = {
     "prompt": ("question", "instruction", "input", "query", "problem", "request", "user", "context"),
@@ -46,11 +46,11 @@ _SYSTEM = ("system", "system_prompt")
 
 
 def describe_columns(columns: Collection[str], kind: str) -> str:
-    """Which columns of a dataset are used, for what, and which are not.
+    """Return one line that says which columns of a dataset are used, for what, and which are not used.
 
     Args:
-        columns: of the dataset.
-        kind: of its rows.
+        columns: names of the dataset's columns.
+        kind: kind of its rows.
     """
     if "prompt_ids" in columns:
         read, uses = TOKEN_COLUMNS[kind], {c: use for c, use in _USES.items() if use != "for the chat template"}
@@ -63,10 +63,10 @@ def describe_columns(columns: Collection[str], kind: str) -> str:
 
 
 def find_kind(columns: list[str], wanted: str, name: str) -> str:
-    """The kind of rows to read, which `wanted` can be made of.
+    """Return the kind of rows to read: `wanted`, or `preference`, from which `wanted` can be made.
 
     Raises:
-        ValueError: a column is missing, or the rows are of another kind; `name` is the dataset's.
+        ValueError: a column is missing, or the rows are of another kind. The message calls the dataset `name`.
     """
     if unsupported := {"image", "images"} & set(columns):
         raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
@@ -88,25 +88,25 @@ def find_kind(columns: list[str], wanted: str, name: str) -> str:
             raise ValueError(
                 f"{name} dataset has no column {column!r}, which {wanted} rows need; it has {columns}{hint}"
             )
-    raise AssertionError("unreachable: a kind that lacks no column fits")
+    raise AssertionError("unreachable: with all of its columns, `wanted` would fit")
 
 
 def _alike(column: str, columns: Collection[str]) -> list[str]:
-    """The columns whose names say that they may hold what `column` should."""
+    """Return the columns whose names suggest that they hold what belongs in `column`."""
     plain = {name.lower(): name for name in columns if name != column}
     near = difflib.get_close_matches(column, plain, n=1, cutoff=0.85)
     return [plain[name] for name in dict.fromkeys([*near, *_SYNONYMS.get(column, ())]) if name in plain]
 
 
 def unread_prompt(rows: Sequence[Mapping[str, Any]], kind: str) -> str | None:
-    """Whether columns hold text that belongs into the prompt by their name but is not part of what is read.
+    """Find columns that, by their names, hold text of the prompt, but whose text is in no column that is read.
 
     Args:
-        rows: the first ones of the dataset, not tokenised.
-        kind: of the rows.
+        rows: the first rows of the dataset, not tokenised.
+        kind: kind of the rows.
 
     Returns:
-        What is wrong with which columns and how to mend it, or None.
+        A message that says which columns these are and how to mend it, or None.
     """
     columns = list(rows[0])
     suspects = [*_alike("prompt", columns), *(name for name in columns if name.lower() in _SYSTEM)]
@@ -125,13 +125,13 @@ def unread_prompt(rows: Sequence[Mapping[str, Any]], kind: str) -> str | None:
     system = [name for name in found if name.lower() in _SYSTEM]
     if "prompt" in columns:
         message = ", a system prompt as its first message" if system else ""
-        return f"the text of {named} reaches no token: only {', '.join(read)} are read; write it into 'prompt'{message}"
+        return f"the text of {named} is not read, only {', '.join(read)} are; write it into 'prompt'{message}"
     mend = f"rename {named} to 'prompt'" if len(found) == 1 and not system else f"make a column 'prompt' of {named}"
     return f"there is no column 'prompt', and {', '.join(read)} do not repeat the text of {named}; {mend}"
 
 
 def _strings(value: Any) -> str:
-    """All text in a value, on lines of its own."""
+    """Return all text found in a value, one piece per line."""
     if isinstance(value, dict):
         value = list(value.values())
     return "\n".join(map(_strings, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
@@ -141,13 +141,13 @@ def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float
     """Check that reference log-probs among the columns of a prepared dataset can serve the objective.
 
     Args:
-        columns: of the dataset.
-        kind: of rows that the objective needs.
-        ld_alpha: of the objective.
+        columns: names of the dataset's columns.
+        kind: the kind of rows that the objective needs.
+        ld_alpha: the objective's setting of this name.
 
     Raises:
-        ValueError: there is only one of `ref_chosen_logps` and `ref_rejected_logps`, or these sums are of no use to
-            the objective.
+        ValueError: there is only one of `ref_chosen_logps` and `ref_rejected_logps`, or the objective cannot use
+            these sums.
     """
     sums = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in columns]
     if not sums:
@@ -156,7 +156,7 @@ def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float
     if len(sums) == 1:
         raise ValueError(f"a dataset has {sums[0]!r} without its counterpart; add or drop the column")
     if kind != "preference":
-        raise ValueError(f"{sums[0]!r} is of preferences, and the objective takes {kind} rows; {drop}")
+        raise ValueError(f"{sums[0]!r} is for preferences, but the objective takes {kind} rows; {drop}")
     if ld_alpha is not None:
         raise ValueError(
             f"ld_alpha={ld_alpha} needs the reference's log-probs per token, not their sums; {drop}, or give "

@@ -1,7 +1,8 @@
-"""The messages of a row: read as they come from JSON or Arrow, fitted to the chat template, and found in what it wrote.
+"""Read the messages of a row, fit them to the chat template, and find what the template left out.
 
-A template is untrusted code with gaps of its own: it may raise anything, know text but no lists of parts, or leave a
-message out. What it can do is tried once on a short conversation; what it did is looked up in the text of every row.
+A template is untrusted code with gaps of its own: it may raise anything, take text but no lists of parts, or leave a
+message out. What a template takes is tried once, on a short conversation; what it left out is searched for in the
+rendered text of every row.
 """
 
 import ast
@@ -19,11 +20,11 @@ Message = dict[str, Any]
 
 
 class BadRow(ValueError):
-    """What is wrong with one dataset row."""
+    """Raised for a dataset row that cannot be used; the message says what is wrong with it."""
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Number of leading elements that `a` and `b` have in common."""
+    """Return the number of leading elements that `a` and `b` have in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -35,12 +36,12 @@ _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:\s*["']""
 
 
 def read_value(value: Any, field: str) -> str | list[Message]:
-    """A prompt or response: its text, or its messages without the keys that Arrow filled up with None.
+    """Return a prompt or response as text, or as messages without the keys that Arrow has filled with None.
 
-    Messages may be written as JSON or as Python text, as CSV files hold them.
+    Messages may also come as JSON, or as the text of Python literals, which is how CSV files hold them.
 
     Raises:
-        BadRow: it is neither, or a message makes no sense.
+        BadRow: the value is neither text nor messages, or a message is malformed.
     """
     if isinstance(value, str):
         parsed = _messages_in(value, field) if _LIKE_JSON.match(value) else None
@@ -58,7 +59,7 @@ def read_value(value: Any, field: str) -> str | list[Message]:
 
 
 def _messages_in(text: str, field: str) -> list[Any] | None:
-    """The messages that a text spells out; None where it is just text."""
+    """Return the messages that a text spells out, or None if it is plain text."""
     for parse in (json.loads, ast.literal_eval) if _LIKE_MESSAGES.match(text) else (json.loads,):
         try:
             found = parse(text.strip())
@@ -70,7 +71,7 @@ def _messages_in(text: str, field: str) -> list[Any] | None:
             is_chat = True  # refused where messages are read, with the names to use instead
         return items if items and is_chat else None
     if _LIKE_MESSAGES.match(text):
-        raise BadRow(f"`{field}` is a list of messages written as text, but it is no valid JSON: {text!r:.80}")
+        raise BadRow(f"`{field}` is a list of messages written as text, but it is not valid JSON: {text!r:.80}")
     return None
 
 
@@ -111,16 +112,16 @@ def _read_call(given: Any, field: str) -> dict[str, Any]:
 
 
 def read_json(value: Any, field: str, wanted: type) -> Any:
-    """A list or dict that may be written as JSON.
+    """Return a list or dict, which may be given as JSON text.
 
     Raises:
-        BadRow: it is not of the wanted type, or no JSON.
+        BadRow: the text is not valid JSON, or the value is not of the wanted type.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise BadRow(f"`{field}` is no JSON ({error}): {value!r:.80}") from None
+            raise BadRow(f"`{field}` is not valid JSON ({error}): {value!r:.80}") from None
     if not isinstance(value, wanted):
         name = "a list" if wanted is list else "an object"
         raise BadRow(f"`{field}` must be {name}, or JSON of one, got {value!r:.80}")
@@ -133,7 +134,7 @@ def _json_list(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def without_none(value: Any) -> Any:
-    """A copy without the keys that are None: Arrow gives every struct of a column the keys of all of them."""
+    """Copy a value without keys that are None: Arrow gives each struct of a column the keys of all its structs."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -142,10 +143,10 @@ def without_none(value: Any) -> Any:
 
 
 def read_template_inputs(row: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
-    """The `tools` and `chat_template_kwargs` of a row.
+    """Return the `tools` and `chat_template_kwargs` of a row.
 
     Raises:
-        BadRow: they are not what a chat template takes.
+        BadRow: a chat template cannot take one of them.
     """
     tools = row.get("tools") or None
     if tools is not None:
@@ -168,25 +169,26 @@ _OF_TOKENIZER = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).p
 }
 
 
-# The prompt, once
+# A prompt that responses repeat
 
 
 def text_of(message: Message) -> str:
-    """The content of a message as one text."""
+    """Return the content of a message as one text."""
     content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def is_same(a: Message, b: Message) -> bool:
-    """Whether two messages are equal but for white space around their content."""
+    """Whether two messages are equal, apart from white space around their content."""
     rest = (a.keys() | b.keys()) - {"content"}
     return all(a.get(key) == b.get(key) for key in rest) and text_of(a).strip() == text_of(b).strip()
 
 
 def without_prompt(prompt: list[Message], response: list[Message]) -> tuple[list[Message], list[Message]] | None:
-    """The prompt and what follows it where a response repeats it; None where it doesn't.
+    """Split a response that repeats the prompt into the prompt and what follows; None if it does not repeat it.
 
-    A response may repeat the end of the prompt only (without its system message), or begin before the prompt does.
+    The response may repeat only the end of the prompt (for example, leave out its system message). It may also begin
+    with messages before those of the prompt, which then belong to the prompt.
     """
     if response[0]["role"] not in ("system", "developer", "user"):
         return None
@@ -203,10 +205,10 @@ def without_prompt(prompt: list[Message], response: list[Message]) -> tuple[list
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str | None:
-    """The chat template; None for a tokenizer that renders messages without one.
+    """Return the chat template, or None for a tokenizer that renders messages by code of its own.
 
     Raises:
-        ValueError: the tokenizer has none.
+        ValueError: the tokenizer needs a template and has none.
     """
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return None
@@ -222,27 +224,29 @@ def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str | None:
 def render(
     messages: list[Message], field: str, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any
 ) -> Any:
-    """What `apply_chat_template` makes of messages, which end with those of a field; text unless `options` ask for ids.
+    """Render messages by `apply_chat_template`, to text unless `options` ask for ids.
+
+    `field` is the field of the row whose messages come last; an error names it.
 
     Raises:
-        BadRow: the template raised; says what, in one line.
+        BadRow: the template raised an error, which the message repeats in one line.
     """
     options = ({"chat_template": template} if template else {}) | {"tokenize": False} | options
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # whatever a template, or a filter in it, may raise
+    except Exception as error:  # a template, or a filter in it, may raise anything
         told = " ".join(str(error).split()) or type(error).__name__
         raise BadRow(f"the chat template can't render `{field}`: {told:.200}") from None
 
 
 MARK = "Vega7"
-"""Stands in probes for text that must come out of a template; no template writes it."""
+"""The content of a message that tries out a template; no template writes this text by itself."""
 _WRITTEN_PART = re.compile(rf"""["']text["']: ["']{MARK}""")
 
 
 @lru_cache(maxsize=64)
 def content_forms(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> frozenset[str]:
-    """How the template takes a content of this role: as "text", as "parts", or both; neither where it knows no role."""
+    """Return the forms of content, "text" and "parts", that the template renders for a role; it may be neither."""
     forms = set()
     for form, write in (("text", str), ("parts", lambda text: [{"type": "text", "text": text}])):
         user = {"role": "user", "content": write("Hi")}
@@ -256,7 +260,7 @@ def content_forms(tokenizer: PreTrainedTokenizerBase, template: str, role: str) 
 
 @lru_cache(maxsize=64)
 def takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the template wants the arguments of a tool call as JSON text and can't do with an object."""
+    """Whether the template needs the arguments of a tool call as JSON text, because it cannot render an object."""
     user = {"role": "user", "content": "Hi"}
     as_object, as_text = ({"name": MARK}, json.dumps({"name": MARK}))
     if MARK in _try(tokenizer, template, [user, _probe_call(as_object)]):
@@ -282,7 +286,7 @@ def leaves_out_tools(tokenizer: PreTrainedTokenizerBase, template: str, what: st
 
 @lru_cache(maxsize=8)
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What the template writes behind the last answer of a conversation, without white space."""
+    """Return what the template writes after the last answer of a conversation, stripped of white space."""
     chat: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
     _, found, end = _try(tokenizer, template, fit(chat, tokenizer, template)).rpartition(MARK)
     return end.strip() if found else ""
@@ -306,7 +310,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Messa
 
 
 def fit(messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str) -> list[Message]:
-    """Messages with contents and arguments in a form that the template takes."""
+    """Return the messages with contents and arguments in a form that the template takes."""
     fitted = []
     for message in messages:
         content = message.get("content")
@@ -337,18 +341,18 @@ _SENTENCE_END = re.compile(r"[.!?\n]")
 
 
 class Lost(NamedTuple):
-    """Text of a message that its rendered conversation lacks."""
+    """A text of a message that is not, or not completely, in the rendered conversation."""
 
     text: str
     is_whole: bool
-    """Whether nothing of it is there: no line, no sentence."""
+    """Whether the rendered conversation has none of its lines and sentences."""
     role: str
 
 
 def left_out(messages: list[Message], rendered: str) -> Iterator[Lost]:
-    """What a rendered conversation lacks of its messages.
+    """Yield the texts of messages that are not completely in the rendered conversation.
 
-    White space and the tags around reasoning don't count, since templates write their own.
+    White space and the tags around reasoning are ignored, since templates write their own.
     """
     squeezed = ""
     for message in messages:

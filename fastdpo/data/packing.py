@@ -1,22 +1,22 @@
-"""The packed batch: one row of tokens, no padding, what the responses of a prompt share computed once.
+"""Pack examples into one row of tokens without padding, in which what a prompt's responses share is computed once.
 
-Each example is a small tree. Its trunk is the longest common prefix of its full sequences (the prompt, and the start
-of the responses where they begin alike). The first response continues the trunk; every further one is a branch that
-begins with a copy of the trunk's last token, so that it too predicts its own first token from its own row. The last
-token of a sequence predicts nothing and is left out:
+Each example is a small tree. Its trunk is the longest common prefix of its full sequences: the prompt, and the start
+of the responses as far as it is the same. The first response continues the trunk. Every further response is a branch,
+a segment of its own that begins with a copy of the trunk's last token, because the row of that token predicts the
+branch's first token. The last token of a sequence predicts nothing and is left out:
 
     tokens     p0 p1 p2 c0 c1 c2 | p2 r0 r1       chosen = c0 c1 c2 c3, rejected = r0 r1 r2
     row         0  1  2  3  4  5 |  6  7  8
     position    0  1  2  3  4  5 |  2  3  4
-    key path    0  1  2  3  4  5 |  0  1 6 7 8    what a segment's queries may see, causally
+    key path    0  1  2  3  4  5 |  0  1 6 7 8    the rows that a segment's queries attend to, causally
 
-Prompt P, chosen C and rejected R tokens with nothing else in common take P + C + R - 1 rows. That is the layout
-`shared`; the others hold the same sequences:
+P prompt, C chosen and R rejected tokens that share only the prompt take P + C + R - 1 rows. This layout is called
+`shared`; three other layouts hold the same sequences:
 
-- `tree`: the trunk without its last token is a segment of its own, p0 p1 | p2 c0 c1 c2 | p2 r0 r1, as many rows.
-  Every key path is then a chain of whole segments, which is how layers that carry a state can follow it.
+- `tree`: the trunk without its last token is a segment of its own: p0 p1 | p2 c0 c1 c2 | p2 r0 r1. It has as many rows,
+  and every key path is a chain of whole segments, so that layers that carry a state can follow it.
 - `packed`: every response has a copy of its prompt.
-- `padded`: every sequence is a row of its own, filled up at its end; for models that none of the above is exact on.
+- `padded`: every sequence is a row of its own, padded at its end. It is for models on which no other layout is exact.
 
 Shapes: T rows, S segments, K key-path entries, M targets, B examples, R responses, L length of a padded row.
 """
@@ -40,7 +40,7 @@ RESPONSE_FIELDS = {
     "ranked": ("ranked_ids",),
     "unpaired": ("completion_ids", "kl_ids"),
 }
-"""The kinds of examples, and where each has its responses."""
+"""The fields that hold the responses of each kind of example."""
 
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -48,7 +48,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "margin": ("finite", math.isfinite),
     "beta": ("finite and above 0", lambda x: 0 < x < math.inf),
 }
-_PADDED_MULTIPLE = 8  # enough for tensor cores, and R rows pay for it
+_PADDED_MULTIPLE = 8  # enough for tensor cores; a larger multiple would lengthen all R rows
 
 
 def shared_prefix_batch(
@@ -56,11 +56,11 @@ def shared_prefix_batch(
 ) -> dict[str, Any]:
     """Pack tokenised examples into one row of tokens, on the CPU.
 
-    Prefix sharing: https://arxiv.org/abs/2410.20305, with the trunk extended over a common start of the responses.
+    Prefix sharing is that of https://arxiv.org/abs/2410.20305; here it also covers a common start of the responses.
 
     Args:
-        examples: one mapping per example, all of one kind. Lists of ids are not empty, and completions end with EOS
-            and are already truncated.
+        examples: one mapping per example, all of one kind. Lists of ids must not be empty; completions are taken as
+            they are, so they should end with EOS and be truncated already.
 
             - preference: `prompt_ids`, `chosen_ids`, `rejected_ids`.
             - ranked: `prompt_ids`, `ranked_ids`, a list of at least two lists of ids, best first.
@@ -68,44 +68,45 @@ def shared_prefix_batch(
               `kl_ids`, a completion that belongs to another prompt.
 
             Each may have `pair_index` (int; its position in `examples` if absent) and, in all examples or none,
-            `weight` (at least 0), `margin`, `beta` (above 0), `ref_token_logps` (for each response a list of as many
-            floats, nats) or, for a preference, `ref_chosen_logps` and `ref_rejected_logps` (floats, nats).
-        layout: `shared`, `tree`, `packed` or `padded`, as above: same sequences, different rows.
-        pad_to_multiple_of: one unused segment fills T up to a multiple of this; L of a padded batch is a multiple of
-            at most 8.
+            `weight` (at least 0), `margin`, `beta` (above 0), `ref_token_logps` (for each response, a list of one
+            float per token, nats) or, for a preference, `ref_chosen_logps` and `ref_rejected_logps` (floats, nats).
+        layout: `shared`, `tree`, `packed` or `padded`, as described in the module's docstring.
+        pad_to_multiple_of: one unused segment fills T up to a multiple of this. L of a padded batch is filled up to a
+            multiple of this or of 8, whichever is smaller.
 
     Returns:
-        A flat dict of CPU tensors and Python ints, so that nothing later has to ask the device. The rows, unless
-        padded:
+        A flat dict of CPU tensors and Python ints; the ints spare later code a wait for the device. The rows of all
+        layouts but `padded` are:
 
         - `input_ids`, `position_ids` `[1, T]` int64: tokens, and positions inside each full sequence.
         - `tree_cu_seqlens_q`, `tree_cu_seqlens_k` `[S + 1]` int32: bounds of the segments, and of their key paths.
-        - `tree_kv_index` `[K]` int64: the row of each key-path entry. A segment's own rows end its path.
+        - `tree_kv_index` `[K]` int64: the row of each key-path entry. Each path ends with its segment's own rows.
         - `tree_max_seqlen_q`, `tree_max_seqlen_k` int: longest segment and longest key path; `tree_seqlens_k` list
           of S ints: the lengths of all key paths.
 
-        The rows of a padded batch: `input_ids`, `position_ids`, `attention_mask` `[R, L]` int64, zero after the end
-        of each sequence. And in every layout:
+        The rows of a padded batch are `input_ids`, `position_ids`, `attention_mask` `[R, L]` int64, zero after the
+        end of each sequence. Every layout also has:
 
-        - `logit_index`, `target_ids` `[M]` int64: the row that predicts each completion token (of R L rows if
-          padded), and that token. Responses in slots: the first of all examples, then the second of all, and so on;
-          so chosen 0..B-1, rejected 0..B-1. Rows repeat where responses share tokens.
-        - `cu_target` `[R + 1]` int64: bounds of each response in M.
+        - `logit_index`, `target_ids` `[M]` int64: for each completion token, the row that predicts it (counted over
+          all R L rows if padded) and the token itself. The first responses of all examples come first, then all
+          second ones, and so on: chosen 0..B-1, then rejected 0..B-1. Rows repeat where responses share tokens.
+        - `cu_target` `[R + 1]` int64: bounds of each response among the M targets.
         - `pair_index` `[B]` int64.
-        - `label` `[B]` bool, of unpaired examples.
-        - `response_index` `[B, most responses]` int64, of ranked examples: where the response of each rank is in R;
-          R where an example has fewer.
-        - `weight`, `margin`, `beta` `[B]`, `ref_logps` `[R]`, `ref_token_logps` `[M]` float32, where the examples
-          have them.
-        - `num_tokens` int: tokens of all R full sequences, prompts counted for each; `num_padded_tokens` int: R times
-          the longest; `num_packed_tokens` int: rows before the filling.
+        - `label` `[B]` bool, for unpaired examples.
+        - `response_index` `[B, most responses]` int64, for ranked examples: the place among the R responses of the
+          response of each rank; the value R where an example has fewer responses.
+        - `weight`, `margin`, `beta` `[B]`, `ref_logps` `[R]`, `ref_token_logps` `[M]` float32, if the examples have
+          them.
+        - `num_tokens` int: tokens of all R full sequences, where a prompt counts once per response;
+          `num_padded_tokens` int: R times the longest sequence; `num_packed_tokens` int: rows without the filling.
 
     Raises:
-        ValueError: no examples, an unknown layout, a missing or empty field, an id that is not an int or is negative,
-            a number out of its range or that only some examples have. The message names pair_index and field.
+        ValueError: there are no examples, the layout is unknown, a field is missing or empty, an id is negative or
+            not an int, or a number is out of range or given in some examples only. The message names pair_index and
+            field.
     """
     if not examples:
-        raise ValueError("examples must hold at least one pair, got none")
+        raise ValueError("examples must hold at least one example, got none")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if pad_to_multiple_of < 1:
@@ -146,13 +147,13 @@ def shared_prefix_batch(
 
 
 def kind_of(example: Mapping[str, Any]) -> str:
-    """The kind of a tokenised example, `preference` where nothing tells another."""
+    """Return the kind of a tokenised example, which is `preference` unless its fields are those of another kind."""
     others = (kind for kind in ("ranked", "unpaired") if RESPONSE_FIELDS[kind][0] in example)
     return next(others, "preference")
 
 
 def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
-    """Rows that a tokenised example takes in a batch; in a padded one, those it takes with no other.
+    """Return the rows that a tokenised example takes in a batch; for `padded`, those of a batch of it alone.
 
     Args:
         example: as in `shared_prefix_batch`; its ids may be lists or numpy arrays, and are not checked.
@@ -172,23 +173,23 @@ def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
 
 
 def _slots(responses: list[list[Ids]]) -> list[tuple[int, int]]:
-    """`[R]` (example, rank): the order of the responses."""
+    """Return (example, rank) of each of the R responses, in the order of the batch."""
     return [(i, k) for k in range(max(map(len, responses))) for i, each in enumerate(responses) if k < len(each)]
 
 
 def _packed(
     prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
 ) -> dict[str, Any]:
-    """The rows of a batch in one row of tokens, and which of them predict the targets."""
+    """Build the fields of a batch in one row of tokens, and the index of the rows that predict its targets."""
     tokens: list[Ids] = []
-    # per segment: length of the shared start of its path and the first of its rows, likewise for its own
+    # per segment: length and first row of the shared start of its path, then length and first row of its own rows
     segments: tuple[list[int], ...] = ([], [], [], [])
     shared_len, shared_row, own_len, own_row = segments
     segment_of: dict[tuple[int, int], int] = {}  # by (example, rank)
     T = 0
     for i, (prompt, completions) in enumerate(zip(prompts, responses, strict=True)):
         P, first_row = len(prompt), T
-        branch = 0 if layout == "packed" else _trunk(prompt, completions) - 1  # where branches begin
+        branch = 0 if layout == "packed" else _trunk(prompt, completions) - 1  # the position where branches begin
         if layout == "tree" and branch:
             tokens += (prompt[:branch], completions[0][: max(branch - P, 0)])
             for column, value in zip(segments, (0, 0, branch, T), strict=True):
@@ -230,7 +231,7 @@ def _packed(
 def _padded(
     prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
 ) -> dict[str, Any]:
-    """One row for each sequence."""
+    """Build the fields of a batch with one padded row for each sequence."""
     lengths = np.array([len(prompts[i]) + len(responses[i][k]) - 1 for i, k in slots])
     L = _multiple_of(min(multiple, _PADDED_MULTIPLE), int(lengths.max()))
     input_ids, place = np.zeros((len(slots), L), np.int64), np.arange(L)
@@ -261,9 +262,9 @@ def _targets(prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[i
 
 
 def _trunk(prompt: Sequence[int] | Ids, completions: Sequence[Sequence[int] | Ids]) -> int:
-    """Length of the sequences' common prefix; each completion keeps a token of its own. 1 if there is but one."""
+    """Return the length of the trunk, which leaves each completion a token of its own; 1 for a single completion."""
     if len(completions) == 1:
-        return 1  # a branch of its own from the start: nothing is shared
+        return 1  # nothing is shared
     first, n = completions[0], min(map(len, completions)) - 1
     for other in completions[1:]:
         if not n or first[0] != other[0]:  # the usual case, without making arrays of lists
@@ -274,7 +275,7 @@ def _trunk(prompt: Sequence[int] | Ids, completions: Sequence[Sequence[int] | Id
 
 
 def _ranges(starts: Ids, lengths: Ids) -> Ids:
-    """`[starts[0], starts[0] + 1, ...]` of each length, one after the other."""
+    """Concatenate the ranges `starts[i], starts[i] + 1, ...` of `lengths[i]` numbers each."""
     before = np.cumsum(lengths) - lengths
     ranges: Ids = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
     return ranges
@@ -288,7 +289,7 @@ def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor(list(accumulate(lengths, initial=0)))
 
 
-# Fields of the examples, checked
+# Reading the fields of examples, with checks
 
 
 def _field(example: Mapping[str, Any], field: str, where: str) -> Any:
@@ -354,7 +355,7 @@ def _same_as_first(field: str, given: bool, first: bool, where: str) -> None:
 
 
 def _numbers(pairs: list[tuple[str, Mapping[str, Any]]], field: str) -> list[float] | None:
-    """The examples' values of an optional field."""
+    """Return the examples' values of an optional field, or None if no example has it."""
     if not _in_all(pairs, field):
         return None
     wanted, allowed = _NUMBERS.get(field, _NUMBERS["margin"])
@@ -366,7 +367,7 @@ def _numbers(pairs: list[tuple[str, Mapping[str, Any]]], field: str) -> list[flo
 
 
 def _ref_token_logps(example: Mapping[str, Any], responses: list[Ids], where: str) -> list[np.ndarray[Any, Any]]:
-    """One array of float32 for each response."""
+    """Return one float32 array for each response."""
     lists = example["ref_token_logps"]
     lengths = [len(ids) for ids in responses]
     try:
@@ -374,7 +375,7 @@ def _ref_token_logps(example: Mapping[str, Any], responses: list[Ids], where: st
     except TypeError as error:
         raise ValueError(f"{where}: ref_token_logps must be a list of floats for each response: {error}") from error
     if (found := [len(each) for each in logps]) != lengths:
-        raise ValueError(f"{where}: ref_token_logps has lists of {found} values, but the responses {lengths} tokens")
+        raise ValueError(f"{where}: ref_token_logps has lists of {found} values, but responses have {lengths} tokens")
     if not all(np.isfinite(each).all() for each in logps):
         raise ValueError(f"{where}: ref_token_logps must be finite")
     return logps

@@ -1,4 +1,4 @@
-"""Datasets to token ids: kinds of rows, truncation, numbers that go with a row, and errors that name the row.
+"""Turn datasets into token ids: check, tokenise and truncate rows, and name the rows that are malformed.
 
 `fastdpo.data.rows` says what rows may look like. The result has the token columns of its kind,
 
@@ -8,8 +8,8 @@
 | ranked | `prompt_ids`, `ranked_ids` |
 | unpaired | `prompt_ids`, `completion_ids`, `label` and, where asked for, `kl_ids` |
 
-and `pair_index`, the row it came from. Completions end with EOS, or as their chat template ends a turn, unless they
-were cut. The columns `weight`, `margin`, `beta` and reference log-probs are carried along; all others are left behind.
+and `pair_index`, the number of the row it came from. Completions end with EOS, or as their chat template ends a turn,
+unless they were cut. The columns `weight`, `margin`, `beta` and reference log-probs are kept; all others are dropped.
 """
 
 import functools
@@ -35,12 +35,12 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 logger = logging.getLogger("fastdpo")
 
 RULES = 4
-"""Raised when rows come out otherwise: `datasets` keeps results on disk and knows a function by its name alone."""
+"""Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
-"""Columns that all rows of a stream have, or none."""
+"""Columns that either all rows of a stream must have, or none of them."""
 _LOOKED_AT = 20
-"""Rows whose columns are looked at before all are tokenised."""
+"""Number of rows that are searched for columns of unread prompt text, before all rows are tokenised."""
 
 
 def prepare_dataset(
@@ -61,25 +61,25 @@ def prepare_dataset(
     """Tokenise a dataset; rows that are already tokenised are only checked and cut.
 
     Args:
-        dataset: see the module's docstring.
+        dataset: rows as `fastdpo.data.rows` describes them, or rows with the token columns above.
         tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
-        max_length: longest prompt + completion, in tokens; the end is cut. None: no limit.
+        max_length: most tokens of prompt + completion; longer ones are cut at the end. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.
-        max_prompt_length: longest prompt; the start of longer ones is cut, but for a BOS token. None: no limit.
-        max_completion_length: longest completion; the end of longer ones is cut. None: no limit.
-        kind: of rows that the objective needs: `preference`, `ranked` or `unpaired`. A preference is also a ranking
-            of two, and two unpaired rows.
-        with_kl: give every unpaired row `kl_ids`, a completion that belongs to another prompt: that of the next row
-            with a different one, the last rows going on from the first.
+        max_prompt_length: most tokens of a prompt; longer ones are cut at the start, after a BOS token. None: no limit.
+        max_completion_length: most tokens of a completion; longer ones are cut at the end. None: no limit.
+        kind: the kind of rows that the objective needs: `preference`, `ranked` or `unpaired`. Preferences serve all
+            three: each is also a ranking of two responses, and two unpaired rows.
+        with_kl: give every unpaired row `kl_ids`, the completion of the next row with another prompt; after the last
+            row, the search goes on from the first.
         on_bad_row: "error" raises on malformed rows, "drop" leaves them out with a warning.
-        num_proc: processes used by `Dataset.map`.
+        num_proc: number of processes for `Dataset.map`.
         name: what errors, log lines and progress bars call this dataset.
-        show_example: log a summary of the dataset, with an example (True) or without (False). None: no summary.
+        show_example: log a summary of the dataset, with an example row (True) or without (False). None: no summary.
 
     Raises:
-        TypeError: not a `datasets` dataset.
-        ValueError: a column is missing or misnamed, the rows are of another kind, no row is left, no prompt differs
-            from another (with_kl), or (on_bad_row="error") rows are malformed; names the rows.
+        TypeError: `dataset` is not a `datasets` dataset.
+        ValueError: a column is missing or misnamed, the rows are of another kind, no row is left, all prompts are
+            the same (with_kl), or (on_bad_row="error") rows are malformed; the message names the rows.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -133,7 +133,7 @@ def prepare_dataset(
         show_example=show_example,
         is_silent=_is_silent(),
     )
-    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a process of map
+    trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a worker of map
     if is_stream:
         reporter.report_stream(trial)
         said: set[str] = set()
@@ -159,11 +159,11 @@ def _is_silent() -> bool:
 
 
 def unformatted(dataset: Any) -> Any:
-    """The dataset as plain Python values, whatever `with_format` made of them; columns it hid stay hidden."""
+    """Undo `with_format`, so that the dataset gives plain Python values; columns that it hid stay hidden."""
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)
     kind, shown = dataset.format["type"], dataset.format["columns"]
-    if kind == "custom":  # a transform of the user's makes the rows
+    if kind == "custom":  # the user's own transform makes the rows
         return dataset
     if shown != dataset.column_names:
         dataset = dataset.select_columns(shown)
@@ -183,12 +183,11 @@ def tokenize_row(
     columns: tuple[str, ...] | None = None,
     rules: int = RULES,
 ) -> dict[str, Any]:
-    """Token ids of one row of a kind, with `problem` saying why it can't be used, or empty.
+    """Tokenise one row of a kind; `problem` in the result says why the row can't be used, or is empty.
 
-    A problem that begins with "dropped:" is no fault of the row's (nothing of it is left to learn from). `notes` names
-    what was done to it, by the keys of
-    `fastdpo.data.summary.NOTES`. `as_ranked` returns a preference as a ranking of two. `columns` are those
-    of the first row.
+    A problem that begins with "dropped:" means that the row is well formed but has nothing to learn from. `notes` in
+    the result says what was done to the row, by keys of `fastdpo.data.summary.NOTES`. `as_ranked` returns a preference
+    as a ranking of two. `columns` are those of the first row.
     """
     result = _empty("ranked" if as_ranked else kind, row, index)
     notes: list[str] = result["notes"]
@@ -213,7 +212,7 @@ def tokenize_row(
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
 
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
-            keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models are lost without it
+            keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models need it
             prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]
             notes.append("prompt")
         room = math.inf if max_length is None else max_length - len(prompt)
@@ -225,7 +224,7 @@ def tokenize_row(
             responses = [ids[: int(room)] for ids in responses]
             notes.append("completion")
         if set(CUTS) & set(notes) and (given := REFERENCES.keys() & row.keys()):
-            raise BadRow(f"`{min(given)}` is of the whole row, but the row is too long and gets cut; raise the limits")
+            raise BadRow(f"`{min(given)}` belongs to the whole row, which is too long and gets cut; raise the limits")
     except BadRow as error:
         return result | dict.fromkeys(REFERENCES.keys() & row.keys()) | {"problem": str(error)}
     if len(responses) > 1 and all(ids == responses[0] for ids in responses):
@@ -237,7 +236,7 @@ def tokenize_row(
 
 
 def _features(kind: str, first: dict[str, Any]) -> Features:
-    """Types of what `tokenize_row` returns, so that they do not hang on the first rows."""
+    """Return the types of what `tokenize_row` returns, which `datasets` would otherwise infer from the first rows."""
     ids = List(Value("int64"))
     features = {column: ids for column in TOKEN_COLUMNS[kind]}
     if kind == "ranked":
@@ -254,11 +253,11 @@ def _features(kind: str, first: dict[str, Any]) -> Features:
 
 
 def _empty(kind: str, row: dict[str, Any], index: int) -> dict[str, Any]:
-    """What is returned of a row with a problem."""
+    """Return what `tokenize_row` returns for a row with a problem: the row's numbers, and no token ids."""
     kept: dict[str, Any] = dict.fromkeys(NUMBERS, (int, float)) | {"pair_index": (int,)}
     if kind == "unpaired":
         kept |= {"label": (bool,), "kl_ids": (list,)}
-    # None instead of a type that Arrow would refuse; the row has a problem then
+    # a value whose type Arrow would refuse becomes None; its row has a problem anyway
     carried = {c: row[c] if type(row[c]) in types else None for c, types in kept.items() if c in row}
     carried |= {column: row[column] for column in REFERENCES if column in row}
     ids: dict[str, Any] = {column: [] for column in TOKEN_COLUMNS[kind] if column != "label"}
@@ -266,7 +265,7 @@ def _empty(kind: str, row: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _check_fields(row: dict[str, Any], kind: str) -> None:
-    """Check what goes with the tokens."""
+    """Check the row's numbers, its label and its `pair_index`."""
     for field in NUMBERS:
         if field not in row:
             continue
@@ -315,7 +314,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _unpair(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Every preference as two rows with a label: the batch's chosen ones, then its rejected ones."""
+    """Turn preferences into rows with a label: first the batch's chosen responses, then its rejected ones."""
     chosen, rejected = batch.pop("chosen_ids"), batch.pop("rejected_ids")
     doubled = {column: values * 2 for column, values in batch.items() if column not in REFERENCES}
     label = [True] * len(chosen) + [False] * len(rejected)
@@ -327,7 +326,7 @@ def _add_kl(rows: Dataset, name: str, max_length: int | None) -> Dataset:
     if len(set(prompts)) == 1:
         raise ValueError(f"{name} dataset has one prompt only; the KL term needs completions of other prompts")
     following, other = [0] * len(prompts), 0
-    for i in reversed(range(2 * len(prompts) - 1)):  # twice around, so that the last rows know the first ones
+    for i in reversed(range(2 * len(prompts) - 1)):  # twice around, so that the last rows find the first ones
         i, after = i % len(prompts), (i + 1) % len(prompts)
         other = after if prompts[after] != prompts[i] else other
         following[i] = other
@@ -341,20 +340,20 @@ def _cut_kl(row: dict[str, Any], max_length: int) -> dict[str, Any]:
 
 
 def columns_of(train_dataset: Any, eval_dataset: Any) -> list[set[str]]:
-    """The columns of the training dataset, then those of each dataset to evaluate on."""
+    """Return the columns of the training dataset, then those of each evaluation dataset."""
     columns = [set(train_dataset.column_names or ())]
     each(eval_dataset, lambda rows, _: columns.append(set(rows.column_names or ())))
     return columns
 
 
 def preparer(args: Any, settings: Any, tokenizer: Any, vocab_size: int) -> Callable[..., Any]:
-    """`prepare_dataset` with the settings of a run; what is left to give is the dataset and its `name`.
+    """Return `prepare_dataset` with the settings of a run, to be called with only a dataset and its `name`.
 
     Args:
         args: a `fastdpo.DPOConfig`.
-        settings: of the objective, `fastdpo.loss.options.ObjectiveSettings`.
-        tokenizer: as of `prepare_dataset`.
-        vocab_size: as of `prepare_dataset`.
+        settings: the objective's `fastdpo.loss.options.ObjectiveSettings`.
+        tokenizer: as in `prepare_dataset`.
+        vocab_size: as in `prepare_dataset`.
     """
     return functools.partial(
         prepare_dataset,
@@ -372,7 +371,7 @@ def preparer(args: Any, settings: Any, tokenizer: Any, vocab_size: int) -> Calla
 
 
 def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:
-    """`function(rows, name)` of one dataset, called "eval", or of each in a dict of them; None of None."""
+    """Apply `function(rows, name)` to one dataset, named "eval", or to each in a dict of them; None stays None."""
     if isinstance(datasets, dict):
         return {name: function(rows, name) for name, rows in datasets.items()}
     return None if datasets is None else function(datasets, "eval")

@@ -1,8 +1,8 @@
-"""One dataset row to token ids: the three kinds of rows, each as text or as messages, and what is wrong with a row.
+"""Tokenise one dataset row of any kind, given as text or as messages, or say what is wrong with it.
 
 | kind | columns |
 |---|---|
-| preference | `chosen`, `rejected`, with or without `prompt`: without, the common start of the two is the prompt |
+| preference | `chosen`, `rejected` and, optionally, `prompt`: without it, the common start of the two is the prompt |
 | ranked | `prompt`, `responses`: a list of at least two, best first |
 | unpaired | `prompt`, `completion`, `label`: true where the completion is desirable |
 
@@ -45,14 +45,15 @@ _A_COPY = 12
 def tokenize(
     row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[list[int]], list[str]]:
-    """Ids of the prompt and of each response, and notes of what is odd about the row.
+    """Return the ids of the prompt and of each response, and notes on what is odd about the row.
 
-    Responses end with EOS, or as the chat template ends a turn. Each starts where it and the prompt alone part company.
-    Notes are "special" (text spells out a special token), "repeated" (responses repeated the prompt, and that copy
-    was left out) and "lost" (the chat template leaves out text of the prompt).
+    Responses end with EOS, or as the chat template ends a turn. They start at the first token in which the prompt alone
+    and the prompt with one of the responses differ. Notes are "special" (text spells out a special token), "repeated"
+    (responses repeated the prompt, and that copy was left out) and "lost" (the chat template leaves out text of the
+    prompt).
 
     Raises:
-        BadRow: the row is malformed, or text of it would reach no token.
+        BadRow: the row is malformed, or the chat template leaves out some of its text.
         ValueError: the tokenizer lacks an EOS token or a chat template.
     """
     prompt, responses, names, notes = _prompt_and_responses(row, kind)
@@ -77,11 +78,11 @@ def _encode_messages(
     tokenizer: PreTrainedTokenizerBase,
     notes: list[str],
 ) -> tuple[list[int], list[list[int]]]:
-    """Ids of the prompt and of the prompt with each response, as the chat template renders them."""
+    """Return the ids of the prompt and of the prompt with each response, as the chat template renders them."""
     tools, options = read_template_inputs(row)
     template = find_template(tokenizer, tools)
     options = {"tools": tools, **options}
-    if template is None:  # its own way to ids, which can't be looked into
+    if template is None:  # the tokenizer goes straight to ids, without a text to check
         options |= {"tokenize": True, "return_dict": True}
         start = render(prompt, "prompt", tokenizer, template, add_generation_prompt=True, **options)
         whole = [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
@@ -119,10 +120,10 @@ def _lost(field: str, text: str) -> BadRow:
 
 
 def read_ids(row: dict[str, Any], kind: str) -> tuple[list[int], list[list[int]]]:
-    """Prompt and responses of a row that is tokenised already.
+    """Return the prompt and the responses of a row that is tokenised already.
 
     Raises:
-        BadRow: they are not lists of ints.
+        BadRow: one of them is not a list of ints.
     """
     ids = {column: row[column] for column in TOKEN_COLUMNS[kind] if column != "label"}
     if kind == "ranked":
@@ -138,12 +139,12 @@ def read_ids(row: dict[str, Any], kind: str) -> tuple[list[int], list[list[int]]
 
 
 def response_names(kind: str, count: int) -> list[str]:
-    """What errors call the responses of a row."""
+    """Return the names by which errors call the responses of a row."""
     return [f"responses[{k}]" for k in range(count)] if kind == "ranked" else list(RAW_COLUMNS[kind][-2:])[:count]
 
 
 def _prompt_and_responses(row: dict[str, Any], kind: str) -> tuple[Any, list[Any], list[str], list[str]]:
-    """Prompt, responses, what to call these, and notes; an implicit or repeated prompt is split off."""
+    """Return prompt, responses, their names and notes; an implicit or repeated prompt is split off the responses."""
     if kind == "ranked":
         responses = row["responses"]
         if not isinstance(responses, list) or len(responses) < 2:
@@ -166,7 +167,8 @@ def _prompt_and_responses(row: dict[str, Any], kind: str) -> tuple[Any, list[Any
     if isinstance(prompt, str):
         if formats[0] == "messages":
             return *_join_text_prompt(prompt, responses, names, kind), names, []
-        # a short prompt may well be how an answer begins, as "Hi" is; bytes, for Chinese has no spaces to count
+        # an answer may begin with the words of a short prompt, such as "Hi", without repeating it; bytes are counted,
+        # because Chinese has no spaces between words
         if not all(response.startswith(prompt) for response in responses) or len(prompt.strip().encode()) < _A_COPY:
             return prompt, responses, names, []
         rest = [response[len(prompt) :] for response in responses]
@@ -175,7 +177,7 @@ def _prompt_and_responses(row: dict[str, Any], kind: str) -> tuple[Any, list[Any
             raise BadRow(f"`prompt` is messages but `{names[0]}` is text; make them alike")
         found = [without_prompt(prompt, response) or (prompt, response) for response in responses]
         if any(start != found[0][0] for start, _ in found):
-            raise BadRow(f"`prompt` is repeated by {' and '.join(map('`{}`'.format, names))}, but not alike")
+            raise BadRow(f"`prompt` is repeated by {' and '.join(map('`{}`'.format, names))}, but not in the same way")
         prompt, rest = found[0][0], [response for _, response in found]
         if rest == responses:
             return prompt, responses, names, []
@@ -190,15 +192,15 @@ def _format(value: str | list[Message]) -> str:
 
 
 def _split_implicit(responses: list[Any], names: list[str]) -> tuple[Any, list[Any]]:
-    """The common start of a pair, and what is left of each."""
+    """Split a pair into its common start, which is the implicit prompt, and the rest of each response."""
     chosen, rejected = responses
     start = common_prefix_length(chosen, rejected)
     if isinstance(chosen, str) and 0 < start < min(len(chosen), len(rejected)) and chosen[start - 1] == " ":
         start -= 1  # the space belongs to the completions, as tokenizers see it
     if not start:
         raise BadRow(
-            f"there is no `prompt`, and `{names[0]}` and `{names[1]}` have no common start to be one; add a column "
-            "`prompt` (where it is to be empty, of empty text)"
+            f"there is no `prompt`, and `{names[0]}` and `{names[1]}` have no common start to use as one; add a "
+            "column `prompt` (with empty text, if the prompts are empty)"
         )
     for name, response in zip(names, responses, strict=True):
         if not response[start:]:
@@ -209,9 +211,9 @@ def _split_implicit(responses: list[Any], names: list[str]) -> tuple[Any, list[A
 def _join_text_prompt(
     text: str, responses: list[list[Message]], names: list[str], kind: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """A text prompt beside messages: their first user turn, unless they have turns of the user's that repeat it.
+    """Make a text prompt the first user turn of messages, unless their own user turns already repeat it.
 
-    UltraFeedback has such a copy of the user turn, others one of the whole conversation so far.
+    UltraFeedback repeats the user turn like this; in other datasets the text is the whole conversation so far.
     """
     turn: Message = {"role": "user", "content": text}
     if all(response[0]["role"] == "assistant" for response in responses) and text.strip():
@@ -240,12 +242,12 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, field: str, **options
 
 
 def _encode_to_end(text: str, tokenizer: PreTrainedTokenizerBase, field: str) -> list[int]:
-    """Ids that end with EOS; but text that a chat template made ends as it ended the turn."""
+    """Return ids that end with EOS, unless the text already ends with it or as the chat template ends a turn."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token, so completions would have no end; set tokenizer.eos_token")
     ids = _encode(text, tokenizer, field)
-    template: Any = getattr(tokenizer, "chat_template", None)  # a tokenizer of the user's need not have any
+    template: Any = getattr(tokenizer, "chat_template", None)  # a user's own tokenizer may lack the attribute
     template = template.get("default") if isinstance(template, dict) else template
     ends = {tokenizer.eos_token, end_of_turn(tokenizer, template) if template else ""} - {""}
     return ids if ids[-1:] == [eos] or text.rstrip().endswith(tuple(ends)) else [*ids, eos]
@@ -283,6 +285,6 @@ def _warn_merged_boundary(end: str) -> None:
         logger.warning(
             "the prompt alone and prompt + completion are tokenised differently from %r on, so this end of the prompt "
             "counts as completion. End prompts on a token boundary, or use a chat template that renders both alike. "
-            "Said once; other rows are likely the same.",
+            "This warning appears once; other rows are likely the same.",
             end,
         )

@@ -1,11 +1,11 @@
-"""Batches by a budget of rows instead of a number of examples.
+"""Plan batches by a budget of rows instead of a number of examples.
 
 Each epoch is planned as a whole, the same on every process: the examples are shuffled, cut into windows, and packed
-first-fit-decreasing within each window; then batches are split until there are as many as in every other epoch, which
-is a multiple of the processes. So every example comes once an epoch, every process has the same number of batches,
-and the Trainer can count on the length. Batches of about as many rows go side by side onto the processes, which wait
-for each other. The plan depends on the sizes, the settings, the seed and the epoch alone: skipping the first batches
-of an epoch resumes it.
+first-fit-decreasing within each window. Then batches are split until every epoch has the same number of them, a
+multiple of the number of processes. So every example comes once per epoch, every process has the same number of
+batches, and the Trainer can rely on the length. Processes wait for each other in each step, so the batches of a step
+have about the same number of rows. The plan depends only on the sizes, the settings, the seed and the epoch; so a run
+resumes in the middle of an epoch by skipping its first batches.
 
 Shapes: N examples.
 """
@@ -28,26 +28,27 @@ from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of
 logger = logging.getLogger("fastdpo")
 
 MAX_NAMED_ROWS = 5
-_WINDOW = 1024  # examples, at least; small enough for the order to stay random
-_WINDOW_BATCHES = 64  # so that the one half-empty batch a window leaves is under a hundredth of them
-_MAX_PLANS = 8  # of their batches: later epochs repeat the examples of a batch, in another order of batches
+_WINDOW = 1024  # a window has at least this many examples, few enough for the order to stay random
+_WINDOW_BATCHES = 64  # and examples for about this many batches: its one half-empty batch is under a hundredth of them
+_MAX_PLANS = 8  # different ways to make batches; later epochs repeat them, with the batches in another order
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """One process' batches: lists of positions in the dataset.
+    """Sampler of one process' batches, which are lists of positions in the dataset.
 
     Args:
         sizes: `[N, 2]` int, see `example_sizes`.
         tokens_per_batch: most rows of a batch; an example that has more is a batch of its own.
-        batch_size: instead of `tokens_per_batch`, so many examples.
-        seed: of the shuffling, with the epoch.
-        epochs: how many epochs are meant to come; the length is that of the one with most batches.
-        rank: of this process.
+        batch_size: number of examples in a batch, instead of `tokens_per_batch`.
+        seed: seeds the shuffling, together with the epoch.
+        epochs: number of epochs to plan; all get as many batches as the one that needs most.
+        rank: number of this process.
         world_size: number of processes.
-        longest_first: the batches with most rows begin the first epoch, to run out of memory at once if at all.
+        longest_first: begin the first epoch with the largest batches, so that a run too large for memory fails at once.
 
     Raises:
-        ValueError: not exactly one of `tokens_per_batch` and `batch_size`, one that is not positive, or no examples.
+        ValueError: `tokens_per_batch` and `batch_size` are both given or both missing, or one is not positive, or
+            there are no examples.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class BudgetSampler(Sampler[list[int]]):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(sizes):
             raise ValueError("sizes must hold at least one example, got none")
-        self.batch_size = None  # of varying size: what accelerate reads here
+        self.batch_size = None  # accelerate reads this; None says that the size varies
         self._sizes, self._budget, self._count = sizes, tokens_per_batch, batch_size
         self._seed, self._plans = seed % 2**63, max(1, min(epochs, _MAX_PLANS))
         self._rank, self._world_size, self._longest_first = rank, world_size, longest_first
@@ -78,22 +79,22 @@ class BudgetSampler(Sampler[list[int]]):
         self._length = -(-most // world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration is of."""
+        """Choose the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of each process in each epoch."""
+        """Return the number of batches that each process has in each epoch."""
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The batches of this process in this epoch."""
+        """Iterate over the batches of this process in this epoch."""
         return iter(self.plan(self._epoch)[self._rank :: self._world_size])
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """Every process' batches, in the order in which they are dealt."""
+        """Return the batches of all processes, in the order in which they are dealt out."""
         batches = _split(self._fill(epoch % self._plans), self._length * self._world_size)
         rng = np.random.default_rng((self._seed, epoch, 1))
-        # groups of similar sizes, in random order, each dealt at random
+        # each step has a group of batches of similar size; the groups, and the batches in each, are in random order
         order = np.argsort([-_rows(self._sizes[batch]) for batch in batches], kind="stable")
         groups = rng.permuted(order.reshape(self._length, self._world_size), axis=1)
         turns = rng.permutation(self._length)
@@ -117,7 +118,7 @@ def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget:
     """Pack examples into batches, the largest first, each into the first batch that has room."""
     order = order[np.lexsort((-sizes[order, 0], -sizes[order, 1]))]
     batches: list[list[int]] = []
-    count, width = np.zeros((2, len(order)), np.int64)  # of each batch; the first example of each is the widest
+    count, width = np.zeros((2, len(order)), np.int64)  # of each batch, whose first example is the widest
     for i, (n, w) in zip(order.tolist(), sizes[order].tolist(), strict=True):
         room = (count[: len(batches)] + n) * width[: len(batches)] <= budget
         at = int(room.argmax()) if len(batches) else 0
@@ -131,7 +132,7 @@ def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget:
 
 
 def _split(batches: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the batches of most examples until there are so many; where all have one, some come twice."""
+    """Halve the batches with most examples until there are `count`; if all have one example, repeat some."""
     heap = [(-len(batch), i, batch) for i, batch in enumerate(batches)]
     heapq.heapify(heap)
     for i in range(len(batches), count):
@@ -147,15 +148,15 @@ def _rows(sizes: np.ndarray[Any, Any]) -> int:
 
 
 def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
-    """Read off a tokenised dataset what its examples add to a batch.
+    """Return what each example of a tokenised dataset adds to the size of a batch.
 
     Args:
-        dataset: with columns as in `fastdpo.shared_prefix_batch`.
+        dataset: its columns are those of `fastdpo.shared_prefix_batch`.
         layout: as in `fastdpo.shared_prefix_batch`.
 
     Returns:
-        `[N, 2]` int64: (rows, 1), or (responses, row length) of padded batches. A batch of some examples has the sum
-        of the first times the greatest of the second.
+        `[N, 2]` int64: (rows, 1), or, for padded batches, (responses, row length). The rows of a batch are the sum of
+        its examples' first numbers times the greatest of their second numbers.
     """
     kind = kind_of(dict.fromkeys(dataset.column_names))
     columns = [c for c in ("prompt_ids", *RESPONSE_FIELDS[kind]) if c in dataset.column_names]
@@ -176,14 +177,14 @@ def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
 
 
 def _as_lists(column: Any) -> list[Any]:
-    """Arrays of an Arrow column of (lists of) lists, without a copy of its numbers."""
+    """Return an Arrow column of (lists of) lists as arrays, without copying its numbers."""
     bounds = column.offsets.to_numpy()
     values = _as_lists(column.values) if hasattr(column.values, "offsets") else column.values.to_numpy()
     return [values[a:b] for a, b in pairwise(bounds)]
 
 
 def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
-    """The loader, or with `tokens_per_batch` or `longest_first` in a run's settings one of the batches they ask for."""
+    """Return the loader, rebuilt by `rebatch` if a run's settings have `tokens_per_batch` or `longest_first`."""
     if args.tokens_per_batch is None and not args.longest_first:
         return loader
     return rebatch(
@@ -211,21 +212,21 @@ def rebatch(
     world_size: int = 1,
     longest_first: bool = False,
 ) -> DataLoader[Any]:
-    """Give a `transformers.Trainer`'s loader the batches of a `BudgetSampler`; its collator and workers stay.
+    """Return a copy of a `transformers.Trainer`'s loader that takes its batches from a `BudgetSampler`.
 
     Args:
         loader: what `Trainer.get_train_dataloader` returned.
         layout: as in `fastdpo.shared_prefix_batch`.
-        tokens_per_batch: and all below: see `BudgetSampler`.
-        batch_size: see there.
-        seed: see there.
-        epochs: see there.
-        rank: see there.
-        world_size: see there.
-        longest_first: see there.
+        tokens_per_batch: this and all arguments below are as in `BudgetSampler`.
+        batch_size: as in `BudgetSampler`.
+        seed: as in `BudgetSampler`.
+        epochs: as in `BudgetSampler`.
+        rank: as in `BudgetSampler`.
+        world_size: as in `BudgetSampler`.
+        longest_first: as in `BudgetSampler`.
 
     Raises:
-        ValueError: the dataset is a stream, or as `BudgetSampler`.
+        ValueError: the dataset is a stream, or `BudgetSampler` refuses its arguments.
     """
     dataset: Any = loader.dataset
     if not isinstance(dataset, Dataset):
@@ -249,7 +250,7 @@ def rebatch(
     options = set(inspect.signature(DataLoader).parameters)
     options -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
     plain = DataLoader(dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in options})
-    # one process, as far as accelerate knows: the sampler has dealt already
+    # accelerate must not deal batches out to processes, as the sampler has done so; it is told of one process
     device = getattr(loader, "device", None)
     result: DataLoader[Any] = prepare_data_loader(
         plain, device, num_processes=1, process_index=0, put_on_device=device is not None

@@ -1,4 +1,4 @@
-"""What the log says of a dataset: a summary with one example, the rows that are left out, and what was done to others.
+"""Log what became of a dataset: a summary with one example, the rows that are dropped, and the rows that are changed.
 
 Counts come from Arrow's columns, not from a loop over the rows.
 """
@@ -22,14 +22,14 @@ MAX_NAMED_ROWS = 5
 NOTES = {
     "prompt": "have a prompt that is too long and cut at its start",
     "completion": "have a completion that is too long and cut at its end",
-    "special": "spell out a special token, which becomes the real one; fine if a chat template made the text",
-    "repeated": "repeat the prompt at the start of their responses, where it is left out",
+    "special": "spell out a special token, which is read as that token; fine if a chat template made the text",
+    "repeated": "repeat the prompt at the start of their responses; that copy is left out",
     "lost": "have text in their prompt that the chat template leaves out, such as the reasoning of an earlier answer",
 }
 CUTS = ("prompt", "completion")
 _SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
 _HEAD, _TAIL = 240, 120
-"""Characters that are shown of a longer text."""
+"""Numbers of characters that are shown from the start and from the end of a longer text."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,23 @@ class Reporter:
     name: str
     """What the log calls the dataset."""
     columns: list[str]
-    """Those it was given with."""
+    """Names of the columns it was given with."""
     kind: str
-    """Of its rows."""
+    """Kind of its rows."""
     limits: Mapping[str, int | None]
-    """The lengths that rows are cut to, by setting."""
+    """Lengths that rows are cut to, by name of the setting."""
     tokenizer: PreTrainedTokenizerBase
     on_bad_row: str
     show_example: bool | None
-    """Whether the summary has an example; None: there is no summary, and cut rows are told of by themselves."""
+    """Whether the summary has an example. None: there is no summary, and cut rows get warnings of their own."""
     is_silent: bool
     """Whether another process writes the log."""
 
     def report(self, rows: Dataset) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """Log what `tokenize_row` says of all rows; the numbers of those to keep.
+        """Log what `tokenize_row` says of all rows, and return the numbers of the rows to keep.
 
         Raises:
-            ValueError: no row is left, or (on_bad_row="error") rows are malformed; names the rows.
+            ValueError: no row is left, or (on_bad_row="error") rows are malformed; the message names the rows.
         """
         problems = rows.data.column("problem")
         kept = np.flatnonzero(pc.equal(problems, ""))
@@ -80,7 +80,7 @@ class Reporter:
         return kept
 
     def report_stream(self, first: Mapping[str, Any]) -> None:
-        """Log what can be said of a stream by its first row, as `tokenize_row` returns it."""
+        """Log what the first row of a stream, as `tokenize_row` returns it, tells about the stream."""
         if self.show_example is not None and not self.is_silent:
             lines = [f"{self.name} dataset: a stream, so its rows are not counted", *self._columns()]
             logger.info("%s", "\n".join([*lines, *([] if first["problem"] else self._example(first))]))
@@ -118,7 +118,7 @@ class Reporter:
             if column in rows.column_names:
                 ids = rows.data.column(column)
                 lengths = pc.list_value_length(pc.list_flatten(ids) if column == "ranked_ids" else ids).to_numpy()
-                lengths = lengths if column == "ranked_ids" else lengths[kept]  # what is left out has none
+                lengths = lengths if column == "ranked_ids" else lengths[kept]  # rows that are left out have no tokens
                 lines.append(f"  {name:10} {lengths.mean():,.1f} tokens on average, {lengths.max():,} at most")
         return lines
 
@@ -126,8 +126,8 @@ class Reporter:
         return [f"  columns    {describe_columns(self.columns, self.kind)}"]
 
     def _example(self, row: Mapping[str, Any]) -> list[str]:
-        """One row, decoded from its token ids."""
-        decode = getattr(self.tokenizer, "decode", None)  # rows that come as ids need no tokenizer that knows text
+        """Return the lines that show one row, decoded from its token ids."""
+        decode = getattr(self.tokenizer, "decode", None)  # for rows that come as ids, a tokenizer need not decode
         if not self.show_example or decode is None:
             return []
         responses = {name: row[column] for column, name in _SHOWN.items() if column in row and name != "prompt"}
@@ -137,7 +137,7 @@ class Reporter:
         lines.append(f"    {'prompt':10} {_shown(prompt)}")
         for name, ids in responses.items():
             whole = decode([*row["prompt_ids"], *ids])
-            # by itself, some tokenizers take the space from its start
+            # some tokenizers drop the space at the start of a response that is decoded alone
             text = whole[len(prompt) :] if whole.startswith(prompt) else decode(ids)
             lines.append(f"    {name:10} ⟦{_shown(text)}⟧")
         return lines
@@ -147,7 +147,7 @@ class Reporter:
 
 
 def report_streamed(row: Mapping[str, Any], name: str, on_bad_row: str, said: set[str]) -> bool:
-    """For streamed datasets: the reports of one row, when it comes by, and whether to keep it."""
+    """Log what `tokenize_row` says of one row of a stream when it is read, and return whether to keep the row."""
     problem, index = row["problem"], row["pair_index"]
     if problem and not problem.startswith("dropped: ") and on_bad_row == "error":
         raise ValueError(f"{name} dataset: row {index}: {problem}. Mend it, or set on_bad_row='drop'.")
@@ -160,7 +160,7 @@ def report_streamed(row: Mapping[str, Any], name: str, on_bad_row: str, said: se
 
 
 def _rows_by_note(notes: pa.ChunkedArray) -> dict[str, "np.ndarray[Any, np.dtype[np.int64]]"]:
-    """The numbers of the rows with each note."""
+    """Return the numbers of the rows with each note."""
     rows = np.repeat(np.arange(len(notes)), pc.list_value_length(notes).to_numpy())
     keys = pc.list_flatten(notes)
     found = {key: rows[pc.equal(keys, key).to_numpy()] for key in NOTES}
@@ -185,7 +185,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text on one line, its middle left out where it is long, with nothing in it that a terminal would obey."""
+    """Return text on one line, shortened in the middle if it is long, with control characters escaped."""
     if (rest := len(text) - _HEAD - _TAIL) > 0:
         return f"{_escape(text[:_HEAD])} [{rest:,} characters left out] {_escape(text[-_TAIL:])}"
     return _escape(text)

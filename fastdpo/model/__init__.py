@@ -1,1 +1,1 @@
-"""Running any causal language model on packed batches, or refusing it."""
+"""Run any causal language model on packed batches, or refuse it with a reason."""

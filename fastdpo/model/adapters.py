@@ -1,4 +1,4 @@
-"""PEFT's adapters: which can be trained, how one is put on, and how a policy answers without it, as its reference."""
+"""Check PEFT adapters, add one to a policy, and let a policy without its adapter answer as the reference."""
 
 import copy
 import logging
@@ -20,13 +20,13 @@ REF_ADAPTER = "ref"
 
 
 def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) -> Any:
-    """The policy with its adapter: a new one of `peft_config`, or the one it came with.
+    """Return the policy with its adapter: a new one made from `peft_config`, or the one that it came with.
 
-    `keeps_reference` keeps a copy as "ref", see `keep_ref_adapter`: of the latter, and of a new one that
-    changes the model before training (PiSSA, OLoRA, LoftQ, random).
+    `keeps_reference` keeps a copy of the adapter as "ref" (see `keep_ref_adapter`) if the policy came with it, or if
+    the new adapter changes the model before training (PiSSA, OLoRA, LoftQ, random).
 
     Raises:
-        ValueError: both are given, or the adapter can't be trained here.
+        ValueError: both are given, or the adapter can't be trained on packed batches.
         ImportError: `peft_config` is given and PEFT is not installed.
     """
     if is_peft_model(model):
@@ -72,13 +72,14 @@ def check_ref_adapter(model: Any, ref_model: Any, name: str) -> None:
 
 
 def check_adapter(config: Any) -> None:
-    """Refuse an adapter that packed batches have no place for.
+    """Refuse an adapter that cannot be trained on packed batches.
 
     Args:
         config: a `peft.PeftConfig`; None for a model without an adapter.
 
     Raises:
-        ValueError: it is none, or its effect on a token depends on more than the layers' inputs at that token.
+        ValueError: `config` is not a `peft.PeftConfig`, or the adapter's effect on a token depends on more than its
+            layers' inputs at that token.
     """
     if config is None:
         return
@@ -105,16 +106,17 @@ def check_adapter(config: Any) -> None:
 
 
 def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
-    """The model in PEFT's wrapper with a new adapter.
+    """Return the model in PEFT's wrapper with a new adapter.
 
     Args:
         model: a causal LM.
         config: a `peft.PeftConfig`.
-        keeps_reference: see that the policy can answer as the reference. That is the policy without the adapter where
-            this changes nothing yet, which is found by numbers but for plain LoRA; else a copy of the adapter.
+        keeps_reference: make sure that the policy can answer as the reference. If the new adapter does not change the
+            logits yet (always so for plain LoRA, tried on a few tokens otherwise), the reference is the policy without
+            the adapter; if it does, a copy of the adapter is kept for the reference.
 
     Raises:
-        ValueError: PEFT cannot add it, or nothing can serve as the reference.
+        ValueError: PEFT cannot add the adapter, or nothing can serve as the reference.
     """
     from peft import get_peft_model
 
@@ -139,7 +141,7 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
 
 @contextmanager
 def peft_is_older() -> Iterator[None]:
-    """Hide that PEFT reads a property by the name it had in an earlier transformers, which a user can't change."""
+    """Hide the warning that PEFT uses a property's name from an earlier transformers; users can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         yield
@@ -157,7 +159,7 @@ def keep_ref_adapter(model: Any) -> None:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA, OLoRA and others would take their start from the base weights again
     config.inference_mode = True  # AdaLoRA takes a second adapter only if that is frozen
-    failure = "it answers otherwise"
+    failure = "the copy answers differently"
     try:
         with warnings.catch_warnings(), _keeping_flags(model):
             warnings.filterwarnings("ignore", message=".*adapter")
@@ -177,7 +179,7 @@ def keep_ref_adapter(model: Any) -> None:
 
 @torch.no_grad()
 def _copy_adapter(model: Any, name: str) -> None:
-    """Give the adapter "ref" the tensors of the adapter `name`: those that have it as a part of their path."""
+    """Copy the tensors of the adapter `name`, which have this name in their path, to the adapter "ref"."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     for key, tensor in tensors.items():
         parts = key.split(".")
@@ -188,14 +190,14 @@ def _copy_adapter(model: Any, name: str) -> None:
 
 
 def _is_lora(config: Any) -> bool:
-    """Whether it is LoRA itself, of which it is known what it starts from and that it can be copied."""
+    """Whether the adapter is plain LoRA, whose effect at the start is known and which PEFT can copy."""
     from peft import LoraConfig
 
     return type(config) is LoraConfig
 
 
 def _starts_at(model: Any, base: Tensor) -> bool:
-    """Whether a new adapter answers `base`, but for float32's rounding, and switched off exactly that."""
+    """Whether the logits are `base` with a new adapter, up to float32 rounding, and exactly `base` without it."""
     on = _logits(model)
     with as_reference(model):
         off = _logits(model)
@@ -205,7 +207,7 @@ def _starts_at(model: Any, base: Tensor) -> bool:
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    """`[1, 8, V]` of eight tokens."""
+    """Return the logits `[1, 8, V]` of eight fixed tokens."""
     device = next(model.parameters()).device
     with evaluating(model):
         logits: Tensor = model(input_ids=torch.arange(1, 9, device=device)[None], use_cache=False).logits
@@ -213,7 +215,7 @@ def _logits(model: nn.Module) -> Tensor:
 
 
 def trained_without_adapter(model: Any) -> list[str]:
-    """Names of weights that train and that answer, too, where the adapters are off: PEFT freezes all others then."""
+    """Return the names of trained weights that still take part with the adapters off; PEFT freezes all others then."""
     with warnings.catch_warnings(), _keeping_flags(model):
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")
         with model.disable_adapter():
@@ -222,7 +224,7 @@ def trained_without_adapter(model: Any) -> list[str]:
 
 @contextmanager
 def _keeping_flags(model: nn.Module) -> Iterator[None]:
-    """PEFT trains all of the adapter that it switches on; afterwards only what was trained before is trained."""
+    """Restore every `requires_grad` after the block, because PEFT sets it for all of an adapter that it switches on."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
@@ -234,9 +236,9 @@ def _keeping_flags(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_reference(model: Any, adapter: str | None = None) -> Iterator[None]:
-    """Within it a PEFT model answers as the reference: with its `adapter` if it has one, else with none.
+    """Inside the block, a PEFT model answers as the reference: with `adapter` if it has that one, else with none.
 
-    `adapter` is "ref" if None; where training has a `ref_adapter_name`, give that.
+    `adapter` None stands for "ref"; if training has a `ref_adapter_name`, pass that name.
     """
     adapter = REF_ADAPTER if adapter is None else adapter
     with _keeping_flags(model):

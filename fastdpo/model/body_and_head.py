@@ -1,12 +1,13 @@
-"""The two parts of a causal language model, and what its logits are.
+"""Split a causal language model into body and head, and compute log-probs from the body's hidden states.
 
     logits = cap(scale * lm_head(decoder(input_ids)))        the fused head: known matmul, known transform
     logits = forward(decoder := the hidden states)           the model's own head, whatever it computes
 
-Where body and head are, and scale and cap, are read off the model and its config by the names that transformers
-uses. `probe` then compares both lines on a few rows of random hidden states, so a name that is not known here, a hook,
-or layers between body and head are noticed, and the model's own head is used instead: its own forward runs with the
-decoder answering with hidden states that are already there, in chunks of rows, each computed again in the backward.
+The body is the decoder, which outputs hidden states; the head is all that makes logits of them. Body, head, scale
+and cap are found in the model and its config by the names that transformers uses. `probe` then compares the two lines
+above on a few rows of random hidden states. If they differ, because of a name that this module does not know, a hook,
+or layers between body and head, the model's own head is used: its own forward runs with a decoder that returns the
+hidden states computed before, in chunks of rows, each computed again in the backward.
 
 Shapes: M rows, D hidden size, V vocabulary.
 """
@@ -25,34 +26,34 @@ from fastdpo.head.eager import Stats
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
 
 CHUNK_BYTES = 2**27
-"""Bound of the float32 logits of a chunk of rows of the model's own head."""
+"""Most bytes of float32 logits that the model's own head computes in one chunk of rows."""
 
 
 class Head(NamedTuple):
-    """Where the parts of a causal LM are, and what its logits go through after the matmul."""
+    """The parts of a causal LM, and what happens to its logits after the matmul."""
 
     decoder: nn.Module
-    """`decoder(input_ids=...)[0]` are the hidden states the head is applied to."""
+    """`decoder(input_ids=...)[0]` are the hidden states that the head is applied to."""
     lm_head: nn.Module | None
     """The module to call: a Linear, or PEFT's wrapper around copies of one. None: only the model's forward knows."""
     linears: tuple[nn.Module, ...]
-    """The Linears, or an adapter's wrappers of one, that calling `lm_head` may end in; empty where `own` says why."""
+    """The Linears (or an adapter's wrappers of one) that a call of `lm_head` may run; empty where `own` says why."""
     logit_scale: float
     """Factor of the raw logits."""
     softcap: float | None
-    """Bound c of c * tanh(logits / c), after the factor."""
+    """Bound c of c * tanh(logits / c), applied after the factor."""
     vocab: int | None
-    """So many tokens, from the first, have logits; None: all that the Linear has."""
+    """Only this many tokens, counted from the first, have logits; None: all rows of the Linear."""
     own: str | None
     """Why the model's own forward computes the logits; None where the fused op does."""
 
 
 def locate_head(model: Any, place: int = 0) -> Head:
-    """Find body and head as they are now: PEFT and FSDP replace them.
+    """Find body and head as they are now; PEFT and FSDP may replace them between two calls.
 
     Args:
         model: a causal LM of transformers, not PEFT's wrapper.
-        place: which of the modules that may be the decoder to take.
+        place: which of the possible decoders to take, one of `places`.
     """
     decoder = _decoders(model)[place]
     lm_head = model.get_output_embeddings()
@@ -61,7 +62,7 @@ def locate_head(model: Any, place: int = 0) -> Head:
 
 
 def outside(model: nn.Module, head: Head) -> str | None:
-    """Why the logits are more than the head's module makes of the body's output, judged by where the weights are."""
+    """Return a reason against the fused head, a tensor that is in neither body nor head; None if there is none."""
     parts = (head.decoder, head.lm_head)
     inside = {id(x) for part in parts if part for x in (*part.parameters(), *part.buffers())}
     for name, x in (*model.named_parameters(), *model.named_buffers()):
@@ -71,23 +72,23 @@ def outside(model: nn.Module, head: Head) -> str | None:
 
 
 def places(model: Any) -> range:
-    """All values of `place` that `locate_head` takes."""
+    """Return all values of `place` that `locate_head` takes."""
     return range(len(_decoders(model)))
 
 
 def _decoders(model: Any) -> list[nn.Module]:
-    """Modules that may be the decoder, the likeliest first."""
+    """Return the modules that may be the decoder, the likeliest first."""
     found = [model.get_decoder(), model.base_model, getattr(model, "model", None), getattr(model, "transformer", None)]
     if model.config.get_text_config() is not model.config:
-        found[:2] = found[1::-1]  # inside a body that also sees
-    others = {id(m): m for m in found if isinstance(m, nn.Module) and m is not model}  # Llama4 answers itself
+        found[:2] = found[1::-1]  # it is inside a body that also sees images
+    others = {id(m): m for m in found if isinstance(m, nn.Module) and m is not model}  # Llama4 returns itself
     return list(others.values())
 
 
 def _linears(lm_head: Any) -> tuple[tuple[nn.Module, ...], str | None]:
-    """Return the Linears whose call can be the fused op's, or why there is none."""
+    """Return the Linears whose call the fused op can replace, or why there are none."""
     if lm_head is None:
-        return (), "it has no output embeddings that it would name"
+        return (), "its get_output_embeddings() returns none"
     linears: list[Any] = [lm_head]
     found: tuple[nn.Module, ...] | None = None
     if not isinstance(lm_head, nn.Linear) and is_peft_available():
@@ -105,7 +106,7 @@ def _linears(lm_head: Any) -> tuple[tuple[nn.Module, ...], str | None]:
         elif isinstance(lm_head, ModulesToSaveWrapper):
             linears = [lm_head.original_module, *lm_head.modules_to_save.values()]
     for linear in linears:
-        # type(...).forward: quantized Linears are subclasses; FSDP's subclasses keep nn.Linear's
+        # quantized Linears are subclasses with a forward of their own; FSDP's subclasses keep that of nn.Linear
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not plain or "forward" in vars(linear):
             return (), f"its output embeddings are {type(linear).__name__}, not a plain nn.Linear"
@@ -113,7 +114,7 @@ def _linears(lm_head: Any) -> tuple[tuple[nn.Module, ...], str | None]:
 
 
 def _transform(config: Any) -> tuple[float, float | None, int | None]:
-    """Factor and soft-cap of the logits and their number, by the names the models of transformers 5.17 to 5.23 use."""
+    """Return factor, soft-cap and number of the logits, by the names that models of transformers 5.17 to 5.23 use."""
 
     def first(default: Any, *names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
@@ -131,9 +132,9 @@ def _transform(config: Any) -> tuple[float, float | None, int | None]:
 
 
 def fused_scores(head: Head, hidden: Tensor, targets: Tensor, with_stats: bool, **options: Any) -> Any:
-    """`[M]` log-probs (and `Stats`) by a call of the head's module, whose Linear computes the fused op meanwhile.
+    """Call the head's module while its Linear computes the fused op, and return `[M]` log-probs (and `Stats`).
 
-    So whatever hooks into modules (DDP, FSDP, ZeRO, PEFT) sees an ordinary forward.
+    To everything that hooks into modules (DDP, FSDP, ZeRO, PEFT), this is an ordinary forward.
     """
     op = linear_logprobs_with_stats if with_stats else linear_logprobs
     options |= {"logit_scale": head.logit_scale, "softcap": head.softcap}
@@ -158,12 +159,12 @@ def fused_scores(head: Head, hidden: Tensor, targets: Tensor, with_stats: bool, 
 def own_scores(
     model: Any, forward: Callable[..., Any], decoder: nn.Module, hidden: Tensor, targets: Tensor, with_stats: bool
 ) -> Any:
-    """`[M]` log-probs (and `Stats`) of the logits of the model's own forward, in chunks of rows.
+    """Return `[M]` log-probs (and `Stats`) from the logits of the model's own forward, in chunks of rows.
 
     Args:
         model: the causal LM.
         forward: its own forward, bound.
-        decoder: the module in it that answers with `hidden`.
+        decoder: its decoder, which returns `hidden` meanwhile.
         hidden: `[M, D]`.
         targets: `[M]`.
         with_stats: return `(logps, Stats)`, the statistics detached.
@@ -186,14 +187,14 @@ def own_scores(
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     parts = []
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        # nothing of a chunk's logits is kept
+        # the backward computes a chunk's logits again, so none are kept
         parts.append(checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t))
     logps, *stats = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return (logps, Stats(*stats)) if with_stats else logps
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]
-    """A decoder's outputs of which only the hidden states are known, and the router's logits where given."""
+    """A decoder's outputs that hold only the hidden states and, if given, the router's logits; all else is None."""
 
     router_logits: tuple[Tensor, ...] | None = None
 
@@ -204,7 +205,7 @@ class _Hidden(tuple):  # type: ignore[type-arg]
 
 
 def own_logits(forward: Callable[..., Any], decoder: nn.Module, hidden: Tensor) -> Tensor:
-    """`[M, V]`: what the model's own forward makes of hidden states `[M, D]`."""
+    """Return the logits `[M, V]` that the model's own forward computes from hidden states `[M, D]`."""
     output = own_outputs(forward, decoder, hidden)
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     if logits.ndim != 3 or logits.shape[:2] != (1, hidden.shape[0]):
@@ -220,7 +221,7 @@ def own_outputs(
     router_logits: tuple[Tensor, ...] | None = None,
     **options: Any,
 ) -> Any:
-    """What the model's own forward returns where its decoder answers `hidden` `[M, D]` and `router_logits`."""
+    """Run the model's own forward while its decoder returns `hidden` `[M, D]` and `router_logits`."""
     calls = []
 
     def answer(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +240,7 @@ def own_outputs(
 
 @torch.no_grad()
 def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | None, str | None]:
-    """Compare both heads on random hidden states, small and large, so that scale and soft-cap both show.
+    """Compare the fused head and the model's own on random hidden states, small and large, to test scale and soft-cap.
 
     Args:
         model: the causal LM, neither in training nor sharded.
@@ -247,12 +248,12 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
         head: what `locate_head` found.
 
     Returns:
-        Why the fused head is not the model's own, and why even the model's own can't be run on hidden states alone;
-        None where there is no reason.
+        The reason why the fused head differs from the model's own, and the reason why even the model's own can't be run
+        on hidden states alone. Either is None if it does not apply.
     """
     text = model.config.get_text_config()
     weight = next((x.weight for x in _leaves(head.linears) if head.own is None), None)
-    first = next(x for x in model.parameters() if x.is_floating_point())  # others are quantised
+    first = next(x for x in model.parameters() if x.is_floating_point())  # the others are quantised
     device, dtype = (first.device, first.dtype) if weight is None else (weight.device, weight.dtype)
     D = weight.shape[1] if weight is not None else getattr(text, "hidden_size", None)
     if D is None:
@@ -261,11 +262,11 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
     row = torch.randn(1, D, generator=generator).to(device, dtype)
     try:
         largest = own_logits(forward, head.decoder, row).abs().max().float()
-        # largest logits of 1 to 1000; norms in the head undo it, and are no concern of the fused one
+        # for largest logits of 1 to 1000; a norm in the model's own head undoes this, but the fused head has none
         sizes = torch.tensor([1.0, 10.0, 100.0, 1000.0], device=device)[:, None] / largest.clamp(min=1e-3)
         hidden = (row.float() * sizes.clamp(max=1e4)).to(dtype)
         logits = own_logits(forward, head.decoder, hidden)
-    except Exception as error:  # whatever a model's code raises when it is given less than it wants
+    except Exception as error:  # a model's code may raise anything when inputs are missing
         return None, f"its own forward does not run on hidden states alone: {error}"
     if head.own:
         return None, None
@@ -292,13 +293,13 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
 
 
 def can_probe(model: nn.Module) -> bool:
-    """Whether the weights are all there: neither sharded nor on the meta device."""
+    """Whether all weights are present, neither sharded nor on the meta device."""
     return all(x.numel() > 0 and not x.is_meta and type(x.data) is Tensor for x in model.parameters())
 
 
 @contextmanager
 def _computing(modules: tuple[nn.Module, ...], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it the modules compute `forward(module, ...)`, also where `module.compile()` has been called."""
+    """Inside the block, calls of the modules run `forward(module, ...)`, even after `module.compile()`."""
     before = [vars(module).get("forward") for module in modules]
     compiled = [module._compiled_call_impl for module in modules]
     for module in modules:
@@ -321,7 +322,7 @@ def _leaves(linears: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _low_rank(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What active adapters add to the head, as `hidden2 [N, R]` and `weight2 [V, R]` in the dtype of `hidden`."""
+    """Return what active adapters add to the head: `hidden2 [N, R]` and `weight2 [V, R]` in the dtype of `hidden`."""
     if isinstance(linear, nn.Linear) or linear.disable_adapters or linear.merged:
         return None
     add, names = (_lora, "lora_A") if hasattr(linear, "lora_A") else (_trained_tokens, "trainable_tokens_delta")
@@ -333,15 +334,16 @@ def _low_rank(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _lora(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`scaling * A(dropout(hidden))` and `B`."""
+    """Return `scaling * A(dropout(hidden))` and `B`."""
     a = linear.lora_A[name]
     return linear.scaling[name] * a(linear.lora_dropout[name](hidden.to(a.weight.dtype))), linear.lora_B[name].weight
 
 
 def _trained_tokens(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What the new rows of some tokens add to their logits, and which tokens they are.
+    """Return what the new rows of some tokens add to their logits, and which tokens these are.
 
-    The addition and what rounding it left, so that the logits of these tokens are as exact as the others in 16 bits.
+    What is added comes as its rounded value and the rounding error, so that in 16 bits the logits of these tokens are
+    as exact as the others.
     """
     weight, new = linear.get_base_layer().weight, linear.trainable_tokens_delta[name]
     tokens = torch.tensor(linear.token_indices[name]).to(weight.device, non_blocking=True)

@@ -1,6 +1,7 @@
-"""Which layout of a batch is exact on a model: the one place that decides it, from the model's class and config.
+"""Decide, from a model's class and config, which layout of a batch is exact on it. No other module decides this.
 
-`fastdpo.data.packing` makes the layouts; `fastdpo.model.self_check` confirms the choice by numbers on the model itself.
+A layout is exact if it gives the log-probs of each sequence alone, up to rounding. `fastdpo.data.packing` makes the
+layouts; `fastdpo.model.self_check` confirms the choice by numbers on the model itself.
 """
 
 import importlib
@@ -26,14 +27,14 @@ INSTALL = "pip install tree-recurrence"
 
 
 def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
-    """The best layout of batches that is exact on all `models`; `prefix_sharing` False: without shared prefixes."""
+    """Return the best layout that is exact on all `models`; `prefix_sharing=False` excludes those that share."""
     found = [layout_of(model) for model in models]
     layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
     if not prefix_sharing and layout in ("shared", "tree"):
         layout, reason = "packed", "prefix_sharing=False"
     padding = "batches are padded" if layout == "padded" else "batches hold no padding"
     if layout in ("shared", "tree"):
-        logger.info("%s, and what an example's responses have in common, as the prompt, is computed once", padding)
+        logger.info("%s, and what an example's responses share, such as the prompt, is computed once", padding)
     else:
         logger.info("%s, and a prompt is computed once for each of its responses, because %s", padding, reason)
     return layout
@@ -42,25 +43,25 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
 def layout_of(model: Any) -> tuple[Layout, str]:
     """Choose the best layout of a batch that is exact on a model: shared, tree, packed (nothing is shared) or padded.
 
-    Where it is "tree", the model's recurrent layers have been made to follow one (see `_follows_trees`).
+    If the answer is "tree", this call has also made the model's recurrent layers follow trees (see `_follows_trees`).
 
     Args:
-        model: a causal LM of transformers, or a PEFT model around one. Its dropout counts as it is set now.
+        model: a causal LM of transformers, or a PEFT model around one. The answer depends on its dropout as set now.
 
     Returns:
         The layout, and the reason in words.
 
     Raises:
-        ValueError: no layout is exact on it; names the class and the reason.
+        ValueError: no layout is exact on the model; the message names its class and the reason.
     """
     model = checked_model(model)
     if reason := only_padded(model):
         return "padded", reason
     if _attention_dropout(model):
-        return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches can"
+        return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches support"
     recurrent = has_state(model)
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        reason = "it uses dropout (disable_dropout=False), and a token computed once has one mask only"
+        reason = "it uses dropout (disable_dropout=False), and a token computed once can have only one mask"
         return "padded" if recurrent else "packed", reason
     if recurrent:
         return "tree", "its recurrent layers follow the batch's tree by tree-recurrence"
@@ -68,7 +69,7 @@ def layout_of(model: Any) -> tuple[Layout, str]:
 
 
 def checked_model(model: Any) -> Any:
-    """Return the causal LM inside, if any layout can be exact on it."""
+    """Return the causal LM inside PEFT's wrapper, or raise a ValueError if no layout can be exact on it."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise refusal(model, "it puts trained prompts before the tokens; use an adapter of its layers")
     model = unwrap(model)
@@ -80,23 +81,23 @@ def checked_model(model: Any) -> Any:
 
 
 def unwrap(model: Any) -> Any:
-    """The causal LM inside of PEFT's wrapper, or the model itself."""
+    """Return the causal LM inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def refusal(model: Any, reason: str) -> ValueError:
-    """The error of a model whose batches cannot be exact."""
+    """Return the error for a model that cannot run a batch exactly."""
     return ValueError(f"{type(model).__name__} cannot run these batches: {reason}")
 
 
 def has_state(model: Any) -> bool:
-    """Whether layers carry a state; LFM2's short convolutions are only to be told by the kinds of its layers."""
+    """Whether layers carry a state from token to token; LFM2's convolutions show only in the kinds of its layers."""
     unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
     return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
 
 
 def only_padded(model: PreTrainedModel) -> str | None:
-    """Why packed batches would not be exact on this model; None if they are."""
+    """Return why packed batches would not be exact on this model, or None if they are exact."""
     config: Any = model.config
     if config.get_text_config() is not config:
         return "it is not a decoder of text alone"
@@ -111,7 +112,7 @@ def only_padded(model: PreTrainedModel) -> str | None:
 
 
 def rope_limit(config: Any) -> tuple[int | None, str]:
-    """Length up to which a RoPE that changes with the length is the same for all, and its type; None: it never does."""
+    """Return the sequence length beyond which a RoPE changes with the length (None: it never does), and its type."""
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [p for p in rope.values() if isinstance(p, dict)] or [rope]:
@@ -124,10 +125,10 @@ def rope_limit(config: Any) -> tuple[int | None, str]:
 
 
 def _attention_dropout(model: nn.Module) -> bool:
-    """Whether attention weights may drop out: attention layers keep a number, or a module whose `p` they pass on.
+    """Whether attention weights may drop out; layers keep the probability as a number or as a module's `p`.
 
-    An attention layer's own modules count, but for those of the residual stream (GPT-2 names them so); what an adapter
-    puts into its projections is deeper and drops out hidden states.
+    Dropout modules directly inside an attention layer count, except those of the residual stream, which GPT-2 names so.
+    An adapter's dropout lies deeper, inside the projections, and acts on hidden states.
     """
     by_number = any(
         "dropout" in name and isinstance(value, float) and value > 0
@@ -143,13 +144,13 @@ def _attention_dropout(model: nn.Module) -> bool:
 
 
 def _follows_trees(model: Any) -> str | None:
-    """Make a model's recurrent layers follow trees.
+    """Make a model's recurrent layers follow the tree of each example, by the tree-recurrence package.
 
     Args:
         model: a causal LM of transformers, not PEFT's wrapper.
 
     Returns:
-        None where they do now; else why they don't.
+        None if they follow trees now, else the reason why they don't.
     """
     if importlib.util.find_spec("tree_recurrence") is None:
         return f"its layers carry a state from token to token ({INSTALL} may let them follow shared prompts)"

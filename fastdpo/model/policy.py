@@ -1,4 +1,4 @@
-"""The policy: loaded or built, wrapped in its adapter, and the layout of batches that is exact on it."""
+"""Load the policy and its tokenizer, or build a policy with random weights, and switch off its dropout."""
 
 import logging
 import re
@@ -15,16 +15,16 @@ from fastdpo.settings.failures import loading
 logger = logging.getLogger("fastdpo")
 
 _OF_MODEL = ("dtype", "attn_implementation", "experts_implementation")
-"""What `from_config` takes; all else is for the config."""
+"""The options that `from_config` takes; all others go to the config."""
 _BUILT = "_fastdpo_built"
-"""On a model that `model_init_kwargs` has been applied to."""
+"""The attribute that marks a model to which `build_policy` has applied `model_init_kwargs`."""
 
 
 def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
-    """The model itself, or the one of this name or path, in float32 unless `args.model_init_kwargs` says otherwise.
+    """Return the model, loaded in float32 (unless `args.model_init_kwargs` says otherwise) if it is a name or path.
 
-    An adapter's folder may hold the adapter that was its reference in training (`ref`, or `args.ref_adapter_name`) in
-    one of its own, as PEFT saves it; it is loaded too, frozen.
+    In the folder of an adapter, PEFT saves the adapter that was its reference in training (`ref`, or
+    `args.ref_adapter_name`) as a folder of its own. That adapter is loaded too, and frozen.
 
     Raises:
         ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown.
@@ -61,38 +61,38 @@ def _from_pretrained(model: str, args: Any) -> Any:
 
 
 def load_tokenizer(model: Any, args: Any) -> Any:
-    """The tokenizer beside the weights of a loaded model."""
+    """Load the tokenizer that lies beside the weights of a loaded model."""
     return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
 
 
 def smallest_vocab(*models: Any) -> int:
-    """Of the models that are there, the fewest entries: ids that all of them know are below it."""
+    """Return the fewest embedding rows of all models that are not None; ids below this number are known to all."""
     return min(int(model.get_input_embeddings().weight.shape[0]) for model in models if model is not None)
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """Of `from_pretrained`."""
+    """Return the options of `from_pretrained`."""
     assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
     return {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, in place; the config, which is saved, keeps what it said."""
+    """Set every dropout of the model to 0, in place; the model's config, which is saved with it, stays unchanged."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # attention layers keep theirs as a number
+        for name, value in vars(module).items():  # attention layers keep their dropout as a number
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def build_policy(config_name: str, args: Any) -> Any:
-    """A model with random weights of a config; float32, too, unless `args.model_init_kwargs` says otherwise.
+    """Build a model with random weights from a config, in float32 unless `args.model_init_kwargs` says otherwise.
 
-    What else `model_init_kwargs` holds goes to config and model.
+    The other entries of `model_init_kwargs` go to the config or to the model.
 
     Raises:
-        ValueError: `model_init_kwargs` holds what neither knows.
+        ValueError: neither the config nor the model knows an entry of `model_init_kwargs`.
     """
     options = _options(args)
     of_model = {name: options.pop(name) for name in _OF_MODEL if name in options}

@@ -1,13 +1,15 @@
-"""The balancing loss of a mixture's router, of a batch in any layout: Switch Transformer, https://arxiv.org/abs/2101.03961.
+"""Compute the balancing loss of a mixture-of-experts router, for a batch in any layout.
+
+The loss is that of the Switch Transformer, https://arxiv.org/abs/2101.03961:
 
     E * sum_e f_e P_e        f_e: tokens sent to expert e, P_e: mean probability of e, over all layers' tokens
 
-Both are means over the tokens of the full sequences, a prompt counted once for each of its responses. transformers
-takes them over the rows that the attention mask has, and multiplies by it; so a row that n responses share has n in
-its place, and the rows that fill up a batch have 0. The loss itself and its coefficient are the model's own.
+Both are means over the tokens of the full sequences, where a prompt counts once for each of its responses.
+transformers weights each row by its entry in the attention mask. So the mask passed here holds n for a row that n
+responses share, and 0 for the rows that fill up a batch. The loss itself and its coefficient are the model's own.
 
-The last token of a sequence predicts nothing, is in no batch, and does not count; a plain forward of the full
-sequences counts it too.
+The last token of a sequence predicts nothing, so it is in no batch and does not count; a plain forward of the full
+sequences does count it.
 
 Shapes: T rows, S segments, K key-path entries, R responses, D hidden size.
 """
@@ -26,14 +28,14 @@ logger = logging.getLogger("fastdpo")
 
 
 def coefficient(model: Any, given: float | None) -> float:
-    """The coefficient of a model's balancing loss; 0.0: there is none in the objective.
+    """Return the coefficient of a model's balancing loss; 0.0 means that the objective has no such loss.
 
     Args:
         model: a causal LM of transformers, not PEFT's wrapper.
-        given: by the user; None takes the model config's, as TRL does.
+        given: the user's coefficient; None takes that of the model's config, as TRL does.
 
     Raises:
-        ValueError: a coefficient was given for a model that computes no balancing loss; names its class.
+        ValueError: a coefficient was given for a model that computes no balancing loss; the message names its class.
     """
     config = model.config.get_text_config()
     takes = inspect.signature(type(model).forward).parameters
@@ -56,17 +58,17 @@ def coefficient(model: Any, given: float | None) -> float:
 def balancing_loss(
     forward: Callable[..., Any], decoder: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any], hidden: Tensor
 ) -> Tensor:
-    """Scalar: the balancing loss as the model's own forward makes it of its decoder's router logits.
+    """Return the balancing loss, a scalar, that the model's own forward computes from its decoder's router logits.
 
     Args:
-        forward: the causal LM's own, bound.
-        decoder: the module in it that ran the batch.
-        outputs: what it returned, once or for each padded row, with `output_router_logits=True`.
+        forward: the causal LM's own forward, bound.
+        decoder: the module of the causal LM that ran the batch.
+        outputs: what the decoder returned, once or for each padded row, with `output_router_logits=True`.
         batch: from `fastdpo.shared_prefix_batch`.
-        hidden: `[rows, D]`, of which the first stands in for what the forward's head wants.
+        hidden: `[rows, D]`; only the first row is used, as input of the forward's head.
 
     Raises:
-        ValueError: there are no router logits, none has a gradient, or the forward makes no loss of them.
+        ValueError: there are no router logits, none has a gradient, or the forward returns no loss.
     """
     logits = [getattr(each, "router_logits", None) for each in outputs]
     if all(logits):
@@ -85,7 +87,7 @@ def balancing_loss(
 
 
 def _multiplicity(batch: Mapping[str, Any]) -> Tensor:
-    """`[1, T]` float32: of how many full sequences a row of a packed batch is a token; on the device, without a sync.
+    """Count the full sequences that each row of a packed batch belongs to, `[1, T]` float32, without a device sync.
 
     The last target of a response is predicted from a segment whose key path is the whole sequence.
     """

@@ -1,11 +1,11 @@
-"""A causal language model as a body and a head, and the layouts of a batch that run through it exactly.
+"""Run a packed or padded batch through the body of a causal language model, and score its targets with the head.
 
     hidden    = decoder(batch)                          every row of a packed batch, or padded rows
-    logps[m]  = log p(target_ids[m] | hidden[logit_index[m]])      only where a token is scored, see
-    `fastdpo.model.body_and_head`
+    logps[m]  = log p(target_ids[m] | hidden[logit_index[m]])      only where a token is scored
 
-`patch_forward` puts this into the instance's own `forward`. Nothing of the model is cached: decoder and head are looked
-up on each call, for PEFT and FSDP replace them after patching.
+`fastdpo.model.body_and_head` computes the second line. `patch_forward` puts both into the instance's own `forward`.
+Nothing of the model is cached: decoder and head are looked up on each call, because PEFT and FSDP replace them after
+patching.
 
 Shapes: T rows of a packed batch, R padded rows of L tokens, M targets, D hidden size, V vocabulary.
 """
@@ -44,9 +44,9 @@ class TokenScores(NamedTuple):
     logps: Tensor
     """`[M]` float32, nats."""
     stats: Stats | None
-    """Statistics of each target's distribution, `[M]` each, detached, where `with_stats` asked for them."""
+    """Statistics of each target's distribution, `[M]` each, detached; None unless `with_stats` asked for them."""
     aux_loss: Tensor | None = None
-    """Scalar: the balancing loss of a mixture's router (`fastdpo.model.router`), where `with_aux_loss` asked for it."""
+    """Scalar, the balancing loss of `fastdpo.model.router`; None unless `with_aux_loss` asked for it."""
 
 
 class _Patch(NamedTuple):
@@ -62,14 +62,14 @@ class _Patch(NamedTuple):
 def find_head(model: Any) -> Head:
     """Find the body and the head of a model, and check that its batches can be scored.
 
-    The head is tried on a few random hidden states where the weights are there; what it can't follow is left to the
-    model's own forward, and `Head.own` says why.
+    Where all weights are present, the fused head is tried on a few random hidden states. If it differs from the model's
+    own head, the model's own forward will compute the logits, and `Head.own` says why.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
 
     Raises:
-        ValueError: no layout of a batch is exact on it; names the class and the reason.
+        ValueError: no layout of a batch is exact on the model; the message names its class and the reason.
     """
     return _find(model)[1]
 
@@ -78,21 +78,21 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
     """Let `model(**batch)` score a batch of `fastdpo.shared_prefix_batch`, and leave every other call as it was.
 
     A call with `logit_index` runs the batch without a cache and returns `TokenScores`; `with_stats=True` adds the
-    statistics, `with_aux_loss=True` a mixture's balancing loss. Fields that only the loss needs may be passed and are
-    ignored. All other calls, `generate()` included, run the model's own forward. Where batches can be packed, it is on
-    transformers' SDPA attention from now on, else on the attention it came with.
+    statistics, `with_aux_loss=True` the balancing loss of a mixture of experts. Fields that only the loss needs may be
+    passed and are ignored. All other calls, `generate()` included, run the model's own forward. From now on they use
+    transformers' SDPA attention if the model's batches can be packed, else the attention that the model came with.
 
     A `copy.deepcopy` of a patched model is patched too and independent of it. Patching again changes the options.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one; changed in place (the instance, not its class).
         impl: implementation of the head, see `fastdpo.linear_logprobs`.
-        backward: its backward, see `fastdpo.linear_logprobs`.
-        attention_backend: of packed batches, one of `fastdpo.model.attention.backends.BACKENDS`; "auto": the best that
-            a layer can have. A batch on a device that cannot have it raises a ValueError.
+        backward: backward of the head, see `fastdpo.linear_logprobs`.
+        attention_backend: for packed batches, one of `fastdpo.model.attention.backends.BACKENDS`; "auto" takes the best
+            that a layer can use. A batch on a device that cannot run the backend raises a ValueError.
 
     Raises:
-        ValueError: as `find_head`.
+        ValueError: as in `find_head`.
     """
     place, head = _find(model)
     model = unwrap(model)
@@ -118,7 +118,7 @@ def is_patched(model: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it nothing drops out; module by module as before afterwards."""
+    """Put the model into eval mode inside the block, and restore each module's own flag after it."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -181,7 +181,7 @@ def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = 
 def _packed_hidden(
     model: Any, decoder: nn.Module, batch: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Tensor, list[Any]]:
-    """`[T, D]` of one row of tokens, and what the decoder returned."""
+    """Return the hidden states `[T, D]` of one row of tokens, and what the decoder returned."""
     input_ids = batch["input_ids"]
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(f"input_ids of a packed batch must be [1, T], got {tuple(input_ids.shape)}")
@@ -195,7 +195,7 @@ def _packed_hidden(
     with registered.packing():
         outputs = decoder(
             input_ids=input_ids,
-            # unused; but without one transformers looks for sequences in position_ids, which waits for the device
+            # not used; but without it transformers looks for sequences in position_ids, which waits for the device
             attention_mask=torch.ones_like(input_ids),
             position_ids=batch["position_ids"],
             use_cache=False,
@@ -206,7 +206,7 @@ def _packed_hidden(
 
 
 def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
-    """Whether a branch's trunk is not a segment of its own, told without a look at the device."""
+    """Whether branches begin inside a segment (layout `shared`, not `tree`), without waiting for the device."""
     T, kv = batch["input_ids"].shape[1], batch["tree_kv_index"].shape[0]
     filled = batch.get("num_packed_tokens", T) < T
     segments = batch["tree_cu_seqlens_q"].shape[0] - 1 - filled
@@ -217,12 +217,12 @@ def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
 def _padded_hidden(
     model: Any, decoder: nn.Module, batch: dict[str, Any], options: dict[str, Any]
 ) -> tuple[Tensor, list[Any]]:
-    """`[R L, D]` of rows padded on the right, as an ordinary call of the decoder, and what that returned."""
+    """Return the hidden states `[R L, D]` of rows padded on the right, and what each call of the decoder returned."""
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
         shapes = tuple(input_ids.shape), tuple(attention_mask.shape)
         raise ValueError(f"input_ids and attention_mask of a padded batch must be [R, L], got {shapes[0]}, {shapes[1]}")
-    # positions are the model's own, which need not begin with 0 (RoBERTa), and right for right padding
+    # the model makes its own positions, which need not begin with 0 (RoBERTa) and are right for padding on the right
     options = {"use_cache": False, **options}
     accepted = inspect.signature(decoder.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -235,9 +235,9 @@ def _padded_hidden(
     if rope_type != "longrope":
         raise refusal(
             model,
-            f"beyond {limit} tokens its {rope_type} RoPE depends on the batches before; set max_length <= {limit}",
+            f"beyond {limit} tokens its {rope_type} RoPE depends on earlier batches; set max_length <= {limit}",
         )
-    # the longest row of a call chooses the frequencies for all
+    # the longest row of a call chooses the frequencies for all its rows, so each row has a call of its own
     position_ids = batch["position_ids"] * attention_mask
     rows = zip(input_ids.split(1), attention_mask.split(1), position_ids.split(1), strict=True)
     each = [decoder(input_ids=i, attention_mask=m, position_ids=p, **options) for i, m, p in rows]
@@ -248,7 +248,7 @@ def _padded_hidden(
 
 
 def _find(model: Any) -> tuple[int, Head]:
-    """Find the head and where the decoder is."""
+    """Find the head and the place of the decoder."""
     model = checked_model(model)
     tried = []
     for place in body_and_head.places(model):
@@ -261,7 +261,8 @@ def _find(model: Any) -> tuple[int, Head]:
             return place, head._replace(own=head.own or reason)
         tried.append(failure)
     head = body_and_head.locate_head(model)
-    if head.own is None and body_and_head.outside(model, head) is None:  # a forward that is not a class's own
+    # a forward that replaces the class's own may need more than hidden states; by its weights the fused head is right
+    if head.own is None and body_and_head.outside(model, head) is None:
         return 0, head
     raise refusal(model, tried[0])
 

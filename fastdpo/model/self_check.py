@@ -1,12 +1,13 @@
-"""The start-up check: on the user's own model and first batch, are the scores the model's own?
+"""Check before training, on the user's own model and first batch, that scores are those of the model's own forward.
 
-What `fastdpo.model.scoring_forward` knows of a model it knows from names, and a class may differ from its config's
-words. So before training three things are compared by numbers:
+`fastdpo.model.scoring_forward` knows a model only by the names in its class and config, which may mislead. So three
+things are checked by numbers:
 
-- the head: log-probs of up to 64 positions of the first batch, against a log-softmax of the logits of the model's own
-  forward on each of these sequences alone, cut after its positions (so a model that looks ahead shows);
-- the layout: two tiny pairs in the batch's layout, against the same pairs as padded rows;
-- the attention: every attention layer calls the registered function.
+- the head: the log-probs of up to 64 positions of the first batch are compared with a log-softmax of the logits of the
+  model's own forward on each sequence alone. The sequence is cut after these positions, which exposes a model that
+  looks ahead;
+- the layout: two tiny pairs in the batch's layout are compared with the same pairs as padded rows;
+- the attention: every attention layer must call the registered function.
 
 The bound of an error is derived from the dtype, or from how much the model's own log-probs change with padding.
 """
@@ -30,27 +31,27 @@ from fastdpo.model.layout import Layout, unwrap
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8
-# float32 rounds 1000 times finer
+# allowed errors, relative to 1 + the largest log-prob; that of float32 is about 1000 times its rounding
 _RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 logger = logging.getLogger("fastdpo")
 
 
 class SelfCheck(NamedTuple):
-    """What was compared; errors are the largest differences of log-probs, in nats."""
+    """The result of the check; errors are the largest differences of log-probs, in nats."""
 
     layout: Layout
-    """What is safe: the layout that was checked, or "padded" instead."""
+    """The layout that is exact: the one that was checked, or "padded" instead."""
     head_error: float
-    """Of scored positions of the batch against the model's own forward."""
+    """Error of scored positions of the batch, against the model's own forward."""
     layout_error: float
-    """Of two tiny pairs in the layout against padded rows; of padded rows against each sequence alone."""
+    """Error of two tiny pairs in the layout, against padded rows; if it is "padded", against each sequence alone."""
     bound: float
-    """Of both."""
+    """The bound of both errors."""
     attention_layers: int
     """How many attention layers called the registered function; padded rows need none."""
     reason: str = ""
-    """Why padded rows are used instead, where they are."""
+    """Why padded rows are used instead of the layout that was checked; empty if they are not."""
 
     def __str__(self) -> str:
         return (
@@ -60,11 +61,11 @@ class SelfCheck(NamedTuple):
 
 
 def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> Layout:
-    """`checked_layout` on the first examples of a trainer, the same on all processes.
+    """Run `checked_layout` on the first examples of a trainer; all processes get the same answer.
 
     Args:
-        trainer: its model is patched.
-        layout: the one hoped for.
+        trainer: a trainer whose model is patched.
+        layout: the layout to check.
         ref_model: the reference, where it is not a copy of the policy.
     """
     args: Any = trainer.args
@@ -72,7 +73,7 @@ def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> La
     models = [trainer.model, *([] if ref_model is None else [ref_model.to(args.device)])]
     with trainer.accelerator.autocast():
         layouts = [checked_layout(models, examples, layout, fallback=args.self_check == "fallback")]
-    broadcast_object_list(layouts)  # or rounding might let processes differ
+    broadcast_object_list(layouts)  # rounding might differ between processes
     return layouts[0]
 
 
@@ -84,11 +85,11 @@ def checked_layout(
     Args:
         models: the policy and, unless it is a copy of it, the reference; each as in `self_check`.
         examples: as in `fastdpo.shared_prefix_batch`.
-        layout: the one hoped for.
+        layout: the layout to check.
         fallback: as in `self_check`.
 
     Raises:
-        ValueError, FloatingPointError: as `self_check`.
+        ValueError, FloatingPointError: as in `self_check`.
     """
     for which, model in zip(("model", "reference"), models, strict=False):
         device = next(model.parameters()).device
@@ -111,15 +112,15 @@ def self_check(
     Args:
         model: a model that `fastdpo.model.scoring_forward.patch_forward` has patched, also inside a wrapper (PEFT, DDP,
             FSDP).
-        batch: of `fastdpo.shared_prefix_batch` with this layout, on the model's device.
-        layout: of the batch.
-        fallback: warn and answer "padded" where padded rows are right but this layout is not, instead of raising.
-        positions: of the batch, so many are compared with the model's own forward.
+        batch: from `fastdpo.shared_prefix_batch` with this layout, on the model's device.
+        layout: the layout of the batch.
+        fallback: if padded rows are exact but this layout is not, warn and return "padded" instead of raising.
+        positions: number of positions of the batch that are compared with the model's own forward.
 
     Raises:
-        ValueError: the scores are not the model's own; names the class, the numbers and what to do.
-        FloatingPointError: the model's own are not finite.
-        torch.OutOfMemoryError: whatever the layout.
+        ValueError: the scores are not the model's own; the message names the class, the numbers and what to do.
+        FloatingPointError: the model's own log-probs are not finite.
+        torch.OutOfMemoryError: memory runs out; `fallback` does not apply, because padded rows would take more.
     """
     device = batch["input_ids"].device
     name = _class_name(model)
@@ -137,10 +138,10 @@ def self_check(
         pairs = _tiny_pairs(batch["input_ids"])
         tiny_rows = shared_prefix_batch(pairs, layout="padded")
         tiny_alone, tiny_noise = _own_logps(model, _sequences(tiny_rows, 10**9, part=1), device)
-        # a model that is sure of the batch's tokens is not of these, and the larger log-probs are rounded by more
+        # a model that is sure of the batch's tokens is unsure of these, and larger log-probs have larger rounding
         noise, largest = max(noise, tiny_noise), float(torch.cat((alone, tiny_alone)).abs().max())
         rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + largest)
-        # what changes much more with padding than by rounding is no noise, but a model that sees the padding
+        # log-probs that padding changes much more than rounding does are no noise: the model sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 
         rows = shared_prefix_batch([_as_pair(*sequence) for sequence in sequences], layout="padded")
@@ -215,10 +216,10 @@ def _class_name(model: Any) -> str:
 
 
 def _sequences(batch: dict[str, Any], positions: int, part: int = 2) -> list[tuple[list[int], int]]:
-    """Sequences of a batch, first responses first, each with how many of its last tokens are scored.
+    """Return sequences of a batch, first responses first, each with the number of its last tokens that are scored.
 
-    Each is cut after the first half of its response (after one `part`-th of it), so that a model that looks at what
-    comes later does not score it as the batch does.
+    Each is cut after the first `1 / part` of its response, so that a model that looks ahead scores it differently from
+    the batch.
     """
     input_ids, logit_index, targets = (batch[name].cpu() for name in ("input_ids", "logit_index", "target_ids"))
     bounds = batch["cu_target"].tolist()
@@ -235,7 +236,7 @@ def _sequences(batch: dict[str, Any], positions: int, part: int = 2) -> list[tup
         else:
             cu_q, cu_k = batch["tree_cu_seqlens_q"].tolist(), batch["tree_cu_seqlens_k"].tolist()
             segment = next(s for s in range(len(cu_q) - 1) if cu_q[s] <= row < cu_q[s + 1])
-            # a segment's own rows end its path
+            # each path ends with its segment's own rows
             path = batch["tree_kv_index"].cpu()[cu_k[segment] : cu_k[segment + 1] - (cu_q[segment + 1] - 1 - row)]
             tokens = input_ids[0, path]
         sequences.append(([*tokens.tolist(), int(targets[end - 1])], end - start))
@@ -243,7 +244,7 @@ def _sequences(batch: dict[str, Any], positions: int, part: int = 2) -> list[tup
 
 
 def _first_positions(batch: dict[str, Any], sequences: list[tuple[list[int], int]]) -> dict[str, Any]:
-    """Fields that make a batch score the positions of `sequences` alone."""
+    """Return the fields that make a batch score only the positions of `sequences`."""
     starts = batch["cu_target"].tolist()
     index = torch.cat([torch.arange(s, s + n) for s, (_, n) in zip(starts, sequences, strict=False)])
     index = index.to(batch["logit_index"].device)
@@ -255,7 +256,7 @@ def _as_pair(ids: list[int], scored: int) -> dict[str, Any]:
 
 
 def _tiny_pairs(input_ids: Tensor) -> list[dict[str, Any]]:
-    """Two pairs of tokens that the batch has, with and without a common start of the responses."""
+    """Make two pairs from tokens of the batch, one without and one with a common start of the responses."""
     tokens = input_ids.flatten().cpu()
     generator = torch.Generator().manual_seed(0)
 
@@ -276,7 +277,7 @@ def _score(model: Any, batch: dict[str, Any], device: torch.device) -> Tensor:
 
 
 def _own_logps(model: Any, sequences: list[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, float]:
-    """Log-probs by the model's own forward on each sequence alone, and how much padding changes them."""
+    """Return log-probs by the model's own forward on each sequence alone, and how much padding changes them."""
     alone, noise = [], 0.0
     for ids, n in sequences:
         row = torch.tensor([ids[:-1]], device=device)
@@ -293,7 +294,7 @@ def _own_logps(model: Any, sequences: list[tuple[list[int], int]], device: torch
 
 
 def _keep(model: Any, n: int) -> dict[str, int]:
-    """The argument that spares logits of all but the last rows, where the model has one."""
+    """Return the argument that limits logits to the last `n` rows, if the model has one."""
     inner = _inner(model)
     return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
 
@@ -304,7 +305,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[tuple[dict[nn.Module, None], set[nn.Module]]]:
-    """Within it the dict collects the attention layers that run, the set those that call the registered function."""
+    """Inside the block, collect the attention layers that run and those that call the registered function."""
     ran: dict[nn.Module, None] = {}
     called: set[nn.Module] = set()
     ours = ALL_ATTENTION_FUNCTIONS[NAME]
@@ -326,7 +327,7 @@ def _watching(model: nn.Module) -> Iterator[tuple[dict[nn.Module, None], set[nn.
 
 
 def _attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules that are called an attention."""
+    """Return the innermost modules whose class is called an attention."""
 
     def is_attention(module: nn.Module) -> bool:
         return type(module).__name__.endswith("Attention")

@@ -1,1 +1,1 @@
-"""The reference: where it comes from, and what it said."""
+"""Find the reference, compute and cache its log-probs, and let it follow the policy."""

@@ -1,16 +1,16 @@
-"""A folder of per-token log-probs by the content they belong to, which survives kills, damage and company.
+"""Keep per-token log-probs in a folder, by the ids they belong to, safe from kills, damage and other processes.
 
-A shard is two files. The data is safetensors, so nothing read here can run code:
+A shard is two files. The data is safetensors, so reading it never runs code:
 
-    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32; entry i begins at o_i
+    shard-<id>.safetensors    keys [n, 32] uint8, offsets [n + 1] int64, logps [M] float32; entry i begins at offsets[i]
     shard-<id>.json           its manifest: sizes, and the SHA-256 of the data
 
-Both are written to a temporary name, fsynced and renamed, the manifest last: a shard is finished when it has one, and
-what a killed process leaves behind has none. Shards are never changed and their ids are random, so processes that fill
-a folder at once can only do some work twice. A shard that is not what its manifest says, or holds a value that is not
-finite, is removed with a warning; its entries are missing then, and no others.
+Both files are written to a temporary name, fsynced and renamed, the manifest last. A shard is finished when it has a
+manifest; what a killed process leaves behind has none. Shards are never changed and their ids are random, so processes
+that fill a folder at the same time can at worst do some work twice. A shard that differs from its manifest, or holds a
+value that is not finite, is removed with a warning; only its entries are missing then.
 
-Stands on numpy and safetensors alone.
+This module needs only numpy and safetensors.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from fastdpo.settings.files import write_file
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes may do the same work, and harm nothing
+except ImportError:  # Windows: two processes may do the same work, which does no harm
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("fastdpo")
 
 FORMAT = 1
-"""Raised when shards look different, or when a mended fault changes values: older ones are then not found."""
+"""Increase it when the format of shards or the values in them change, so that old shards are not found any more."""
 
 KEY_BYTES = 32
 _MANIFEST = re.compile(r"shard-[0-9a-f]{32}\.json")
 _LEFTOVER = re.compile(r"\.?shard-[0-9a-f]{32}\.(safetensors|(json|safetensors)(\.\d+)?\.tmp)")
-_STALE_SECONDS = 3600.0  # no process takes as long from one rename to the next
+_STALE_SECONDS = 3600.0  # no process takes this long between the renames of a shard's two files
 
 Logps: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -53,16 +53,16 @@ class _Damaged(Exception):
 
 
 def entry_key(prompt: Any, response: Any) -> bytes:
-    """`[32]` bytes that stand for a response (ids) to a prompt (ids): SHA-256 of both."""
+    """Return the 32 bytes that identify a response to a prompt, both given as ids: the SHA-256 of both."""
     prompt, response = np.asarray(prompt, "<i8"), np.asarray(response, "<i8")
     return hashlib.sha256(np.array([len(prompt)], "<i8").tobytes() + prompt.tobytes() + response.tobytes()).digest()
 
 
 class TokenCache:
-    """The finished shards of a folder, in memory, and a way to add one.
+    """The finished shards of a folder, held in memory, to which new shards can be added.
 
     Args:
-        folder: made when the first shard is written. None: nothing is read or written, entries live in memory.
+        folder: made when the first shard is written. None: no file is read or written, and entries live in memory only.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -83,11 +83,11 @@ class TokenCache:
         return len(self._entries)
 
     def refresh(self) -> None:
-        """Read the shards that were finished since, by whichever process."""
+        """Read the shards that any process has finished since the last call."""
         if self.folder is None or not self.folder.is_dir():
             return
         for manifest in sorted(self.folder.iterdir()):
-            # the data's name comes from the manifest's own, never from its text: nothing can point out of the folder
+            # the data's file name is made from the manifest's file name, not read in it, so it stays in the folder
             if not _MANIFEST.fullmatch(manifest.name) or manifest.name in self._read:
                 continue
             try:
@@ -100,11 +100,11 @@ class TokenCache:
                 _discard(manifest, str(damage))
 
     def add(self, entries: Mapping[bytes, Logps]) -> None:
-        """Keep `entries`, as one finished shard when this returns.
+        """Keep `entries`; when this returns, they are one finished shard.
 
         Raises:
-            ValueError: a key of another length, or a value that is not finite.
-            OSError: the shard can't be written; nothing unfinished is ever read.
+            ValueError: a key does not have 32 bytes, or a value is not finite.
+            OSError: the shard can't be written; an unfinished shard is never read.
         """
         for key, logps in entries.items():
             if len(key) != KEY_BYTES or not np.isfinite(logps).all():
@@ -115,7 +115,11 @@ class TokenCache:
 
     @contextlib.contextmanager
     def filling(self, share: str = "") -> Iterator[None]:
-        """Within it no other process fills the same share of the folder; freed by the system where one is killed."""
+        """Inside the block, no other process fills the same share of the folder.
+
+        A share is the part of the work that one of several processes does. The operating system frees the lock of a
+        killed process.
+        """
         if self.folder is None or fcntl is None:
             yield
             return
@@ -156,7 +160,7 @@ def _write_shard(folder: Path, entries: Mapping[bytes, Logps]) -> str:
 
 
 def _read_shard(manifest: Path) -> dict[bytes, Logps]:
-    """The entries of one shard, from the very bytes whose hash was checked."""
+    """Return the entries of one shard, read from the same bytes whose hash is checked."""
     data_path = manifest.with_suffix(".safetensors")
     if manifest.is_symlink() or data_path.is_symlink():
         raise _Damaged("it is a symbolic link")
@@ -169,7 +173,7 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
     if len(data) != size:
         raise _Damaged(f"it has {len(data)} bytes instead of {size}")
     if hashlib.sha256(data).hexdigest() != digest:
-        raise _Damaged("its SHA-256 is another")
+        raise _Damaged("its SHA-256 is not the manifest's")
     try:
         tensors = load(data)
         keys, offsets, logps = tensors["keys"], tensors["offsets"], tensors["logps"]
@@ -196,13 +200,13 @@ def _is(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _discard(manifest: Path, why: str) -> None:
-    logger.warning("reference cache: %s is damaged: %s. Its entries alone are computed again.", manifest, why)
+    logger.warning("reference cache: %s is damaged: %s. Only its entries are computed again.", manifest, why)
     manifest.unlink(missing_ok=True)
     manifest.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left unfinished, unless it is so new that one may still be at it."""
+    """Remove unfinished files of killed processes, but none so new that a process may still be writing it."""
     for path in folder.iterdir():
         if not _LEFTOVER.fullmatch(path.name) or path.with_suffix(".json").exists():
             continue

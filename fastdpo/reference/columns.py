@@ -1,4 +1,4 @@
-"""Reference log-probs of a trainer's datasets: whether the cache has them, and adding them."""
+"""Add reference log-probs to a trainer's datasets, and find out whether the cache already has all of them."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger("fastdpo")
 
 
 def is_complete(trainer: Trainer) -> bool:
-    """Whether the cache holds all that the policy, which is its own reference, says of the datasets."""
+    """Whether the cache holds the log-probs that the policy, as its own reference, gives all rows of the datasets."""
     args: Any = trainer.args
     if trainer.is_fsdp_enabled or args.sync_ref_model:
         return False
@@ -27,7 +27,7 @@ def is_complete(trainer: Trainer) -> bool:
     if trainer.is_world_process_zero():
         with _answering(trainer.model, trainer.model, None):
             held = [holds(datasets, trainer.model, folder=folder, autocast=options_of(args)["autocast"])]
-    broadcast_object_list(held)  # where another process lacks them, it computes them
+    broadcast_object_list(held)  # a process whose own cache lacks them computes them
     if held[0]:
         logger.info(
             "reference: log-probs of all rows are in %s, so the copy of the policy is not needed "
@@ -41,9 +41,10 @@ def add(trainer: Trainer, reference: Any, layout: Layout) -> None:
     """Add the reference's log-probs to the trainer's datasets, from the cache as far as it has them.
 
     Args:
-        trainer: its `train_dataset` and `eval_dataset` are replaced; those that came with values stay as they are.
-        reference: the model that answers; the trainer's own, not trained yet, is switched to its reference adapter.
-        layout: of the batches.
+        trainer: its `train_dataset` and `eval_dataset` are replaced, except those that came with reference log-probs.
+        reference: the model that answers. If it is the trainer's own PEFT model, it must not be trained yet, and it is
+            switched to its reference adapter.
+        layout: the layout of the batches.
     """
     args: Any = trainer.args
     options = options_of(args) | {
@@ -65,6 +66,6 @@ def add(trainer: Trainer, reference: Any, layout: Layout) -> None:
 
 
 def _answering(reference: Any, policy: Any, adapter: str | None) -> contextlib.AbstractContextManager[None]:
-    """Within it `reference` answers as the reference."""
+    """Inside the block, `reference` answers as the reference, also if it is the PEFT policy itself."""
     switched = reference is policy and adapters.is_peft_model(policy)
     return adapters.as_reference(policy, adapter) if switched else contextlib.nullcontext()

@@ -1,8 +1,8 @@
-"""What a model's log-probs depend on, as one key: its weights, its config and the precision it computes in.
+"""Compute one key of what a model's log-probs depend on: its weights, its config and the precision it computes in.
 
-Nothing else goes in, so a key is the same across losses, learning rates, names and folders. What is left out cannot be
-told from a model in memory, the libraries' versions and code of its own above all; `fastdpo.reference.precompute`
-therefore computes a few cached entries again before it believes them.
+Nothing else is in the key, so it is the same for all losses, learning rates, names and folders. Log-probs also depend
+on things that a model in memory does not show, above all the versions of libraries and the model's own code. Therefore
+`fastdpo.reference.precompute` computes a few cached entries again before it uses the cache.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from fastdpo.reference.cache import FORMAT
 
 _COSMETIC = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
-    *("dtype", "torch_dtype"),  # what the file asks for; the tensors say what they are
+    *("dtype", "torch_dtype"),  # the dtype that the file asks for; tensors count with their own dtype
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
@@ -27,19 +27,19 @@ _COSMETIC = {
     *("initializer_range", "initializer_factor", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
     *("chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "tie_word_embeddings"),
 }
-"""Config entries that no log-prob depends on. An entry that is not here counts, so an unknown one is never ignored."""
+"""Config entries that no log-prob depends on. All others count, so an unknown entry is never ignored."""
 
 
 def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str, dict[str, Any]]:
-    """The key of what `model` would answer now, and what the key is made of.
+    """Return the key of the log-probs that `model` would give now, and what the key is made of.
 
     Args:
         model: a causal LM, or a PEFT model. Adapters count as they are at this moment: off, or the active ones. With
             all of them off, the key is that of the model without any.
-        autocast: the dtype it will compute in under autocast; None where there is none.
+        autocast: the dtype that it will compute in under autocast; None if autocast is off.
 
     Returns:
-        64 hex digits, and the description that they are the SHA-256 of.
+        64 hex digits, and the description whose SHA-256 they are.
     """
     base = unwrap(model)
     skipped, renamed, scalings = _adapters(base)
@@ -64,7 +64,7 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
 
 
 def _numerics(config: Any) -> Any:
-    """A config without what is cosmetic, at any depth. Dropout is off wherever a reference is asked."""
+    """Return a config without cosmetic entries at any depth, and without dropout, which is off for a reference."""
     if not isinstance(config, dict):
         return config
     return {
@@ -75,14 +75,14 @@ def _numerics(config: Any) -> Any:
 
 
 def _matmul_precision(device: str) -> str:
-    """How float32 matmuls are computed: exactly, or in TF32 or bf16."""
+    """Return how float32 matmuls are computed: in float32 ("ieee"), or in TF32 or bf16."""
     backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     precision = str(backend.matmul.fp32_precision)
     return "ieee" if precision == "none" else precision
 
 
 def _tensors(base: Any, skipped: set[str], renamed: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that take part, by the name they would have in a model without adapters."""
+    """Yield parameters and buffers that take part, by the name they would have in a model without adapters."""
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         if any(name.startswith(prefix) for prefix in skipped):
             continue
@@ -94,7 +94,7 @@ def _tensors(base: Any, skipped: set[str], renamed: dict[str, str]) -> Iterator[
 
 
 def _adapters(base: Any) -> tuple[set[str], dict[str, str], dict[str, float]]:
-    """Prefixes of tensors that take no part, new prefixes of those that do, and the factors of active adapters."""
+    """Return the prefixes of tensors that take no part, new prefixes of others, and the factors of active adapters."""
     skipped: set[str] = set()
     renamed: dict[str, str] = {}
     scalings: dict[str, float] = {}

@@ -1,8 +1,9 @@
-"""What the reference says of every response of a dataset, computed once in large batches and kept on disk.
+"""Compute the reference's log-probs of every response of a dataset once, in large batches, and keep them on disk.
 
-Each response is looked up in a `TokenCache` by its token ids; what is missing is scored by the packed forward that
-training uses, longest first, and written in shards as it comes. On one machine's CPU the values are those that training
-would have computed, bit for bit, however either was batched; `tests/reference/test_precompute.py` says in which bounds.
+Each response is looked up in a `TokenCache` by its token ids. Missing responses are scored by the packed forward that
+training uses, the longest first, and written in shards as they come. On the CPU of one machine, the values are bit for
+bit those that training would have computed in batches of at least `MIN_TARGETS` completion tokens, however either was
+batched; `tests/reference/test_precompute.py` checks this, and bounds the error of smaller batches.
 """
 
 import json
@@ -27,9 +28,9 @@ logger = logging.getLogger("fastdpo")
 
 COLUMN = "ref_token_logps"
 TOKENS_PER_BATCH = 16384
-TOKENS_PER_SHARD = 1 << 19  # 2 MiB: minutes of work of a large model, and a thousand shards are a billion tokens
+TOKENS_PER_SHARD = 1 << 19  # 2 MiB: minutes of work of a large model; a thousand shards hold half a billion tokens
 MIN_TARGETS = 16
-"""A head of fewer rows is another algorithm in the CPU's BLAS, and rounds otherwise."""
+"""For a head of fewer rows, the CPU's BLAS uses another algorithm, which rounds differently."""
 _CHECKED_ENTRIES = 4
 
 
@@ -44,7 +45,7 @@ class Item(NamedTuple):
     """One `entry_key` for each response."""
 
     def example(self) -> dict[str, Any]:
-        """The responses as one tokenised example; they share what they have in common."""
+        """Return the responses as one tokenised example, so that what they have in common is computed once."""
         example: dict[str, Any] = {"prompt_ids": self.prompt, "pair_index": self.row}
         if len(self.responses) == 1:
             return example | {"completion_ids": self.responses[0], "label": True}
@@ -52,21 +53,22 @@ class Item(NamedTuple):
 
 
 def reference_folder(folder: str | None) -> Path:
-    """Where the cache is: `folder`, else "reference" in $FASTDPO_CACHE or ~/.cache/fastdpo."""
+    """Return the folder of the cache: `folder`, else "reference" in $FASTDPO_CACHE or ~/.cache/fastdpo."""
     return Path(folder) if folder else cache_home() / "reference"
 
 
 def with_reference(dataset: Dataset, model: Any, *, folder: Path | str | None, **options: Any) -> Dataset:
-    """`dataset` with a column `ref_token_logps`: for each response of a row, a float32 list as long as the response.
+    """Return `dataset` with a column `ref_token_logps`: for each response of a row, one float32 number per token.
 
     Args:
         dataset: tokenised rows of any kind, see `fastdpo.shared_prefix_batch`.
-        model: what answers as the reference; a PEFT policy inside `as_reference`. Unwrapped, on its device.
-        folder: the cache; values of all models and datasets may live in one. None: keep nothing.
+        model: the model that answers as the reference, unwrapped and on its device; a PEFT policy inside
+            `as_reference`.
+        folder: the cache; one folder may hold values of many models and datasets. None: keep nothing.
         **options: as in `token_logps`.
 
     Raises:
-        ValueError, FloatingPointError: as `token_logps`.
+        ValueError, FloatingPointError: as in `token_logps`.
     """
     values = token_logps(dataset, model, folder=folder, **options)
     flat = [logps for row in values for logps in row]
@@ -94,27 +96,28 @@ def token_logps(
     wait_for_everyone: Callable[[], None] = lambda: None,
     disable_tqdm: bool = False,
 ) -> list[list[Logps]]:
-    """The log-probs that `model` gives each token of each response, in nats, from the cache where it has them.
+    """Return the log-probs that `model` gives each token of each response, in nats, from the cache if it has them.
 
     Args:
         dataset: tokenised rows of any kind, see `fastdpo.shared_prefix_batch`.
-        model: a causal LM, or a PEFT model whose adapters are as they should be; patched if it is not yet.
+        model: a causal LM, or a PEFT model with the right adapters switched on; patched if it is not yet.
         folder: the cache; None: keep nothing.
-        layout: of the batches, see `fastdpo.shared_prefix_batch`; one that is exact on the model.
-        tokens_per_batch: rows that a batch may have; one example with more is a batch of its own.
-        examples_per_batch: in place of the former, how many examples a batch has.
-        autocast: the dtype of autocast in training; None where it is off.
+        layout: the layout of the batches, see `fastdpo.shared_prefix_batch`; it must be exact on the model.
+        tokens_per_batch: most rows of a batch; an example that has more is a batch of its own.
+        examples_per_batch: number of examples in a batch, instead of `tokens_per_batch`.
+        autocast: the dtype of autocast in training; None if it is off.
         name: what errors and the progress bar call the dataset.
-        process_index: this process among those that share the work.
-        num_processes: how many share it; each computes a part, and reads the others' from `folder`.
-        wait_for_everyone: returns when all of these processes have called it.
-        disable_tqdm: no progress bar.
+        process_index: number of this process among those that share the work.
+        num_processes: number of processes that share the work; each computes its share, and reads all others from
+            `folder`.
+        wait_for_everyone: a function that returns when all of these processes have called it.
+        disable_tqdm: show no progress bar.
 
     Returns:
-        One list per dataset row, of one `[tokens]` float32 array per response.
+        One list per dataset row, with one `[tokens]` float32 array per response.
 
     Raises:
-        ValueError: the dataset is streamed, or cached values are not what the model says.
+        ValueError: the dataset is streamed, or cached values differ from what the model says now.
         FloatingPointError: a log-prob is not finite; names the dataset row.
     """
     if not isinstance(dataset, Dataset):
@@ -136,24 +139,24 @@ def token_logps(
             _check(cache, known, model, name, options)
         share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
         with cache.filling(share):
-            # by length, which no other process changes while this one looks: the shares do not overlap
+            # shares are cut from all items by length, which no other process can change, so they do not overlap
             by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
             batches = _batches(_missing(by_length[process_index::num_processes], cache), layout, budget)
             _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options)
         wait_for_everyone()
         cache.refresh()
-        # nothing, unless another process failed or writes to a disk of its own
+        # this computes nothing, unless another process failed or writes to a disk of its own
         _fill(cache, _batches(_missing(items, cache), layout, budget), model, name, disable_tqdm, options)
     return [[cache[key] for key in item.keys] for item in items]
 
 
 def holds(datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: torch.dtype | None) -> bool:
-    """Whether the cache has every value that `token_logps` would return of each of `datasets`.
+    """Whether the cache has every value that `token_logps` would return for each of `datasets`.
 
     Nothing is computed or written; weights are hashed only where the folder holds some model's values.
 
     Args:
-        datasets: tokenised; one that is streamed is never held.
+        datasets: tokenised datasets; if one of them is streamed, the answer is False.
         model: as in `token_logps`.
         folder: the cache.
         autocast: as in `token_logps`.
@@ -193,7 +196,7 @@ def _items(dataset: Dataset) -> Iterator[Item]:
 
 
 def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
-    """What is not in the cache, each response once."""
+    """Return the responses that are not in the cache, each of them once."""
     seen: set[bytes] = set()
     rest = []
     for item in items:
@@ -208,9 +211,9 @@ def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
 
 
 def _batches(items: Sequence[Item], layout: str, budget: tuple[int, int]) -> list[list[Item]]:
-    """Items of like length together, the longest first: a batch that does not fit into memory fails at once.
+    """Put items of similar length together, the longest first, so that a batch too large for memory fails at once.
 
-    `budget` is (1, examples) or (0, rows) of a batch.
+    `budget` is (1, most examples of a batch) or (0, most rows of a batch).
     """
     counts_examples, most = budget
     sized = sorted(((rows_of(item.example(), layout), item) for item in items), key=lambda pair: -pair[0])
@@ -259,14 +262,14 @@ def _fill(
 def score_batch(
     model: Any, items: Sequence[Item], name: str, *, layout: str, autocast: torch.dtype | None
 ) -> dict[bytes, Logps]:
-    """Score the items in one packed batch, or in several where a layout needs it."""
+    """Score the items in one batch of this layout."""
     device = next(model.parameters()).device
     examples = [item.example() for item in items]
-    # repeated where they are few tokens, so that the head has its usual algorithm
+    # few tokens are repeated up to MIN_TARGETS, so that the head uses its usual algorithm
     tokens = sum(len(response) for item in items for response in item.responses)
     batch = shared_prefix_batch(examples * -(-MIN_TARGETS // tokens), layout=layout)
     bounds = batch["cu_target"].tolist()
-    # unpaired examples have one response each, in their order
+    # examples with one response each keep the order of the items
     index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
     batch.pop("label", None)
     batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
@@ -286,9 +289,9 @@ def score_batch(
 
 
 def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, options: dict[str, Any]) -> None:
-    """Compute a few cached values again: what the key can't see (libraries, a model's own code) must not have changed.
+    """Compute a few cached values again, to find changes that the key can't see (libraries, a model's own code).
 
-    Rounding may differ, between machines above all; a change of the model does not hide in that.
+    Rounding may differ, above all between machines; the bound allows this, but not a change of the model.
     """
     singles = [item for item in known if len(item.responses) == 1]
     sample = sorted(singles or known, key=lambda item: sum(map(len, item.responses)))[:_CHECKED_ENTRIES]
@@ -299,13 +302,14 @@ def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, opti
         if error > bound:
             raise ValueError(
                 f"reference cache {cache.folder}: cached log-probs are {error:.2g} nats per token from what the model "
-                "says now, with the same weights and config; was another version of transformers or of the model's "
-                "code at work? Remove that folder and they are computed anew, or set precompute_ref_log_probs=False."
+                "says now, with the same weights and config; another version of transformers or of the model's code "
+                "may have computed them. Remove that folder to compute them anew, or set "
+                "precompute_ref_log_probs=False."
             )
 
 
 def options_of(args: Any) -> dict[str, Any]:
-    """The options of `token_logps` that a `DPOConfig` sets."""
+    """Return the options of `token_logps` that a `DPOConfig` sets."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     options: dict[str, Any] = {
         "autocast": autocast,
@@ -313,5 +317,5 @@ def options_of(args: Any) -> dict[str, Any]:
         "disable_tqdm": bool(args.disable_tqdm),
     }
     if tokens := args.tokens_per_batch:
-        options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward more fits
+        options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward, larger batches fit
     return options

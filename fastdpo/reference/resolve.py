@@ -1,4 +1,4 @@
-"""The reference policy: where it comes from."""
+"""Find the reference, the frozen model that training compares the policy with."""
 
 import copy
 import logging
@@ -26,22 +26,22 @@ def resolve_reference(
     needs_reference: bool = True,
     copies: bool = True,
 ) -> PreTrainedModel | None:
-    """The frozen model to compare with; None where there is none, or where the policy serves, through `as_reference`.
+    """Return the frozen reference; None if there is none, or if the policy serves as its own through `as_reference`.
 
-    - a model given: used as it is;
-    - PEFT, none given: the policy with its adapters off. An adapter that was trained before, or that does not start
-      as the identity, has been copied to one named "ref" by `keep_ref_adapter` or `add_adapter`, so that training
-      starts at the reference;
-    - PEFT with an adapter called `ref_adapter_name`: the policy with that one instead of its own;
-    - full fine-tuning, none given: a copy of the policy as passed, never read from disk again;
-      (`copies` False: nothing, for all that is asked of the reference is known before training);
-    - an objective that `needs_reference` not: nothing is copied or kept.
+    - A model is given: it is used as it is.
+    - PEFT, and no model is given: the policy with its adapters off. An adapter that was trained before, or that does
+      not start as the identity, has been copied to one named "ref" by `keep_ref_adapter` or `add_adapter`, and the
+      policy with this copy is the reference, so that training starts at the reference.
+    - PEFT with an adapter called `ref_adapter_name`: the policy with that adapter instead of its own.
+    - Full fine-tuning, and no model is given: a copy of the policy as passed; nothing is read from disk again. With
+      `copies=False` there is no copy, because the reference's log-probs are all known before training.
+    - The objective needs no reference (`needs_reference=False`): nothing is copied or kept.
 
     Call it before anything patches `model`.
 
     Raises:
         ValueError: nothing of `model` trains, `ref_model` is `model`, weights outside the adapters train and no
-            reference is given, the named adapter can't serve, or a reference is given that nothing would ask.
+            reference is given, the named adapter can't serve, or the objective does not use the reference given.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -78,7 +78,7 @@ def resolve_reference(
 
 
 def prepare_reference(accelerator: Accelerator, ref_model: Any) -> Any:
-    """The frozen reference on its device, sharded as the policy will be."""
+    """Return the frozen reference on its device, sharded as the policy will be."""
     if accelerator.is_fsdp2:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 

@@ -1,4 +1,4 @@
-"""TR-DPO: a reference that follows the policy, https://arxiv.org/abs/2404.09656."""
+"""Let the reference follow the policy during training: TR-DPO, https://arxiv.org/abs/2404.09656."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ FILE = "reference.safetensors"
 
 
 def sync_reference(model: Any, ref_model: nn.Module | None, args: Any, *, has_logps: bool) -> "SyncReference":
-    """The callback that mixes the policy into the reference.
+    """Return the callback that mixes the policy into the reference.
 
     Args:
         model: the policy.
         ref_model: its reference.
         args: settings of the run.
-        has_logps: the training dataset holds the reference's log-probs.
+        has_logps: whether the training dataset holds the reference's log-probs.
 
     Raises:
         ValueError: the reference cannot follow the policy.
@@ -37,7 +37,7 @@ def sync_reference(model: Any, ref_model: nn.Module | None, args: Any, *, has_lo
 
 
 def check_sync(model: Any, ref_model: nn.Module | None) -> None:
-    """Raise a ValueError where the reference cannot follow the policy; what needs no model, the config has checked."""
+    """Raise a ValueError if the reference cannot follow the policy; the config has checked all that needs no model."""
     if is_peft_model(model):
         raise ValueError(
             "sync_ref_model=True needs a reference with weights of its own, but with PEFT there is none; set "
@@ -58,47 +58,48 @@ def check_sync(model: Any, ref_model: nn.Module | None) -> None:
 
 @torch.no_grad()
 def mix_into(ref_model: nn.Module, model: nn.Module, alpha: float) -> None:
-    """`ref = alpha * policy + (1 - alpha) * ref`, parameter by parameter, in place; alpha=1 copies the policy."""
+    """Set `ref = alpha * policy + (1 - alpha) * ref` for each parameter, in place; alpha=1 copies the policy."""
     policy = dict(model.named_parameters())
     for name, parameter in ref_model.named_parameters():
         new = policy[name].detach().to(parameter.device)
         if alpha == 1:
             parameter.copy_(new)
         else:
-            # in float32: a bfloat16 sum would lose what is less than 1/256 of the weight
+            # in float32, because a bfloat16 sum would lose changes below 1/256 of the weight
             parameter.copy_(torch.lerp(parameter.float(), new.float(), alpha).to(parameter.dtype))
 
 
 class SyncReference(TrainerCallback):
-    """Mixes the policy into the reference after every so many optimizer steps, and keeps it in checkpoints.
+    """Callback that mixes the policy into the reference at fixed intervals, and saves the reference in checkpoints.
 
     Args:
         ref_model: the reference of full fine-tuning, unwrapped.
-        alpha: `ref_model_mixup_alpha`, the policy's share; the paper's soft update. 1 is its hard update.
-        every: `ref_model_sync_steps`: after steps `every`, `2 * every`, ...
+        alpha: `ref_model_mixup_alpha`, the policy's weight in the mix; below 1 this is the paper's soft update, at 1
+            its hard update.
+        every: `ref_model_sync_steps`; the reference changes after optimizer steps `every`, `2 * every`, ...
     """
 
     def __init__(self, ref_model: nn.Module, *, alpha: float, every: int) -> None:
         self.ref_model, self.alpha, self.every = ref_model, alpha, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sync, where it is time to."""
+        """Mix the policy into the reference, if it is time for that."""
         if state.global_step % self.every == 0:
             model = kwargs["model"]
             mix_into(self.ref_model, getattr(model, "module", model), self.alpha)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the reference beside the policy: a resumed run cannot make it again."""
+        """Save the reference beside the policy, because a resumed run cannot make it again."""
         if state.is_world_process_zero:
             self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def save(self, folder: Path) -> None:
-        """Write the reference's weights."""
+        """Write the reference's weights to a folder."""
         weights = {name: p.detach().cpu().contiguous() for name, p in self.ref_model.named_parameters()}
         write_file(folder / FILE, save(weights))
 
     def load(self, folder: Path | str) -> None:
-        """Read them back.
+        """Read the reference's weights from a folder.
 
         Raises:
             ValueError: the folder has none, or they are another model's.

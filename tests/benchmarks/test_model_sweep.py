@@ -67,8 +67,8 @@ def test_the_document_lists_every_class_and_nothing_wrong() -> None:
 def test_the_document_counts_its_rows() -> None:
     rows = [Row("A", "shared", "fused", 1e-6, 2e-6), Row("B", "refused", reason="a|b"), Row("C", "wrong", "fused")]
     text = render(rows)
-    assert "Of 3 classes 1 are exact with shared prefixes, 0 more" in text
+    assert "Of 3 classes, 1 are exact with shared prefixes. 0 more" in text
     assert "1 are refused with an error" in text
-    assert "Wrong: 1. Crashes: 0." in text
+    assert "1 give wrong results, and 0 crash." in text
     assert "| A | shared | 1.0e-06 | 2.0e-06 | fused |  |" in text
     assert "| B | refused |  |  |  | a/b |" in text

@@ -170,7 +170,7 @@ def test_numbers_and_references_come_along(prepare: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("limit", [{"max_length": 5}, {"max_prompt_length": 2}, {"max_completion_length": 2}])
 def test_references_of_a_row_that_is_cut_are_refused(limit: dict[str, int], prepare: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="row 0: `ref_chosen_logps` is of the whole row, but the row is too long"):
+    with pytest.raises(ValueError, match="row 0: `ref_chosen_logps` belongs to the whole row, which is too long"):
         prepare([IDS | {"ref_chosen_logps": -4.0, "ref_rejected_logps": -5.0}], **limit)
 
 
@@ -211,8 +211,8 @@ def test_a_reference_value_that_is_no_number_is_named(tokenizer: PreTrainedToken
     [
         (["ref_chosen_logps"], "preference", None, "'ref_chosen_logps' without its counterpart"),
         (["ref_rejected_logps"], "preference", None, "'ref_rejected_logps' without its counterpart"),
-        ([*REFERENCES], "ranked", None, "'ref_chosen_logps' is of preferences, and the objective takes ranked rows"),
-        ([*REFERENCES], "unpaired", None, "'ref_chosen_logps' is of preferences, and the objective takes unpaired"),
+        ([*REFERENCES], "ranked", None, "'ref_chosen_logps' is for preferences, but the objective takes ranked rows"),
+        ([*REFERENCES], "unpaired", None, "'ref_chosen_logps' is for preferences, but the objective takes unpaired"),
         ([*REFERENCES], "preference", 0.5, "ld_alpha=0.5 needs the reference's log-probs per token"),
     ],
 )
@@ -312,7 +312,7 @@ def test_special_tokens_in_text_are_noticed(row: dict[str, Any], spelt: bool, pr
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         prepare([PAIR if isinstance(row["prompt"], str) else row, row])
     rows = "1 of 2 rows" if isinstance(row["prompt"], str) else "2 of 2 rows"
-    assert (f"{rows} spell out a special token, which becomes the real one" in caplog.text) == spelt
+    assert (f"{rows} spell out a special token, which is read as that token" in caplog.text) == spelt
     assert bool(caplog.messages) == spelt
 
 

@@ -250,7 +250,7 @@ def test_a_turn_that_is_no_copy_stays() -> None:
 
 def test_responses_that_repeat_different_prompts_are_named() -> None:
     row = pair(user(ASK), messages(("system", "Be curt.")) + user(ASK) + YES, user(ASK) + NO)
-    assert "`prompt` is repeated by `chosen` and `rejected`, but not alike" in problem(row)
+    assert "`prompt` is repeated by `chosen` and `rejected`, but not in the same way" in problem(row)
     assert "`chosen` is nothing but the prompt" in problem(pair(user(ASK), user(ASK), user(ASK) + NO))
 
 
@@ -340,7 +340,7 @@ def test_messages_written_as_text_are_messages(write: Callable[[Any], str], kind
 
 def test_messages_written_as_broken_text_are_named() -> None:
     row = pair(user(ASK), json.dumps(YES)[:-4], json.dumps(NO))
-    assert "`chosen` is a list of messages written as text, but it is no valid JSON" in problem(row)
+    assert "`chosen` is a list of messages written as text, but it is not valid JSON" in problem(row)
 
 
 @pytest.mark.parametrize("text", ['{"role": "engineer", "name": "Ada"}', "[1, 2]", "[INST] {x}", "{'\\d': {[]}}"])
@@ -380,11 +380,11 @@ def test_rendered_text_ends_its_turn_once(name: str | None, eos: str, end: str) 
         (pair(user(ASK), YES + YES, NO), "gemma", "render `chosen`: Conversation roles must alternate"),
         (pair(user(ASK), call("locate", {}), NO), "cohere", "render `chosen`: 'dict object' has no attribute"),
         (pair(user(ASK), call("locate", {}, content=""), NO), "llama3", "`chosen` has text that the chat template"),
-        (pair(user(ASK), YES, NO, tools="[{"), None, "`tools` is no JSON"),
+        (pair(user(ASK), YES, NO, tools="[{"), None, "`tools` is not valid JSON"),
         (pair(user(ASK), YES, NO, tools='{"name": "locate"}'), None, "`tools` must be a list, or JSON of one"),
-        (pair(user(ASK), YES, NO, tools=["locate"]), None, "`tools` is no JSON"),
-        (pair(user(ASK), call("locate", "{host"), NO), None, "arguments of a tool call` is no JSON"),
-        (pair(user(ASK), YES, NO, chat_template_kwargs="fast"), None, "`chat_template_kwargs` is no JSON"),
+        (pair(user(ASK), YES, NO, tools=["locate"]), None, "`tools` is not valid JSON"),
+        (pair(user(ASK), call("locate", "{host"), NO), None, "arguments of a tool call` is not valid JSON"),
+        (pair(user(ASK), YES, NO, chat_template_kwargs="fast"), None, "`chat_template_kwargs` is not valid JSON"),
         (pair(user(ASK), YES, NO, chat_template_kwargs=[1]), None, "`chat_template_kwargs` must be an object"),
         (pair(user(ASK), YES, NO, chat_template_kwargs={"chat_template": "x"}), None, "a chat template of the row's"),
         (pair(user(ASK), YES, NO, chat_template_kwargs={"tokenize": False}), None, "holds 'tokenize', which is no"),
@@ -505,7 +505,7 @@ def test_a_system_prompt_in_a_column_of_its_own_is_named(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, logger="fastdpo"):
         prepare.prepare_dataset(Dataset.from_list(rows), **OPTIONS)
     assert caplog.messages == [
-        "train dataset: the text of 'system' reaches no token: only prompt, chosen, rejected are read; write it into "
+        "train dataset: the text of 'system' is not read, only prompt, chosen, rejected are; write it into "
         "'prompt', a system prompt as its first message"
     ]
 

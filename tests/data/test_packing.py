@@ -383,9 +383,9 @@ def test_refuses_a_number_out_of_range(field, value, wanted):
 @pytest.mark.parametrize(
     ("logps", "message"),
     [
-        ([[-1.0, -2.0]], r"has lists of \[2\] values, but the responses \[2, 1\] tokens"),
-        ([[-1.0], [-2.0]], r"has lists of \[1, 1\] values, but the responses \[2, 1\] tokens"),
-        ([[-1.0, -2.0], []], r"has lists of \[2, 0\] values, but the responses \[2, 1\] tokens"),
+        ([[-1.0, -2.0]], r"has lists of \[2\] values, but responses have \[2, 1\] tokens"),
+        ([[-1.0], [-2.0]], r"has lists of \[1, 1\] values, but responses have \[2, 1\] tokens"),
+        ([[-1.0, -2.0], []], r"has lists of \[2, 0\] values, but responses have \[2, 1\] tokens"),
         ([[-1.0, math.nan], [-3.0]], "must be finite"),
         ([[-1.0, 1e300], [-3.0]], "must be finite"),
         ([-1.0, -2.0], "must be a list of floats for each response"),
@@ -430,7 +430,7 @@ def test_refuses_an_unknown_layout():
 
 
 def test_refuses_an_empty_batch():
-    with pytest.raises(ValueError, match="at least one pair, got none"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         shared_prefix_batch([])
 
 

@@ -89,7 +89,7 @@ def test_one_line_says_which_attention(caplog):
     for _ in range(2):
         model(**shared_prefix_batch(PAIRS))
     (line,) = [message for message in caplog.messages if message.startswith("attention")]
-    assert line.startswith("attention of Gemma2Attention: matmuls and a softmax in float32, for it has soft-caps")
+    assert line.startswith("attention of Gemma2Attention: matmuls and a softmax in float32, because it has soft-caps")
 
 
 # Silent traps

@@ -233,7 +233,7 @@ def test_dynamic_rope_beyond_its_limit_is_refused():
     model = make_model("llama", **rope("dynamic"), max_position_embeddings=32)
     patch_forward(model)
     pairs = make_pairs([(30, 0, 10, 3)])
-    with pytest.raises(ValueError, match="beyond 32 tokens its dynamic RoPE depends on the batches before; set max_l"):
+    with pytest.raises(ValueError, match="beyond 32 tokens its dynamic RoPE depends on earlier batches; set max_l"):
         score(model, pairs, layout="padded")
 
 
@@ -241,7 +241,7 @@ def test_dropout_of_hidden_states_packs_without_sharing():
     model = make_model("gpt2", resid_pdrop=0.1)
     assert layout_of(model) == (
         "packed",
-        "it uses dropout (disable_dropout=False), and a token computed once has one mask only",
+        "it uses dropout (disable_dropout=False), and a token computed once can have only one mask",
     )
 
 

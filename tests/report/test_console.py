@@ -232,7 +232,7 @@ def test_the_other_processes_show_warnings_alone(
         (
             {},
             True,
-            "batches hold no padding, and what an example's responses have in common, as the prompt, is computed once",
+            "batches hold no padding, and what an example's responses share, such as the prompt, is computed once",
         ),
         (
             {},
@@ -244,7 +244,7 @@ def test_the_other_processes_show_warnings_alone(
             {"attention_dropout": 0.1},
             True,
             "batches are padded, and a prompt is computed once for each of its responses, because it drops out "
-            "attention weights (disable_dropout=False), which only padded batches can",
+            "attention weights (disable_dropout=False), which only padded batches support",
         ),
     ],
     ids=["shared", "off", "padded"],

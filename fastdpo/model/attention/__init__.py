@@ -1,1 +1,1 @@
-"""Attention over packed batches."""
+"""Compute attention over packed batches."""

@@ -1,13 +1,13 @@
-"""The backends: ways to compute attention over key paths, and which of them a layer can have.
+"""Compute attention over key paths by one of three backends, and choose the backend of a layer.
 
-- `varlen`: `torch.nn.attention.varlen`, FlashAttention inside torch, with more keys than queries in a segment and the
-  causal diagonal at the bottom right. FlashAttention 3 or 4 where the user has activated it
-  (`torch.nn.attention.activate_flash_attention_impl`); nothing is activated here, for that is for the whole process.
-- `flash`: the same by the flash_attn package, which also knows soft-caps.
-- `grid`: whole paths as right-padded rows of scaled_dot_product_attention, segments of like length together. No
-  padding mask is needed, for padding comes after everything a real query may see. Soft-caps and attention sinks are
-  computed by plain matmuls with the softmax in float32, at most `SCORES` scores at a time, and again in the backward
-  instead of being kept.
+- `varlen`: `torch.nn.attention.varlen`, the FlashAttention inside torch. A segment has more keys than queries, with the
+  causal diagonal at the bottom right. Users may activate FlashAttention 3 or 4 for it
+  (`torch.nn.attention.activate_flash_attention_impl`); this module does not, because it would change a whole process.
+- `flash`: the same with the flash_attn package, which also supports soft-caps.
+- `grid`: scaled_dot_product_attention on whole paths as rows padded on the right, where segments of similar length go
+  together. It needs no padding mask, because padding comes after everything that a real query may see. Layers with
+  soft-caps or attention sinks use plain matmuls and a softmax in float32 instead, at most `SCORES` scores at a time,
+  which the backward computes again instead of keeping them.
 
 Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads, D head size.
 """
@@ -25,26 +25,26 @@ from torch.utils.checkpoint import checkpoint
 from fastdpo.model.attention.key_paths import Paths, gather
 
 BACKENDS = ("varlen", "flash", "grid")
-"""In the order of preference."""
+"""Names of the backends, in the order of preference."""
 
 SCORES = 2**24
-"""Scores that the plain computation has at a time, 64 MiB in float32; with the softmax a few times that is in use."""
+"""Most scores that plain matmuls compute at a time: 64 MiB in float32, and a few times as much with the softmax."""
 
 
 class Usable(NamedTuple):
-    """What backends a batch may have."""
+    """The backends that a batch may use."""
 
     backend: str
-    """The one asked for, or "auto"."""
+    """The backend asked for, or "auto"."""
     refused: dict[str, str]
-    """Why the device cannot have others."""
+    """For each backend that the device cannot run, the reason."""
 
 
 def usable(backend: str, device: torch.device) -> Usable:
-    """Say which backends a device can have.
+    """Return which backends a device can run.
 
     Raises:
-        ValueError: there is no such backend, or the device cannot have it.
+        ValueError: there is no backend of this name, or the device cannot run it.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"attention_backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
@@ -55,16 +55,16 @@ def usable(backend: str, device: torch.device) -> Usable:
 
 
 def choose_backend(usable: Usable, query: Tensor, value: Tensor, **options: Any) -> tuple[str, str]:
-    """Return a backend for a layer, and the reasons against those before it.
+    """Return the best backend that a layer can use, and the reasons against better ones.
 
     Args:
-        usable: by the device.
+        usable: what `usable` returned for the device.
         query: `[T, H, D]`.
         value: `[T, G, Dv]`.
         **options: `scaling`, `window`, `softcap` and `sinks` of `attend`.
 
     Raises:
-        ValueError: the layer cannot have the backend asked for.
+        ValueError: the layer cannot use the backend asked for.
     """
     against: list[str] = []
     for name in BACKENDS if usable.backend == "auto" else (usable.backend,):
@@ -134,12 +134,12 @@ def _parameters(function: Callable[..., Any] | None) -> frozenset[str] | None:
 
 _varlen_attn = _optional("torch.nn.attention.varlen", "varlen_attn")
 _flash_attn = _optional("flash_attn", "flash_attn_varlen_func")
-# what the installed ones take: torch 2.10 is_causal, 2.11 window_size instead, 2.12 also enable_gqa
+# arguments of the installed versions: torch 2.10 takes is_causal, 2.11 window_size instead, 2.12 also enable_gqa
 _VARLEN = _parameters(_varlen_attn)
 _FLASH = _parameters(_flash_attn)
 
 
-# Computing it
+# Computing attention
 
 
 def attend(
@@ -154,27 +154,28 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend causally within key paths by one of `BACKENDS`.
+    """Attend causally along key paths by one of `BACKENDS`.
 
     Args:
-        name: as returned by `choose`.
-        paths: of the batch.
+        name: as returned by `choose_backend`.
+        paths: the key paths of the batch.
         query: `[T, H, D]`.
         key: `[T, G, D]`.
         value: `[T, G, Dv]`.
         scaling: factor of the scores, 1/sqrt(D) if None.
-        window: a query sees itself and so many entries of its path less one before it; None: all.
-        softcap: bound c of c * tanh(scores / c), after the factor.
-        sinks: `[H]`, scores of a key without a value that every query of the head sees; not scaled.
+        window: a query sees the last `window` entries of its path up to and including itself; None: all of them.
+        softcap: bound c of c * tanh(scores / c), applied after the factor.
+        sinks: `[H]`, for each head the score of one more key, which every query sees and which has no value. These
+            scores are not scaled.
 
     Returns:
         `[T, H, Dv]`.
     """
     if name == "grid":
         return _grid(query, key, value, paths, scaling, window, softcap, sinks)
-    if paths.kv_index.shape[0] != key.shape[0]:  # as many entries as rows: nothing is shared
+    if paths.kv_index.shape[0] != key.shape[0]:  # the two are equal where nothing is shared
         key, value = (gather(x, paths.kv_index, paths.order, paths.bounds) for x in (key, value))
-    # the window's left side does not count the query itself
+    # here the window's left side does not count the query itself
     window_size = (window - 1 if window else -1, 0)
     return (_varlen if name == "varlen" else _flash)(query, key, value, paths[1:5], scaling, window_size, softcap)
 
@@ -193,10 +194,10 @@ def _varlen(
     options: dict[str, Any] = {"window_size": window_size} if "window_size" in _VARLEN else {"is_causal": True}
     if "scale" in _VARLEN:
         options["scale"] = scaling
-    if "enable_gqa" in _VARLEN:  # before it was asked for, fewer key-value heads were taken as they came
+    if "enable_gqa" in _VARLEN:  # versions without it accept fewer key-value heads as they are
         options["enable_gqa"] = True
     out = _varlen_attn(query, key, value, *bounds, **options)
-    assert isinstance(out, Tensor)  # a tuple only where return_aux asks for more
+    assert isinstance(out, Tensor)  # it is a tuple only if return_aux asks for more
     return out
 
 
@@ -256,7 +257,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wind
         age = place[:, None] - place
         band = (age >= 0) & (age < window)
     if groups > 1 and query.is_cuda:
-        # the memory-efficient kernel, the best one for what comes here, knows no grouped heads
+        # the memory-efficient kernel, the best one for these shapes, does not support grouped heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1
     return F.scaled_dot_product_attention(
@@ -280,18 +281,19 @@ def plain(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention by the book with the softmax in float32, at most `SCORES` scores at a time.
+    """Compute attention by plain matmuls and a softmax in float32, at most `SCORES` scores at a time.
 
     Args:
         query: `[N, H, Q, D]`.
         key: `[N, G, K, D]`.
         value: `[N, G, K, Dv]`.
-        scaling: this and the next two as in `attend`.
-        softcap: after the factor.
-        sinks: `[H]`.
+        scaling: as in `attend`.
+        softcap: as in `attend`.
+        sinks: `[H]`, as in `attend`.
         window: as in `attend`.
-        mask: `[N or 1, H or 1, Q, K]`, True where a key is seen, or added to the scores. None: causal, K = Q.
-        dropout: of the probabilities.
+        mask: `[N or 1, H or 1, Q, K]`, booleans that are True where a key is seen, or numbers that are added to the
+            scores. None: causal, with K = Q.
+        dropout: probability with which a weight of the softmax drops out.
 
     Returns:
         `[N, H, Q, Dv]`.
@@ -304,7 +306,7 @@ def plain(
     parts = []
     for a in range(0, N, n):
         for i in range(0, Q, q):
-            # a causal block needs no later keys, and with a window no much earlier ones
+            # a causal block needs no keys after its queries, and none before the window of its first query
             first, last = (max(i - window + 1, 0) if window else 0, min(i + q, Q)) if mask is None else (0, K)
             args: tuple[Any, ...] = (
                 query[a : a + n, :, i : i + q],
@@ -335,7 +337,7 @@ def _block(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """`plain` of one block; the mask may be (place of the first query among the keys, window)."""
+    """Compute one block of `plain`; the mask may be (place of the first query among the keys, window)."""
     _, H, Q, _ = query.shape
     G, K = key.shape[1:3]
     grouped = query.unflatten(1, (G, H // G)).flatten(2, 3)

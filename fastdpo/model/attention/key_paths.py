@@ -1,7 +1,8 @@
-"""The key paths of a packed batch, as the attention backends want them, and the gather along them.
+"""Turn the key paths of a packed batch into the form that attention backends need, and gather rows along them.
 
-`key_paths` runs once per forward, on the batch's device and without waiting for it. The grid is the padded form of
-the paths: segments of like length are rows of one bucket, and the buckets come one after the other.
+A segment's key path is the list of rows that its queries attend to (see `fastdpo.data.packing`). `key_paths` runs once
+per forward, on the batch's device and without waiting for it. The grid is the padded form of the paths: segments of
+similar length are the rows of one bucket, and the buckets follow one another.
 
 Shapes: T rows, S segments, K key-path entries, N places of the grid, H heads, D head size.
 """
@@ -15,18 +16,18 @@ from torch import Tensor
 
 MOST_BUCKETS = 4
 LEVELS = 32
-"""Lengths that the search for the buckets tells apart."""
+"""Number of different lengths that the search for the buckets tells apart."""
 ROUNDING = 32
 """On the CPU a bucket holds the paths of one length, rounded up to a multiple of this."""
 TOLERANCE = 1.1
-"""Scores of the grid over those of its paths that need no further bucket."""
+"""The search adds no more buckets once the scores of the grid are at most this many times those of its paths."""
 
 
 class Paths(NamedTuple):
     """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward."""
 
     kv_index: Tensor
-    """`[K]`: the row of each entry. A segment's own rows end its path."""
+    """`[K]`: the row of each entry. Each path ends with its segment's own rows."""
     cu_seqlens_q: Tensor
     """`[S + 1]` int32: bounds of the segments in T."""
     cu_seqlens_k: Tensor
@@ -36,15 +37,15 @@ class Paths(NamedTuple):
     order: Tensor
     """`[K]`: the entries sorted by row."""
     bounds: Tensor
-    """`[T + 1]`: where in `order` a row's entries are."""
+    """`[T + 1]`: bounds of each row's entries in `order`."""
     shapes: tuple[tuple[int, int], ...]
     """(segments, longest path) of each bucket of the grid."""
     grid: Tensor
     """`[N]`: the row at each place of the grid, buckets one after the other; row 0 at the padding."""
     grid_order: Tensor
-    """`[K]`: `order`, as places of the grid."""
+    """`[K]`: the place in the grid of each entry of `order`."""
     grid_back: Tensor
-    """`[T]`: the place where a row is its own segment's."""
+    """`[T]`: the place in the grid of each row on the path of its own segment."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -61,13 +62,13 @@ def key_paths(
     """Describe a packed batch to the backends, on the batch's device and without waiting for it.
 
     Args:
-        kv_index: `[K]`; this and all below as in `Paths`.
+        kv_index: `[K]`; this and the next two are as in `Paths`.
         cu_seqlens_q: `[S + 1]` int32.
         cu_seqlens_k: `[S + 1]` int32.
         max_seqlen_q: longest segment.
         max_seqlen_k: longest path.
         T: rows of the batch.
-        seqlens_k: lengths of the S paths; without them, and not on the CPU, the grid is one bucket.
+        seqlens_k: lengths of the S paths. Without them, the grid is one bucket, except on the CPU.
     """
     device, S = kv_index.device, len(cu_seqlens_q) - 1
     if seqlens_k is None and device.type == "cpu":
@@ -87,7 +88,7 @@ def key_paths(
     rows = torch.arange(T + 1, device=device)
     by_row, order = torch.sort(kv_index, stable=True)
     segment = torch.searchsorted(cu_seqlens_q[1:], rows[:-1].int(), right=True)
-    # a segment's own rows end its path
+    # each path ends with its segment's own rows
     back = (start + cu_seqlens_k.diff() - cu_seqlens_q[1:])[segment] + rows[:-1]
     bounds = torch.searchsorted(by_row, rows)
     plain = (kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -95,10 +96,11 @@ def key_paths(
 
 
 def _own_buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Buckets as `_buckets` returns them, each segment's by its own length alone.
+    """Return buckets like `_buckets`, but choose the bucket of each segment by its own length alone.
 
-    SDPA on the CPU adds up a path in blocks that its padded length decides. With a length of its own a path's result
-    is the same, bit for bit, whatever else is in the batch; that makes precomputed reference log-probs exact.
+    SDPA on the CPU sums a path in blocks that depend on its padded length. Where that depends only on the path's own
+    length, the path's result is the same, bit for bit, whatever else is in the batch. This makes precomputed reference
+    log-probs exact.
     """
     rounded = [-(-n // ROUNDING) * ROUNDING for n in lengths]
     shapes, places, place = [], [0] * len(rounded), 0
@@ -112,10 +114,11 @@ def _own_buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], l
 
 
 def _buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Split segments into a few buckets of like length, so that few of the grid's scores are padding.
+    """Split segments into a few buckets of similar length, so that few of the grid's scores are padding.
 
     Returns:
-        The buckets' (segments, longest), longest first, and the first place of each segment in the grid.
+        (number of segments, longest path) of each bucket, the longest first, and the first place of each segment in
+        the grid.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     sizes = [lengths[i] for i in by_length]
@@ -163,14 +166,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, index: Tensor, order: Tensor, bounds: Tensor | None) -> Tensor:
-    """`x.index_select(0, index)`, whose backward adds in a fixed order and without atomics.
+    """Return `x.index_select(0, index)`, with a backward that adds in a fixed order and without atomics.
 
     Args:
         x: `[T, H, D]`.
         index: `[K]` rows.
-        order: what the gradient of row t is the sum of: `order[bounds[t] : bounds[t + 1]]` of the K. Entries left out
-            must have no gradient, as the grid's padding.
-        bounds: `[T + 1]`; None: `order` is `[T]`, one for each row.
+        order: the gradient of row t is the sum of the output's gradients at `order[bounds[t] : bounds[t + 1]]`. Entries
+            of the output that are not in `order`, such as the grid's padding, must have no gradient.
+        bounds: `[T + 1]`. None: `order` is `[T]`, one entry for each row.
 
     Returns:
         `[K, H, D]`.

@@ -1,14 +1,14 @@
-"""Attention over packed batches, registered with transformers under the name "fastdpo".
+"""Register attention over packed batches with transformers, under the name "fastdpo".
 
 Each segment of a packed row (see `fastdpo.data.packing`) attends causally to its key path: the shared rows before it,
-then its own. Gathering keys and values by path makes that an ordinary variable-length call, so nothing here is a
-kernel; `fastdpo.model.attention.backends` has the ways to compute it. Which one a layer gets is logged once.
+then its own. Once keys and values are gathered along the paths, this is ordinary variable-length attention, so it needs
+no kernel of its own; `fastdpo.model.attention.backends` computes it. The backend that a layer gets is logged once.
 
-The window of a layer comes by way of its mask: while `packing()` is on, the mask a model builds is the width of its
-window, or None. Some models (Qwen2-MoE, Phi-MoE) tell the layer nothing else.
+The window of a layer reaches it through its mask: while `packing()` is on, the mask that a model builds is the width
+of its window, or None. Some models (Qwen2-MoE, Phi-MoE) tell the layer about its window in no other way.
 
-Without the batch's metadata the function is transformers' own SDPA, so that generation works; while `packing()` is on
-it raises instead, because a model that drops the metadata would mix sequences silently.
+Without a packed batch's metadata, `attention` is transformers' own SDPA, so that generation works. While `packing()` is
+on it raises an error instead, because a model that drops the metadata would mix sequences silently.
 
 Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads, D head size.
 """
@@ -37,7 +37,7 @@ _WORDS = {
     "varlen": "torch's FlashAttention, on sequences of any length",
     "flash": "the flash_attn package's FlashAttention, on sequences of any length",
     "grid": "torch's scaled_dot_product_attention, on sequences of similar length together",
-    "plain grid": "matmuls and a softmax in float32, for it has soft-caps or attention sinks",
+    "plain grid": "matmuls and a softmax in float32, because it has soft-caps or attention sinks",
 }
 
 NAME = "fastdpo"
@@ -64,7 +64,7 @@ _PACKING = _Packing()
 
 @contextmanager
 def packing() -> Iterator[None]:
-    """Within it masks are windows, and attention without the batch's metadata raises."""
+    """Inside the block, masks are windows, and attention without the batch's metadata raises."""
     before, _PACKING.on = _PACKING.on, True
     try:
         yield
@@ -73,16 +73,16 @@ def packing() -> Iterator[None]:
 
 
 def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]:
-    """What the layers need of a packed batch: its `METADATA`, and what is made of it, once per forward.
+    """Return what the layers need of a packed batch: its `METADATA`, and what is derived from it once per forward.
 
     Args:
-        batch: of `fastdpo.shared_prefix_batch`, on the device. With `tree_seqlens_k`, the lengths of the key paths as
+        batch: from `fastdpo.shared_prefix_batch`, on the device. With `tree_seqlens_k`, the lengths of the key paths as
             Python ints, a grid on CUDA has less padding.
-        backend: "auto", or one of `fastdpo.model.attention.backends.BACKENDS`. It travels with the batch, for
-            checkpointing runs layers again where no context would reach them.
+        backend: "auto", or one of `fastdpo.model.attention.backends.BACKENDS`. It travels with the batch, because
+            gradient checkpointing runs layers again when a context manager's block has ended.
 
     Raises:
-        ValueError: there is no such backend, or it cannot run on the batch's device.
+        ValueError: there is no backend of this name, or it cannot run on the batch's device.
     """
     metadata = {name: batch[name] for name in METADATA}
     usable = backends.usable(backend, batch["input_ids"].device)
@@ -107,31 +107,31 @@ def attention(
     tree_backends: Usable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within key paths, or, without metadata and outside `packing()`, as transformers' SDPA.
+    """Attend along key paths; without metadata and outside `packing()`, act as transformers' SDPA.
 
     Args:
         module: the attention layer; its name appears in errors.
         query: `[1, H, T, D]`, rotated.
         key: `[1, G, T, D]`, rotated; H is a multiple of G.
         value: `[1, G, T, D]`; its D may differ from the others'.
-        attention_mask: for a packed batch what `mask` returned: a query sees itself and so many entries of its path
-            less one before it; None: all.
+        attention_mask: for a packed batch the window that `mask` returned: a query sees this many entries of its path,
+            the last of which is itself; None: all of them.
         scaling: factor of the scores, 1/sqrt(D) if None.
-        dropout: 0 for a packed batch: what is shared could have only one mask.
+        dropout: 0 for a packed batch, because a token that is computed once could have only one mask.
         sliding_window: None or, for a packed batch, equal to `attention_mask`.
-        softcap: bound c of c * tanh(scores / c), after the factor.
-        s_aux: `[H]`, attention sinks: scores of a key without a value that all queries see.
-        tree_kv_index: `[K]`, tells that a batch is packed.
+        softcap: bound c of c * tanh(scores / c), applied after the factor.
+        s_aux: `[H]`, attention sinks: for each head the score of one more key, which has no value and all queries see.
+        tree_kv_index: `[K]`; if it is given, the batch is packed.
         tree_paths: from `layer_kwargs`.
         tree_backends: from `layer_kwargs`.
-        **kwargs: whatever else the model passes; only looked at for features that are not computed.
+        **kwargs: whatever else the model passes; for a packed batch, read only to refuse what is not supported.
 
     Returns:
-        `[1, T, H, D]` in the dtype of `query` (under autocast: autocast's), and None for the attention weights.
+        `[1, T, H, D]` in the dtype of `query` (or of autocast, where it is on), and None for the attention weights.
 
     Raises:
-        ValueError: metadata is missing, the layer cannot have the backend asked for, or a packed batch's layer asks
-            for what is not computed (dropout, masks, biases, non-causal attention).
+        ValueError: metadata is missing, the layer cannot use the backend asked for, or for a packed batch it asks for
+            something that is not supported (dropout, masks, biases, non-causal attention).
     """
     if s_aux is not None and s_aux.shape != query.shape[1:2]:
         raise ValueError(
@@ -150,8 +150,8 @@ def attention(
     if dropout > 0:
         raise ValueError(
             f"attention dropout must be 0 with packed batches, {type(module).__name__} has {dropout}; set "
-            "disable_dropout=True, or to 0.0 the field of the model's config that is not (attention_dropout, "
-            "attn_pdrop, ...)"
+            "disable_dropout=True, or set the dropout field of the model's config (attention_dropout, attn_pdrop, "
+            "...) to 0.0"
         )
     if isinstance(attention_mask, Tensor) or kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a mask or bias of its own, which packed batches cannot follow")
@@ -162,7 +162,7 @@ def attention(
             f"{type(module).__name__} has sliding_window={sliding_window}, but its mask is for {attention_mask}"
         )
 
-    # from here on [T, heads, D], under autocast already in its dtype
+    # from here on they are [T, heads, D], under autocast already in autocast's dtype
     dtype = autocast_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
@@ -175,7 +175,7 @@ def attention(
 
 @lru_cache
 def _say(layer: str, name: str, against: str) -> None:
-    """Log how a layer attends, and what keeps it from a faster way; elsewhere than on CUDA there is none."""
+    """Log how a layer attends and, on CUDA, what keeps it from a faster way."""
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() if name == "varlen" else None
     against = against.replace("not varlen:", "not torch's FlashAttention:").replace("not flash:", "not flash_attn's:")
     words = _WORDS[name] + f" ({active})" * bool(active)
@@ -193,18 +193,18 @@ def _unpacked(
     s_aux: Tensor | None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' SDPA, `[B, T, H, D]`, and what it lacks: soft-caps and sinks."""
+    """Compute transformers' SDPA, `[B, T, H, D]`, also with the soft-caps and sinks that it lacks."""
     if softcap is None and s_aux is None:
         output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
         return output
     if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a bias besides a soft-cap or sinks, which is not computed")
+        raise ValueError(f"{type(module).__name__} adds a bias besides a soft-cap or sinks, which is not supported")
     Q = query.shape[2]
     if attention_mask is None:
         causal = kwargs.get("is_causal")
         if Q == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
             attention_mask = torch.ones(1, 1, Q, key.shape[2], dtype=torch.bool, device=query.device)
-        else:  # a cache may be longer than what it holds
+        else:  # a cache may have room for more than it holds
             key, value = key[:, :, :Q], value[:, :, :Q]
     options = {name: kwargs[name] for name in ("scaling", "dropout")}
     out: Tensor = backends.plain(query, key, value, mask=attention_mask, softcap=softcap, sinks=s_aux, **options)
@@ -212,14 +212,14 @@ def _unpacked(
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | int | None:
-    """Within `packing()` the width of the window, None if there is none; else transformers' SDPA mask.
+    """Return the width of the window (None if there is none) inside `packing()`, else transformers' SDPA mask.
 
     Args:
-        *args: as `transformers.masking_utils.sdpa_mask`; models give them by name.
-        **kwargs: the same.
+        *args: as in `transformers.masking_utils.sdpa_mask`; models give them by name.
+        **kwargs: as in `transformers.masking_utils.sdpa_mask`.
 
     Raises:
-        ValueError: within `packing()` the model asks for more than a causal mask with or without a window.
+        ValueError: inside `packing()`, the model asks for more than a causal mask with or without a window.
     """
     if not _PACKING.get():
         built: Tensor | None = sdpa_mask(*args, **kwargs)
