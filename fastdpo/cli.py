@@ -305,9 +305,9 @@ COMMANDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 OPTIONS = {
     "plan": {
         "gpu_memory": Setting(
-            "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", ""
+            "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", "The plan"
         ),
-        "processes": Setting("processes", frozenset({"int"}), "1", "Number of GPUs to plan for.", ""),
+        "processes": Setting("processes", frozenset({"int"}), "1", "Number of GPUs to plan for.", "The plan"),
     }
 }
 """Options that a command has besides the settings of a run."""

@@ -33,7 +33,7 @@ class DPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    # Defaults that differ from TrainingArguments
+    # Training, with other defaults than TrainingArguments
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
     gradient_checkpointing: bool | None = field(
@@ -103,8 +103,12 @@ class DPOConfig(TrainingArguments):
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of `simpo`."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the negative log-likelihood term of `cpo`."})
-    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of responses labelled true."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of responses labelled false."})
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of responses labelled true, in `kto` and `apo_zero_unpaired`."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of responses labelled false, in `kto` and `apo_zero_unpaired`."}
+    )
 
     # The reference
     precompute_ref_log_probs: bool | None = field(
