@@ -30,9 +30,9 @@ INK, GREY, GRID = "#333333", "#767676", "#E6E6E6"
 DASHES = (0, (6, 4))
 SIZE, DPI = (4.8, 3.6), 150  # a panel's width and height in inches, and pixels per inch
 LEGEND_SIZE, LEGEND_WIDTH = 9.5, 270.0  # font size, and the most width of a legend, in points
-FEW_POINTS = 60  # curves of at most so many values get dots, so that a single value is visible
+FEW_POINTS = 60  # curves of at most this many values get dots, so that a single value is visible
 MANY_POINTS = 400  # of longer curves, neighbouring values are drawn as their mean and range
-THINNED = 200  # so many means at most
+THINNED = 200  # at most this many means
 MARKERS, MARKED = "os^Dv", 20  # markers of held-out splits, and the most markers of a curve
 LONGEST_NAME = 24  # characters of a held-out split's name
 MINUS = "\N{MINUS SIGN}"
@@ -136,7 +136,7 @@ def tile(panels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def columns_of(panels: int) -> int:
-    """Return how many of so many panels stand side by side on a wide page."""
+    """Return in how many columns a wide page shows this number of panels."""
     return panels if panels < 3 else 2 if panels == 4 else 3
 
 
@@ -176,7 +176,7 @@ def _draw(
         for prefix, marker in splits:
             name, of_split = (split_name(prefix), VERMILION) if alone else ("", colour)
             _plot(panel, _points(log_history, prefix + key), name, of_split, marker)
-    for prefix, marker in splits:  # several quantities have a colour each, and the splits only their markers
+    for prefix, marker in splits:  # each quantity has a colour, and each split a marker
         if not alone and any(_points(log_history, prefix + key) for key in curves):
             panel.plot([], [], color=GREY, label=split_name(prefix), **_held_out(marker))
     if not panel.has_data():

@@ -271,7 +271,7 @@ def data_kind(path: Path) -> str | None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the latest checkpoint in a folder that was written completely; None if there is none."""
     steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):  # written last
+    for path in folder.glob("checkpoint-*/trainer_state.json"):  # the last file that is written
         if (step := path.parent.name.removeprefix("checkpoint-")).isdigit():
             steps[int(step)] = path.parent
     return steps[max(steps)] if steps else None
