@@ -188,7 +188,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         (
             ("score", QUICKSTART),
             1,
-            "with a reference: give ref_model_name_or_path, the model that its training",
+            "with a reference: set ref_model_name_or_path to the model from which its training",
         ),
         (("train", "examples/quickstat.yaml"), 1, "did you mean 'examples/quickstart.yaml'?"),
         (("train", QUICKSTART, "--dataset_train_split", "trian"), 1, "has no split 'trian'; it has ['train', 'test']"),
