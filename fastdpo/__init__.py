@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # imported on first use: the op and the loss need torch alone, the trainer all of transformers
+    # names are imported on first use: the head and the loss need only torch, the trainer all of transformers
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

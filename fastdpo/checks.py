@@ -1,4 +1,4 @@
-"""What refuses or stops a training: kinds of parallelism, a reference that is not what it seems, non-finite numbers."""
+"""Checks that refuse or stop a training: its parallelism, its first loss, and losses or gradients not finite."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,20 +9,20 @@ from torch import Tensor
 from transformers import Trainer
 
 LN_2_AT_FIRST = ("sigmoid", "robust", "sigmoid_norm")
-"""Objectives whose loss at equal policy and reference is ln 2, whatever beta and label_smoothing."""
+"""Objectives whose loss is ln 2 if policy and reference are equal, for every beta and label_smoothing."""
 
 
 def check_parallelism(trainer: Trainer) -> None:
-    """Refuse what would compute something else, or is not known to work: DataParallel, DeepSpeed, FSDP version 1.
+    """Refuse kinds of parallelism that give wrong results or are untested: DataParallel, DeepSpeed, FSDP version 1.
 
     Raises:
-        ValueError: names it and what to use instead.
+        ValueError: the run uses one of them; the message names it and what to use instead.
     """
     args: Any = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
-            "several GPUs are visible to one process, which DataParallel would drive; start the script with "
-            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
+            "several GPUs are visible to one process, and transformers would use DataParallel, which is not supported; "
+            "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
@@ -35,7 +35,7 @@ def check_parallelism(trainer: Trainer) -> None:
             raise ValueError(f"{name} is not supported with FSDP yet; leave it out, or use DDP")
 
 
-# (float32, 16 bits). Precomputed values come from other batches, where 16 bits round otherwise, token by token.
+# Bounds for (float32, 16 bits). Precomputed values come from other batches, in which 16-bit numbers round differently.
 _ONLINE = (1e-6, 1e-3)
 
 
@@ -50,15 +50,15 @@ def first_loss_is_known(
     columns: Sequence[str] = (),
     use_weighting: bool = False,
 ) -> bool:
-    """Whether the first loss, before any update, must be ln 2.
+    """Return whether the first loss, before any update, must be ln 2.
 
     Args:
-        loss_type: the objectives of the run; the loss is known for a single one of `LN_2_AT_FIRST`.
-        ref_is_policy: the reference is the policy as passed: a copy made by `resolve_reference`, a new adapter
-            switched off, or a copy of the adapter. Not a model that was given, nor an adapter that was.
-        loss_weights: factors of the objectives; 1 each if None.
-        columns: of the dataset; `weight` and `margin` shift the loss.
-        use_weighting: WPO's weights, which scale it.
+        loss_type: the objectives of the run; the first loss is known for one objective of `LN_2_AT_FIRST` alone.
+        ref_is_policy: the reference was made from the policy: a copy by `resolve_reference`, a new adapter switched
+            off, or a copy of the adapter. False if the user passed a reference model or adapter.
+        loss_weights: weights of the objectives; 1 each if None.
+        columns: columns of the dataset; `weight` and `margin` change the loss.
+        use_weighting: WPO's weights are on, which scale the loss.
     """
     return (
         len(loss_type) == 1
@@ -71,18 +71,18 @@ def first_loss_is_known(
 
 
 def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *, precomputed: bool = False) -> None:
-    """Raise unless the mean loss of the first batch is ln 2; call it where `first_loss_is_known`.
+    """Raise unless the mean loss of the first batch is ln 2; call this only if `first_loss_is_known`.
 
     Args:
-        losses: `[B]`, of the first batch, before any update. Reading them waits for the device, once per run.
+        losses: `[B]`, losses of the first batch, before any update. Reading them waits for the device, once per run.
         scaled_logps: beta times the log-probs of the responses, `[R]`. Sums over long responses round, and policy and
-            reference may run different implementations of the head, so the bound is at least float32's epsilon of the
-            largest.
-        dtype: that of the forward: autocast's where it is on, else the weights'.
+            reference may run different implementations of the head, so the allowed error is at least float32's epsilon
+            times the largest of them.
+        dtype: dtype of the forward: autocast's if it is on, else the weights'.
         precomputed: the reference values come from the dataset or the cache.
 
     Raises:
-        ValueError: it is not; says by how much, and what usually is the cause.
+        ValueError: the loss is not ln 2; the message says by how much, and names the usual causes.
     """
     loss, largest_reward = torch.stack((losses.detach().mean(), scaled_logps.detach().abs().max().float())).tolist()
     bound = (_PRECOMPUTED if precomputed else _ONLINE)[dtype in (torch.bfloat16, torch.float16)]
@@ -106,17 +106,17 @@ def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *
 
 
 class NonFiniteGuard:
-    """Stops training at the first loss or gradient norm that is not a number.
+    """Stop training at the first loss or gradient norm that is not finite.
 
-    On the CPU it raises at once, before the backward or the optimizer step. On an accelerator the verdict is copied
-    to the host without waiting for it and read when it has arrived, one or two steps later; `check_now` waits.
+    On the CPU it raises at once, before the backward or the optimizer step. On an accelerator the result of each check
+    is copied to the host asynchronously and read once it has arrived, one or two steps later; `check_now` waits.
     """
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, torch.Event | None, Callable[[], str]]] = []
 
     def watch(self, value: Tensor, what: Callable[[], str]) -> None:
-        """Check the scalar `value`, now or as soon as it has reached the host; `what()` names it in the error."""
+        """Check the scalar `value`, now or once it has reached the host; `what()` names it in the error."""
         finite = torch.isfinite(value.detach())
         event = None
         if finite.device.type != "cpu":
@@ -127,7 +127,7 @@ class NonFiniteGuard:
         self._raise(wait=False)
 
     def check_now(self) -> None:
-        """Wait for all pending verdicts: before anything is written to disk."""
+        """Wait for the results of all checks, as before anything is written to disk."""
         self._raise(wait=True)
 
     def _raise(self, *, wait: bool) -> None:

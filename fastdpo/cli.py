@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What takes seconds to import is imported after all settings are checked."""
+"""The command line: parse, call, print. Slow modules are imported only after all settings have been checked."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ logger = logging.getLogger("fastdpo")
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    an expected failure, said in one line; or a bug of fastdpo, shown with its traceback
-  2    a command or setting that does not exist, or one without its value
+  1    a failure: an expected one is explained in one line, a bug is shown with its traceback
+  2    a command or setting that does not exist, or that lacks its value
   130  stopped by Ctrl-C
   143  stopped by SIGTERM"""
 OUTPUT_DIR = "trainer_output"
-"""Of transformers, where none is set."""
+"""Where transformers writes if output_dir is not set."""
 
-# what the final table shows of the held-out split: metric, label, format
+# what the final tables show: metric, label, format
 HELD_OUT = (
     ("rewards/accuracies", "reward accuracy", "{:.3f}"),
     ("rewards/margins", "reward margin", "{:+.3f}"),
@@ -48,16 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `fastdpo` command.
 
     Raises:
-        SystemExit: with the codes of `EXIT_CODES`, unless all is done.
+        SystemExit: after any failure, with a code of `EXIT_CODES`.
     """
     words, debug = without_debug(sys.argv[1:] if argv is None else list(argv))
     started = time.time()
-    # OpenMP threads that wait for work spin, unless told not to before torch loads: beside other processes a run on
-    # the CPU took five times as long
+    # OpenMP threads spin while they wait for work, unless this is set before torch loads: beside other processes a run
+    # on the CPU took five times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not sys.stderr.isatty():  # in a file or a pipe, every redrawing of a progress bar would be a line
+    if not sys.stderr.isatty():  # in a file or a pipe, a progress bar would add a line each time it is redrawn
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from fastdpo.report import log_output  # after the above, for tqdm reads the environment when it is imported
+    from fastdpo.report import log_output  # tqdm reads the environment when it is imported
 
     log_output.show(debug=debug)
     with signals_raise() as came:
@@ -90,13 +90,13 @@ def _run(words: list[str]) -> None:
     elif "-h" in rest or "--help" in rest:
         _show(settings_help(command, _summary(command), OPTIONS.get(command, {}), EXIT_CODES))
     elif not rest or rest[0].startswith("-"):
-        raise UsageError(f"the config file stands first: fastdpo {command} CONFIG.yaml --any_setting value")
+        raise UsageError(f"the config file must come first: fastdpo {command} CONFIG.yaml --any_setting value")
     else:
         COMMANDS[command](Path(rest[0]), overrides_of(rest[1:], OPTIONS.get(command, {})))
 
 
 def _close_bars() -> None:
-    """Or progress bars would draw themselves once more below the last line, when the process ends."""
+    """Close all progress bars, or they would be drawn again below the error message when the process ends."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -107,16 +107,16 @@ def _close_bars() -> None:
 def _show(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader of `fastdpo train --help | head` has seen enough
+    except BrokenPipeError:  # `fastdpo train --help | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stopped(words: list[str], started: float) -> str:
-    """What a signal left of a command, and the command that goes on."""
+    """Say what was saved before a signal, and which command continues from there."""
     stopped = stopped_by()
     command, config, *_ = [*words, "", ""]
     if command == "precompute":
-        return f"{stopped}; what was scored so far is kept, and the same command goes on from there"
+        return f"{stopped}; what was scored so far is kept, and the same command continues from there"
     try:
         chosen = read_settings(config, overrides_of(words[2:], {})) if command == "train" else None
     except (ValueError, OSError, ImportError):
@@ -128,16 +128,16 @@ def _stopped(words: list[str], started: float) -> str:
         go_on = shlex.join(
             ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]
         )
-        return f"{stopped}; saved: {newest}; go on with: {go_on}"
+        return f"{stopped}; saved: {newest}; continue with: {go_on}"
     if resumed := chosen.get("resume_from_checkpoint"):
-        return f"{stopped}; nothing was saved since {resumed}, from which the same command goes on"
+        return f"{stopped}; nothing was saved after {resumed}; the same command continues from that checkpoint"
     why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "no checkpoint was due yet"
-    return f"{stopped}; nothing was saved, because {why}; the same command starts again"
+    return f"{stopped}; nothing was saved, because {why}; the same command starts from the beginning"
 
 
 def train(config: Path, overrides: dict[str, Any]) -> None:
-    """Train a model on preferences; evaluate before and after, save it, write `report.html`."""
-    chosen = read_settings(config, overrides)  # before the slow imports: mistakes show at once
+    """Train a model on preferences, evaluate it before and after, save it and write `report.html`."""
+    chosen = read_settings(config, overrides)  # before the slow imports, so that mistakes show at once
 
     from fastdpo.report import samples
     from fastdpo.run import make_configs
@@ -160,7 +160,7 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     except BaseException as error:
         failure = stopped_by() or f"{type(error).__name__}: {error}"
         if stopped_by():
-            logger.info("%s; writing the report (once more ends at once)", failure)
+            logger.info("%s; writing the report (a second signal ends the process at once)", failure)
         raise
     finally:
         main = trainer.is_world_process_zero()
@@ -171,25 +171,25 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
 
 
 def precompute(config: Path, overrides: dict[str, Any]) -> None:
-    """Score the datasets with the reference and keep that for `train`, which finds it."""
+    """Compute the reference's log-probs of the datasets and keep them in a cache that `train` uses."""
     chosen = read_settings(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
 
     from fastdpo.reference.precompute import reference_folder
     from fastdpo.run import make_configs
 
     run, args = make_configs(chosen)
-    _trainer(run, args)  # which does all that training would before its first step
+    _trainer(run, args)  # the trainer precomputes when it is made, before a first step
     print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
 def score(config: Path, overrides: dict[str, Any]) -> None:
-    """Reward the responses of the held-out split, beta * log(pi / pi_ref), to `scores.jsonl`."""
+    """Compute rewards beta * log(pi / pi_ref) of the held-out responses and write them to `scores.jsonl`."""
     chosen = read_settings(config, overrides)
     start = Path(chosen.get("model_name_or_path") or chosen["config_name"])
     if chosen.get("ref_model_name_or_path") is None and start.is_dir() and not (start / "adapter_config.json").exists():
         raise ValueError(
-            f"score compares {str(start)!r} with a reference: give ref_model_name_or_path, the model that its training "
-            "started from"
+            f"score compares {str(start)!r} with a reference: set ref_model_name_or_path to the model from which its "
+            "training started"
         )
 
     from fastdpo.model.policy import load_policy
@@ -203,7 +203,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     model, tokenizer = load_model(run, args)
     output = Path(args.output_dir) / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    options = options_of(args)  # precision and batches of training
+    options = options_of(args)  # the precision and batch size of training
     result = score_rows(
         load_policy(model, args).to(args.device),
         reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
@@ -227,7 +227,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
 
 
 def plan(config: Path, overrides: dict[str, Any]) -> None:
-    """Count the tokens of a run and compute its memory, without loading weights; draw `plan.png`."""
+    """Count the tokens of a run and compute the memory it needs, without loading weights; draw `plan.png`."""
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
     chosen = read_settings(config, overrides)
 
@@ -244,7 +244,7 @@ def plan(config: Path, overrides: dict[str, Any]) -> None:
 
 
 def _trainer(run: Any, args: Any) -> Any:
-    """The trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
+    """Make the trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
     from fastdpo.run import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
 
@@ -267,7 +267,7 @@ def _trainer(run: Any, args: Any) -> Any:
 def _report(
     trainer: Any, run: Any, chosen: dict[str, Any], failure: str | None, started: float, samples: list[Any]
 ) -> Path | None:
-    """Write the report of a run that began at `started`; one that logged nothing leaves an earlier run's report."""
+    """Write the report of a run that began at `started`; a run that logged nothing keeps an earlier run's report."""
     from dataclasses import asdict
     from datetime import datetime, timedelta
 
@@ -275,7 +275,7 @@ def _report(
     from fastdpo.report.page import write_report
 
     args, state = trainer.args, trainer.state
-    # only what this process logged, not the records of a checkpoint that it resumed from
+    # records of the checkpoint that this process resumed from do not count as logged
     logged = [name for name in trainer.histograms if failure is None or not name.startswith("eval_")]
     if failure is not None:
         failure += f", after step {state.global_step:,} of {state.max_steps:,}"
@@ -305,12 +305,12 @@ COMMANDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 OPTIONS = {
     "plan": {
         "gpu_memory": Setting(
-            "gpu_memory", frozenset({"float"}), "this machine's", "GiB of the GPU to plan for.", "The GPUs"
+            "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", "The plan"
         ),
-        "processes": Setting("processes", frozenset({"int"}), "1", "GPUs to plan for.", "The GPUs"),
+        "processes": Setting("processes", frozenset({"int"}), "1", "Number of GPUs to plan for.", "The plan"),
     }
 }
-"""What a command takes beside the settings of a run."""
+"""Options that a command has besides the settings of a run."""
 
 
 # Help
@@ -328,8 +328,8 @@ Direct Preference Optimization without the logits.
 commands:
 {commands}
 
-A setting stands in the file as `name: value` or behind it as `--name value`, which wins; `--name` and `--no_name`
-switch it on and off. `--debug` shows the traceback of any failure.
+Write a setting as `name: value` in the file, or as `--name value` behind it, which overrides the file. `--name` and
+`--no_name` switch a boolean on and off. `--debug` shows the traceback of any failure.
 
 {EXIT_CODES}"""
 

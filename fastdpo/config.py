@@ -1,6 +1,6 @@
-"""Every setting of a run, and every check that needs no model.
+"""The settings of a training, and every check of them that needs no model.
 
-`DPOConfig` is what `DPOTrainer` takes; `fastdpo.run.RunConfig` is what the command line needs beside it.
+`DPOTrainer` takes a `DPOConfig`. The command line also needs a `fastdpo.run.RunConfig`: the model, data and adapter.
 """
 
 from dataclasses import dataclass, field
@@ -24,167 +24,215 @@ SELF_CHECK = ("fallback", "error")
 
 @dataclass
 class DPOConfig(TrainingArguments):
-    """Settings of `DPOTrainer`: those of `transformers.TrainingArguments`, TRL's names for DPO, and a few of ours.
+    """Settings of `DPOTrainer`: those of `transformers.TrainingArguments`, TRL's settings for DPO, and a few of ours.
 
     Raises:
-        ValueError: a setting is unknown, out of range or impossible in combination; the message names the field, its
-            value and the fix. Nothing has been loaded by then.
+        ValueError: a setting is unknown, out of range or cannot be combined with another; the message names the field,
+            its value and the fix. It is raised before anything is loaded.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    # Defaults that differ from TrainingArguments
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every this many optimizer steps."})
+    # Training, with other defaults than TrainingArguments
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the schedule."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute activations in the backward: less memory, about 20%% slower. Unset: on."},
+        metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower. Unset: on."},
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Mixed precision in bf16. Unset: on where the device has it, unless fp16 is set."},
+        metadata={"help": "Mixed precision in bfloat16. Unset: on if a GPU supports it and fp16 is not set."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay off: a loss that is not finite stops training."}
+        default=False, metadata={"help": "Must stay off: fastdpo stops training at a loss that is not finite."}
     )
 
-    # The objective; what each field may be with which is checked by `fastdpo.loss.options.ObjectiveSettings`
+    # The objective; `fastdpo.loss.options.ObjectiveSettings` checks which of these fields go together
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": "The objective, by its name in fastdpo.loss.objectives; several are summed. `sigmoid` is DPO."
+            "help": "Name of the objective, or several names whose losses are summed. For pairs: sigmoid (DPO), hinge, "
+            "ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, "
+            "sft, sigmoid_norm, simpo, cpo, orpo. For ranked responses: plackett_luce. For labelled responses: kto, "
+            "apo_zero_unpaired. Formulas and papers are in fastdpo/loss/objectives.py."
         },
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the objectives in the sum. Unset: 1 each."}
+        default=None, metadata={"help": "Weight of each objective of `loss_type` in the sum. Unset: 1 each."}
     )
     beta: float = field(
-        default=0.1, metadata={"help": "Strength of the pull towards the reference, > 0; 0.1 to 0.5 is usual."}
+        default=0.1,
+        metadata={
+            "help": "How strongly the policy is held near the reference: larger is nearer. Must be above 0; 0.1 to 0.5 "
+            "is usual. It is tau in `ipo` and lambda in `orpo`."
+        },
     )
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability that a preference label is flipped (cDPO), in [0, 0.5)."}
+        default=0.0, metadata={"help": "Assumed probability that a preference label is wrong (cDPO), in [0, 0.5)."}
     )
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata={"help": "What keeps the policy near: reverse_kl, forward_kl, js_divergence or alpha_divergence."},
+        metadata={
+            "help": "Divergence between policy and reference: reverse_kl (DPO), forward_kl, js_divergence or "
+            "alpha_divergence."
+        },
     )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Coefficient of `alpha_divergence`."})
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "The alpha of `alpha_divergence`."})
     use_weighting: bool = field(
-        default=False, metadata={"help": "WPO: weigh pairs by how likely the policy itself would write them."}
+        default=False, metadata={"help": "WPO: weight each pair by how likely the policy is to generate its responses."}
     )
     ld_alpha: float | None = field(
         default=None,
-        metadata={"help": "LD-DPO: factor in [0, 1] of the tokens beyond the length of the pair's shorter response."},
+        metadata={
+            "help": "LD-DPO: weight, in [0, 1], of the tokens of the longer response beyond the length of the shorter "
+            "one. Unset: off."
+        },
     )
     rpo_alpha: float | None = field(
-        default=None, metadata={"help": "RPO: weight of the chosen tokens' negative log-likelihood, added to the loss."}
+        default=None,
+        metadata={
+            "help": "RPO: add the mean negative log-likelihood of the chosen tokens to the loss, with this weight. "
+            "Unset: off."
+        },
     )
     reference_free: bool = field(
-        default=False, metadata={"help": "A reference to which all responses are equally likely; none is loaded."}
+        default=False,
+        metadata={"help": "Load no reference model; treat all responses as equally likely under the reference."},
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Target margin of `simpo`."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the log-likelihood term of `cpo`."})
-    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of desirable responses in `kto`."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of undesirable responses in `kto`."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the negative log-likelihood term of `cpo`."})
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of responses labelled true, in `kto` and `apo_zero_unpaired`."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of responses labelled false, in `kto` and `apo_zero_unpaired`."}
+    )
 
     # The reference
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={
-            "help": "Score the datasets with the reference before training, then train without it in memory. Unset: "
-            "where the cache holds all of that already, as `fastdpo precompute` leaves it. False: never look."
+            "help": "Compute the reference's log-probs of the datasets before training, so that the reference need not "
+            "stay in memory. Unset: only if the cache already holds all of them, as after `fastdpo precompute`. False: "
+            "ignore the cache."
         },
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Examples per batch of that. Unset: batches of 16384 tokens, or tokens_per_batch if more."},
+        metadata={
+            "help": "Batch size, in examples, for precomputing the reference. Unset: batches of 16384 tokens, or of "
+            "tokens_per_batch if that is more."
+        },
     )
     ref_adapter_name: str | None = field(
         default=None,
-        metadata={"help": "With PEFT: the adapter that is the reference. Unset: `ref` if there is one, else none."},
+        metadata={
+            "help": "With PEFT: name of the adapter that serves as the reference. Unset: `ref` if the model has one, "
+            "else the model with its adapters off."
+        },
     )
     reference_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where precomputed log-probs are kept. Unset: in ~/.cache/fastdpo/reference."},
+        metadata={"help": "Folder for precomputed log-probs. Unset: ~/.cache/fastdpo/reference."},
     )
     sync_ref_model: bool = field(
-        default=False, metadata={"help": "TR-DPO: mix the policy into the reference while training."}
+        default=False, metadata={"help": "TR-DPO: move the reference towards the policy during training."}
     )
     ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "TR-DPO: the policy's share in the new reference, in (0, 1]."}
+        default=0.6, metadata={"help": "TR-DPO: weight of the policy in each new reference, in (0, 1]."}
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: mix every this many optimizer steps."})
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "TR-DPO: optimizer steps between two updates of the reference."}
+    )
 
     # The model
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of `from_pretrained` where the model is given by name."}
+        default=None, metadata={"help": "Arguments of `from_pretrained`, if the model is given as a name or path."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let a model repository run its own code. Off unless you trust it."}
+        default=False,
+        metadata={"help": "Run the code in a model's repository. Switch it on only if you trust that code."},
     )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Set every dropout of policy and reference to 0, as DPO assumes."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout of policy and reference to 0."})
 
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
-            "help": "Coefficient of a mixture's balancing loss, added to the objective. Unset: the model config's; 0: "
-            "none. Micro-batches' are averaged by their examples."
+            "help": "Coefficient of the load-balancing loss of a mixture-of-experts model, which is added to the "
+            "objective as a mean over examples. Unset: the model config's coefficient. 0: no such loss."
         },
     )
 
     # The data
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Longest prompt + completion in tokens; the end of longer ones is cut. None: no limit."},
+        metadata={"help": "Longest prompt + completion, in tokens; longer ones lose their end. None: no limit."},
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; the start of longer ones is cut. None: no limit."}
+        default=None, metadata={"help": "Longest prompt, in tokens; longer ones lose their start. None: no limit."}
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Longest completion in tokens; the end of longer ones is cut. None: no limit."}
+        default=None, metadata={"help": "Longest completion, in tokens; longer ones lose their end. None: no limit."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenise the dataset. Unset: this process alone."}
+    )
     on_bad_row: str = field(
         default="error",
-        metadata={"help": "A malformed dataset row: `error` stops and names it, `drop` leaves it out and says so."},
+        metadata={
+            "help": "What to do with a malformed dataset row: `error` stops and names it, `drop` logs it and leaves it "
+            "out."
+        },
     )
 
     show_example: bool = field(
-        default=True, metadata={"help": "Show one training example in the log, with the scored tokens marked."}
+        default=True, metadata={"help": "Log one training example, with the tokens that count in the loss marked."}
     )
 
     # Packing, attention and the head
     tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Fill batches up to so many rows of tokens, instead of per_device_train_batch_size examples each."
+            "help": "Fill each device's batches with examples up to this many tokens, instead of a fixed "
+            "per_device_train_batch_size. Tokens that responses share count once. Unset: off."
         },
     )
     longest_first: bool = field(
-        default=False, metadata={"help": "Start with the largest batch, so that one too large shows at once."}
+        default=False,
+        metadata={"help": "Begin with the largest batch, so that a lack of memory shows at the first step."},
     )
     prefix_sharing: bool = field(
-        default=True, metadata={"help": "Compute the common start of a pair once instead of twice."}
+        default=True, metadata={"help": "Compute the tokens with which both responses of a pair begin once, not twice."}
     )
     self_check: str = field(
         default="fallback",
         metadata={
-            "help": "At the start, log-probs are compared with the model's own. Where packed batches are not exact but "
-            "padded ones are: `fallback` warns and pads, `error` refuses."
+            "help": "Before training, log-probs of packed batches are compared with the model's own. If only padded "
+            "batches are exact, `fallback` warns and pads, and `error` stops."
         },
     )
     attention_backend: str = field(
         default="auto",
-        metadata={"help": "Attention of packed batches: auto, varlen, flash (the flash_attn package) or grid."},
+        metadata={
+            "help": "Attention on packed batches: varlen (torch's FlashAttention), flash (the flash_attn package), "
+            "grid (torch's SDPA on sequences of similar length) or auto (the first of these that can be used)."
+        },
     )
     head_impl: str = field(
-        default="auto", metadata={"help": "Implementation of the fused LM head: auto, triton, blas, torch or eager."}
+        default="auto",
+        metadata={
+            "help": "Implementation of the fused LM head: triton or blas (CUDA), torch (any device), eager (full "
+            "logits, for tests) or auto (the fastest on this device)."
+        },
     )
     head_backward: str = field(
-        default="auto", metadata={"help": "Backward of the fused LM head: auto, exact or sparse."}
+        default="auto",
+        metadata={
+            "help": "Backward of the fused LM head: exact, sparse (skips logits of tiny probability; see "
+            "docs/sparse_backward.md) or auto (sparse only for the hidden states' gradient of 16-bit inputs)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -193,7 +241,7 @@ class DPOConfig(TrainingArguments):
         settings = from_config(self)
         self._check_reference(settings)
         if (coef := self.router_aux_loss_coef) is not None and not 0 <= coef < float("inf"):
-            raise ValueError(f"router_aux_loss_coef must be finite and at least 0 (0: no such loss), got {coef}")
+            raise ValueError(f"router_aux_loss_coef must be finite and at least 0 (0 switches it off), got {coef}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
         for name in AT_LEAST_ONE:
@@ -203,8 +251,8 @@ class DPOConfig(TrainingArguments):
             for name, only in (("dataloader_drop_last", False), ("train_sampling_strategy", "random")):
                 if (value := getattr(self, name, only)) != only:
                     raise ValueError(
-                        f"{name}={value!r} has no effect on batches that tokens_per_batch or longest_first plans; "
-                        "leave it out"
+                        f"{name}={value!r} has no effect together with tokens_per_batch or longest_first, which choose "
+                        "the batches; leave it out"
                     )
         for name, allowed in (
             ("attention_backend", ("auto", *BACKENDS)),
@@ -217,45 +265,45 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.logging_nan_inf_filter:
             raise ValueError(
-                "logging_nan_inf_filter must be False: it would log a loss that is not finite as a plausible number"
+                "logging_nan_inf_filter must be False: it would log a plausible number for a loss that is not finite"
             )
         self.bf16_is_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # it would be for nothing, and torch would say so
+            self.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()
         self._resolve_loading(given)
         if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
-            raise ValueError(f"model_init_kwargs must be a dict, or JSON of one, got {self.model_init_kwargs!r}")
+            raise ValueError(f"model_init_kwargs must be a dict or a JSON object, got {self.model_init_kwargs!r}")
         if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
             self.model_init_kwargs = dict(self.model_init_kwargs)
             old = self.model_init_kwargs.pop("torch_dtype")
             if self.model_init_kwargs.setdefault("dtype", old) != old:
-                raise ValueError(f"model_init_kwargs has torch_dtype={old!r} beside another dtype; leave it out")
+                raise ValueError(f"model_init_kwargs has torch_dtype={old!r} and another dtype; leave torch_dtype out")
         if isinstance(self.model_init_kwargs, dict):
             check_dtype("dtype of model_init_kwargs", self.model_init_kwargs.get("dtype"))
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
-        """Refuse settings of a reference that the objective does not read, or that exclude each other."""
+        """Refuse settings of the reference that the objective does not use, or that exclude each other."""
         for name in ("precompute_ref_log_probs", "sync_ref_model"):
             if getattr(self, name) and not settings.needs_reference:
-                raise ValueError(f"{name} has no effect: loss_type {self.loss_type} reads no reference; leave it out")
+                raise ValueError(f"{name} has no effect: loss_type {self.loss_type} uses no reference; leave it out")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "sync_ref_model changes the reference while training, so its log-probs can't be computed before; "
+                "sync_ref_model changes the reference during training, so its log-probs can't be computed before; "
                 "set precompute_ref_log_probs=False"
             )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if not self.sync_ref_model and (value := getattr(self, name)) != getattr(DPOConfig, name):
-                raise ValueError(f"{name}={value} has no effect without sync_ref_model=True; set that, or leave it out")
+                raise ValueError(f"{name}={value} has no effect without sync_ref_model=True; set both or neither")
 
     def _resolve_checkpointing(self) -> None:
-        """On unless switched off, under TRL's name for it and under the one newer transformers give it."""
+        """Switch checkpointing on unless the user set it, under its old name or the one of newer transformers."""
         wanted = True if self.gradient_checkpointing is None else self.gradient_checkpointing
         if not hasattr(self, "activation_checkpointing"):
             self.gradient_checkpointing = wanted
@@ -264,16 +312,16 @@ class DPOConfig(TrainingArguments):
             self.gradient_checkpointing = None
 
     def _resolve_loading(self, given: Any) -> None:
-        """Each process reads its data itself, and copies from pinned memory wait for nothing.
+        """Let each process read its own data, and let copies from pinned memory to the GPU run asynchronously.
 
         Args:
-            given: `accelerator_config` as the user wrote it, which decides on `non_blocking`.
+            given: `accelerator_config` as the user wrote it; a `non_blocking` that it sets is kept.
         """
         loading: Any = self.accelerator_config
         if loading.dispatch_batches:
             raise ValueError(
-                "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but those of a "
-                "packed batch differ in length; leave it out, each process then reads its part of the data itself"
+                "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but the tensors "
+                "of a packed batch differ in length; leave it out, and each process reads its part of the data itself"
             )
         loading.dispatch_batches = False
         chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)

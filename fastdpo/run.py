@@ -19,56 +19,64 @@ logger = logging.getLogger("fastdpo")
 
 @dataclass
 class RunConfig:
-    """What `fastdpo train` needs beside `DPOConfig`: the model, the data, the adapter. Names are those of TRL's CLI."""
+    """What the command line needs besides `DPOConfig`: model, data and adapter. The names are those of TRL's CLI."""
 
     # The run
     dataset_name: str = field(
         metadata={
-            "help": "A folder of JSONL, CSV or Parquet files named after their splits, one such file, a folder that "
-            "`save_to_disk` wrote, or a dataset on the Hub."
+            "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, one such file, a "
+            "folder that `save_to_disk` wrote, or the name of a dataset on the Hub."
         }
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The policy to start from. It is its own reference, unless there is another."},
+        metadata={
+            "help": "The model to train, as a folder or a name on the Hub. Unless ref_model_name_or_path is set, the "
+            "model as it starts is also the reference."
+        },
     )
     ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference, where it is not the policy as it starts."}
+        default=None,
+        metadata={"help": "The reference model. Unset: the model to train as it starts."},
     )
     config_name: str | None = field(
-        default=None, metadata={"help": "Instead of model_name_or_path: a model config to build with random weights."}
+        default=None,
+        metadata={"help": "Config of a model to start from random weights; set it instead of model_name_or_path."},
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Dtype of the weights: auto (as saved), float32, bfloat16, float16 or float64; the same as `dtype` "
-            "in model_init_kwargs. Unset: float32."
+            "help": "Dtype of the model's weights: auto (as saved), float32, bfloat16, float16 or float64. Unset: "
+            "float32."
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
     dataset_test_split: str = field(
         default="test",
-        metadata={"help": "The split held out for evaluation. Where it is missing nothing is evaluated."},
+        metadata={"help": "The split to evaluate on. If the dataset has no such split, nothing is evaluated."},
     )
     use_peft: bool = field(
         default=False,
         metadata={"help": "Train a LoRA adapter instead of the whole model. Needs pip install 'fastdpo[peft]'."},
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(
-        default=32, metadata={"help": "Scale of the adapter. Its output is multiplied by lora_alpha / lora_r."}
+        default=32, metadata={"help": "Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_r."}
     )
     lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout on the adapter's input. `disable_dropout` switches it off too."}
+        default=0.05, metadata={"help": "Dropout on the adapter's input; it is 0 while `disable_dropout` is on."}
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter. Unset: PEFT's choice for the model."}
+        default=None, metadata={"help": "Names of the modules that get an adapter. Unset: PEFT's choice for the model."}
     )
 
     # The report
     report_samples: int = field(
         default=4,
-        metadata={"help": "Held-out prompts whose answers before and after training the report shows. 0: none."},
+        metadata={
+            "help": "Number of held-out prompts for which the report shows the model's answers before and after "
+            "training. 0: none."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -77,10 +85,10 @@ class RunConfig:
 
 
 def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
-    """The configs of settings as `fastdpo.settings.config_file.read_settings` returns them.
+    """Make both configs from the settings that `fastdpo.settings.config_file.read_settings` returns.
 
     Raises:
-        ValueError: a config refuses; the message names the setting.
+        ValueError: a config refuses a setting; the message names it.
     """
     of_run = {f.name for f in fields(RunConfig)}
     run = RunConfig(**{name: value for name, value in settings.items() if name in of_run})
@@ -89,7 +97,7 @@ def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
         others["model_init_kwargs"] = _with_dtype(others.get("model_init_kwargs"), run.dtype)
     try:
         return run, DPOConfig(**others)
-    except ValueError as error:  # of transformers' enums, which do not know the name of the setting
+    except ValueError as error:  # transformers' enums raise it without the name of the setting
         value, is_enum, _ = str(error).partition(" is not a valid ")
         names = [name for name, given in others.items() if is_enum and str(given) == value]
         if not names:
@@ -98,16 +106,16 @@ def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
 
 
 def _with_dtype(model_init_kwargs: Any, dtype: str) -> dict[str, Any]:
-    """`model_init_kwargs` with the dtype that the setting `dtype` gives."""
+    """Return `model_init_kwargs` with the value of the setting `dtype`."""
     kwargs = json.loads(model_init_kwargs) if isinstance(model_init_kwargs, str) else dict(model_init_kwargs or {})
     for name in ("dtype", "torch_dtype"):
         if kwargs.get(name, dtype) != dtype:
-            raise ValueError(f"dtype={dtype!r} and {name}={kwargs[name]!r} of model_init_kwargs differ; leave one out")
+            raise ValueError(f"dtype={dtype!r} and {name}={kwargs[name]!r} in model_init_kwargs differ; leave one out")
     return kwargs | {"dtype": dtype}
 
 
 def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
-    """The policy, as a name to load or built with random weights, and its tokenizer.
+    """Return the policy, as a name to load or a model with random weights, and its tokenizer.
 
     Raises:
         ValueError: as `fastdpo.model.policy.build_policy`.
@@ -121,36 +129,36 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
 
 
 def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
-    """The tokenizer beside the model or its config."""
+    """Load the tokenizer that is saved with the model or its config."""
     source: Any = run.model_name_or_path or run.config_name
     with loading("model_name_or_path" if run.model_name_or_path else "config_name", source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
 
 
 def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:
-    """The reference, where the run names one of its own."""
+    """Load the reference model, or return None if the run names none."""
     if run.ref_model_name_or_path is None:
         return None
     return load_policy(run.ref_model_name_or_path, args, setting="ref_model_name_or_path")
 
 
 def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """The split to train on and the one held out, None where there is none.
+    """Load the split to train on and the split to evaluate on, or None if the dataset lacks that one.
 
     Raises:
-        ValueError: the dataset can't be read, or has no split of the name to train on.
+        ValueError: the dataset can't be read, or has no split named `dataset_train_split`.
     """
     with loading("dataset_name", run.dataset_name):
         splits = load_splits(run.dataset_name)
     if run.dataset_train_split not in splits:
         raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
     if run.dataset_test_split not in splits:
-        logger.warning("%s has no split %r: nothing is held out", run.dataset_name, run.dataset_test_split)
+        logger.warning("%s has no split %r, so nothing is evaluated", run.dataset_name, run.dataset_test_split)
     return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
 
 
 def lora(run: RunConfig) -> Any | None:
-    """The `peft.LoraConfig` of a run; None without `use_peft`."""
+    """Return the `peft.LoraConfig` of a run, or None without `use_peft`."""
     if not run.use_peft:
         return None
     from peft import LoraConfig
@@ -160,6 +168,8 @@ def lora(run: RunConfig) -> Any | None:
         r=run.lora_r,
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,  # PEFT's word for all but the head
+        target_modules="all-linear"
+        if modules == ["all-linear"]
+        else modules,  # PEFT reads this word as all linear layers but the head
         task_type="CAUSAL_LM",
     )

@@ -29,11 +29,11 @@ class Scores(NamedTuple):
     """What `score` returns."""
 
     rows: list[dict[str, Any]]
-    """One per scored row: `row` (its position in what was given) and, one entry per response in the row's order,
-    `rewards`, `logps`, `ref_logps` (nats, summed over the response) and `lengths` (its tokens)."""
+    """One dict per scored row: `row` (its position in the input) and four lists with one entry per response, in the
+    row's order: `rewards`, `logps`, `ref_logps` (nats, summed over the response) and `lengths` (tokens)."""
     accuracy: float | None
-    """Share of pairs of a row's responses that the rewards order as the dataset does; a tie counts one half. None
-    where rows hold single responses."""
+    """Share of response pairs that the rewards put in the dataset's order; a tie counts one half. None if rows hold
+    single responses."""
 
 
 def score(
@@ -52,33 +52,34 @@ def score(
     cache_dir: Path | str | None = None,
     **options: Any,
 ) -> Scores:
-    """Reward responses by how much likelier a trained model makes them than its reference.
+    """Compute the reward of responses: how much likelier a trained model makes them than its reference.
 
     Args:
-        model: the trained causal LM, or a PEFT model; changed as by `DPOTrainer` (its forward is patched).
-        ref_model: its reference. None: a PEFT model with its adapters off, or with `ref_adapter_name`'s on.
-        rows: of one format: `prompt` with `chosen` and `rejected`, with `responses` (best first), or with
+        model: the trained causal LM, or a PEFT model. Its forward is patched in place, as `DPOTrainer` does.
+        ref_model: its reference. None: `model`, which must be a PEFT model, with its adapters off or with the adapter
+            `ref_adapter_name` on.
+        rows: rows of one format: `prompt` with `chosen` and `rejected`, with `responses` (best first), or with
             `completion`; text, messages or token ids, see `fastdpo.data.prepare`.
-        tokenizer: as in training.
+        tokenizer: the tokenizer of training.
         beta: scale of the rewards, > 0. Accuracy does not depend on it.
-        max_length: cut longer prompt + response; None: nothing is cut.
-        max_prompt_length: cut longer prompts; None: nothing is cut.
-        max_completion_length: cut longer responses; None: nothing is cut.
-        on_bad_row: "error" or "drop" a row that makes no sense.
-        output: a JSONL file for `Scores.rows`, complete or not there.
+        max_length: cut prompt + response to this many tokens; None: nothing is cut.
+        max_prompt_length: cut prompts to this many tokens; None: nothing is cut.
+        max_completion_length: cut responses to this many tokens; None: nothing is cut.
+        on_bad_row: what to do with a malformed row: "error" or "drop".
+        output: a JSONL file for `Scores.rows`; it is written completely or not at all.
         ref_adapter_name: see `ref_model`.
-        cache_dir: keep log-probs in this folder as the reference cache does: a run that was stopped goes on there.
+        cache_dir: keep log-probs in this folder, as the reference cache does, so that a stopped run can continue.
         **options: `tokens_per_batch`, `autocast`, `disable_tqdm`, see
             `fastdpo.reference.precompute.token_logps`.
 
     Raises:
-        ValueError: beta, a row or a column makes no sense, or there is no reference; names the row.
-        FloatingPointError: a log-prob is not finite; names the row.
+        ValueError: beta, a row or a column makes no sense, or there is no reference; the message names the row.
+        FloatingPointError: a log-prob is not finite; the message names the row.
     """
     if not beta > 0 or beta == float("inf"):
         raise ValueError(f"beta must be a finite number above 0, got {beta}")
     if ref_model is model:
-        raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the model it was")
+        raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the untrained model")
     if ref_model is None and not adapters.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
     dataset = _tokenised(
@@ -120,7 +121,7 @@ def _tokenised(rows: Any, **options: Any) -> Dataset:
     columns = dataset.column_names
     alone = {"completion", "completion_ids"} & set(columns)
     if alone and "label" not in columns:
-        dataset = dataset.add_column("label", [True] * len(dataset))  # it is not asked; the format wants one
+        dataset = dataset.add_column("label", [True] * len(dataset))  # required, but not read here
     kind = "unpaired" if alone else "ranked" if {"responses", "ranked_ids"} & set(columns) else "preference"
     prepared = prepare.prepare_dataset(dataset, kind=kind, name="scored", **options)
     assert isinstance(prepared, Dataset)
@@ -139,6 +140,6 @@ def _row(index: int, ours: Sequence[Logps], theirs: Sequence[Logps], beta: float
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Responses are best first, so every pair of a row is in the right order if its first has the greater reward."""
+    """Return the share of pairs whose first response has the greater reward, for responses are best first."""
     pairs = [(a, b) for row in rows for a, b in combinations(row["rewards"], 2)]
     return float(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))

@@ -1,4 +1,4 @@
-"""`DPOTrainer`: transformers' Trainer with packed pairs, the fused head and the DPO objective wired in."""
+"""`DPOTrainer`: transformers' Trainer with packed batches, the fused head and the DPO objectives."""
 
 import functools
 import logging
@@ -54,23 +54,23 @@ class DPOTrainer(Trainer):
         model: a causal LM, a PEFT model, or a name or path for `from_pretrained` (float32 unless
             `args.model_init_kwargs` says otherwise).
         ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
-            adapter, or with the adapter it came with; else a copy of the policy as passed.
-        args: settings; `DPOConfig()` where None. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
-        data_collator: makes a packed batch of tokenised rows; `fastdpo.shared_prefix_batch` where None.
+            adapter, or with a copy of the adapter that it came with; otherwise a copy of the policy as passed.
+        args: settings; None means `DPOConfig()`. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
+        data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`.
         train_dataset: preference rows, see `fastdpo.data.prepare`.
-        eval_dataset: the same, or a dict of them by name.
-        processing_class: the tokenizer; loaded from the model's path where None.
-        compute_metrics: not supported; it has its place in TRL's order of arguments.
+        eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
+        processing_class: the tokenizer; None loads the one at the model's path.
+        compute_metrics: not supported; it is here because TRL's arguments are read in TRL's order.
         callbacks: as in `transformers.Trainer`.
         optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
         quantization_config: not supported; see `model_init_kwargs`.
-        peft_config: wraps `model` in a new adapter.
-        others: `tokenizer`, the old name of `processing_class`; any other old argument of TRL's is refused by name.
+        peft_config: PEFT's config of a new adapter to train on `model`.
+        others: `tokenizer`, the old name of `processing_class`; all other old arguments of TRL are refused by name.
 
     Raises:
-        ValueError: a dataset row, column or setting makes no sense, or the model has a head or attention that can't
-            be computed exactly; the message names it and the fix. Nothing has been trained by then.
-        FloatingPointError: a loss or gradient was not finite; training stops there.
+        ValueError: a dataset row, column or setting makes no sense, or the model's head or attention can't be computed
+            exactly; the message names it and the fix. It is raised before anything is trained.
+        FloatingPointError: a loss or gradient was not finite, and training stopped there.
     """
 
     train_dataset: Any
@@ -101,7 +101,7 @@ class DPOTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         self._settings = from_config(args)
-        usable(args.attention_backend, args.device)  # or the self-check would find out, and do without packing
+        usable(args.attention_backend, args.device)  # else the self-check would fall back to padded batches
         adapters.check_adapter(peft_config)
         set_seed(args.seed)  # adapters start from random weights
         model, ref_model, keeps_reference = self._prepare_models(model, ref_model, peft_config, args)
@@ -114,7 +114,7 @@ class DPOTrainer(Trainer):
         columns = prepare.columns_of(train_dataset, eval_dataset)
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
-        # before the patch, which a copy must not share
+        # before the models are patched, for a copy of the policy must not share its patch
         ref_model = resolve_reference(
             model,
             ref_model,
@@ -142,7 +142,7 @@ class DPOTrainer(Trainer):
         checks.check_parallelism(self)
         if data_collator is None:
             if self.is_fsdp_enabled:
-                logger.warning("no self-check of the model: its weights are to be sharded")
+                logger.warning("no self-check of the model, because its weights will be sharded")
             else:
                 self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
             self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
@@ -158,13 +158,13 @@ class DPOTrainer(Trainer):
         self._sums = metrics.RunningSums()
         self._guard = checks.NonFiniteGuard()
         self._clock: float | None = None
-        self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # a step's micro-batches, in their order
+        self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
 
     # Steps of __init__
 
     def _prepare_models(self, model: Any, ref_model: Any, peft_config: Any, args: DPOConfig) -> tuple[Any, Any, bool]:
-        """The policy in its adapter, the reference that was given, and whether the policy must serve as reference."""
+        """Load the policy with its adapter and the given reference; say whether the policy is its own reference."""
         model = load_policy(model, args)
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model, args)
@@ -178,7 +178,7 @@ class DPOTrainer(Trainer):
     def _prepare_data(
         self, train_dataset: Any, eval_dataset: Any, tokenizer: Any, vocab_size: int, args: DPOConfig
     ) -> tuple[Any, Any]:
-        """The datasets as token ids, checked; `_prepare_dataset` does the same for one that `evaluate` is given."""
+        """Tokenise and check the datasets; make `_prepare_dataset`, with which `evaluate` tokenises another one."""
         self._prepare_dataset = prepare.preparer(args, self._settings, tokenizer, vocab_size)
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
             train_dataset = self._prepare_dataset(train_dataset)
@@ -189,7 +189,7 @@ class DPOTrainer(Trainer):
         return train_dataset, eval_dataset
 
     def _patch(self, model: Any, ref_model: Any, args: DPOConfig) -> None:
-        """Let the models score packed batches, in the layout that is exact on both."""
+        """Let the models score packed batches, and choose a batch layout that is exact on all of them."""
         self._aux_coef = coefficient(unwrap(model), args.router_aux_loss_coef)
         models = [each for each in (model, ref_model) if each is not None]
         for each in models:
@@ -206,14 +206,14 @@ class DPOTrainer(Trainer):
         precompute = self.args.precompute_ref_log_probs
         if precompute is None and may_use_cache:
             precompute = reference_columns.is_complete(self)
-            ref_model = None if precompute else ref_model  # a copy of the policy, which answers as well until it trains
+            ref_model = None if precompute else ref_model  # the copy's log-probs are in the cache
         if precompute:
             reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
             self.ref_model = prepare_reference(self.accelerator, ref_model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of `per_device_train_batch_size` examples, or filled up to `tokens_per_batch` rows."""
+        """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
         return planned(super().get_train_dataloader(), self.args, self._layout)
 
     # One step
@@ -225,12 +225,12 @@ class DPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: StepTotals | None = None,
     ) -> Any:
-        """This micro-batch's part of the loss of the whole optimizer step, over all processes."""
+        """Return what this micro-batch adds to the loss, which is a mean over the whole optimizer step."""
         training = self.model.training
         if training and self._clock is None:
             self._clock = time.perf_counter()
         with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
-        # before training the Trainer evaluates a policy that no wrapper casts, but our reference has one already
+        # an evaluation before training runs a policy that accelerate has not wrapped in autocast yet
         with self.accelerator.autocast():
             scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
         context, ref_logps = self._of_whole_step.popleft() if training and self._of_whole_step else (None, None)
@@ -238,9 +238,9 @@ class DPOTrainer(Trainer):
         out = compute(inputs, scores.logps, ref_logps, self._settings, stats=scores.stats, context=context)
         totals = num_items_in_batch or step_totals([inputs])
         loss = step_mean(out, totals)
-        if scores.aux_loss is not None:  # no mean over examples: micro-batches weigh by how many they hold
+        if scores.aux_loss is not None:  # a mean over tokens: weighted by the micro-batch's share of examples
             loss = loss + self._aux_coef * scores.aux_loss * (len(out.losses) / totals.examples)
-        if num_items_in_batch:  # gradients are averaged over processes: each gives its share times their number
+        if num_items_in_batch:  # DDP averages the gradients of processes, and they are to be summed
             loss = loss * self.args.world_size
         if training:
             if self._first_loss_is_known and self.state.global_step == 0:
@@ -262,7 +262,7 @@ class DPOTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The reference's log-probs of the completion tokens `[M]`; None where none are read, or the batch has them."""
+        """Return the reference's log-probs `[M]`; None if the objective reads none or the batch has them."""
         if not self._settings.needs_reference or not {"ref_logps", "ref_token_logps"}.isdisjoint(inputs):
             return None
         with torch.no_grad(), self.accelerator.autocast():
@@ -272,16 +272,16 @@ class DPOTrainer(Trainer):
             policy = self.accelerator.unwrap_model(self.model)
             if not adapters.is_peft_model(policy):
                 raise ValueError(
-                    "this dataset has no reference log-probs, and no reference model was kept to compute them: give "
-                    "datasets to DPOTrainer when it is made, or set precompute_ref_log_probs=False"
+                    "this dataset has no reference log-probs, and no reference model was kept to compute them: pass "
+                    "all datasets to DPOTrainer(...), or set precompute_ref_log_probs=False"
                 )
             with evaluating(policy), adapters.as_reference(policy, self.args.ref_adapter_name):
                 return self.model(**inputs).logps  # type: ignore[no-any-return]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
-        """What the optimizer step's loss is divided by, over accumulation and processes.
+        """Return what the step's loss is divided by: counts over all its micro-batches and processes.
 
-        An objective that looks at the whole step gets what its micro-batches must know of each other, too.
+        For an objective that compares examples of the whole step, also exchange what its micro-batches need.
         """
         if not batch_samples:
             return None
@@ -295,7 +295,7 @@ class DPOTrainer(Trainer):
         return totals
 
     def _exchange(self, batches: list[dict[str, Any]]) -> Iterable[tuple[Any, Tensor | None]]:
-        """What each micro-batch's loss needs of the others, and its reference log-probs: a pass without gradients."""
+        """Run all micro-batches without gradients; return what each loss needs of the others, and ref log-probs."""
         values, references = [], []
         for batch in batches:
             with torch.no_grad(), self.accelerator.autocast():
@@ -318,20 +318,20 @@ class DPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(norm, Tensor) and not self.args.fp16:  # fp16's scaler skips steps that overflow
+        if isinstance(norm, Tensor) and not self.args.fp16:  # with fp16 the scaler skips steps that overflow
             step = self.state.global_step
             self._guard.watch(norm, lambda: f"the gradient norm of step {step + 1}")
         return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, unless a loss or gradient was not finite since."""
+        """Save the model; raise FloatingPointError instead if a loss or gradient was not finite."""
         self._guard.check_now()
         super().save_model(output_dir, _internal_call)
 
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log to a training step's record, and to the one that ends the run."""
+        """Add the metrics since the last log to a record of training, and to the record that ends the run."""
         if "loss" in logs or ("train_loss" in logs and self._sums):
             now = time.perf_counter()
             numbers, histograms = metrics.training_logs(
@@ -340,14 +340,14 @@ class DPOTrainer(Trainer):
                 seconds=self._clock and now - self._clock,
                 log_history=self.state.log_history,
             )
-            self._guard.check_now()  # by now its verdicts have arrived
+            self._guard.check_now()  # waits for nothing: the metrics have just been read
             logs.update(numbers)
             self._keep_histograms(histograms)
             self._clock = now
         super().log(logs, start_time)
 
     def _keep_histograms(self, histograms: dict[str, metrics.Histogram], prefix: str = "") -> None:
-        """The first and the last of each, for the report."""
+        """Keep the first and the last histogram of each name, for the report."""
         for name, histogram in histograms.items():
             kept = self.histograms.setdefault(prefix + name, [])
             kept[1:] = [(self.state.global_step, histogram)]
@@ -360,7 +360,7 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate; a dataset given here is tokenised as those given at construction."""
+        """Evaluate; a dataset passed here is tokenised like those passed to the constructor."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self._prepare_dataset(eval_dataset, name=metric_key_prefix)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -374,7 +374,7 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate with sums over pairs, so that a smaller last batch weighs what it holds."""
+        """Evaluate with means over all examples, so that a smaller last batch counts less than a full one."""
         started = time.perf_counter()
         training_sums, self._sums = self._sums, metrics.RunningSums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -384,14 +384,14 @@ class DPOTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
         self._keep_histograms(histograms, f"{metric_key_prefix}_")
         self._sums = training_sums
-        if self._clock is not None:  # the tokens counted before it took no part of this time
+        if self._clock is not None:  # tokens_per_second does not count the time of an evaluation
             self._clock += time.perf_counter() - started
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of one batch; there are no logits to return."""
+        """Return the loss of one batch; there are no logits or labels to return."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss, None, None

@@ -67,7 +67,7 @@ def test_a_single_file_trains_without_a_held_out_split(tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(f'{{"prompt": "{i}+1=", "chosen": "{i + 1}", "rejected": "{i}"}}\n' for i in range(8)))
     done = fastdpo("train", QUICKSTART, *SHORT, "--output_dir", tmp_path / "out", "--dataset_name", data)
-    assert "has no split 'test': nothing is held out" in done.stderr
+    assert "has no split 'test', so nothing is evaluated" in done.stderr
     assert "held out" not in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
     common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
@@ -169,8 +169,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     [
         (("trian", QUICKSTART), 2, "unknown command 'trian'; did you mean 'train'?"),
         (("zzzz", QUICKSTART), 2, "unknown command 'zzzz'; see fastdpo --help"),
-        (("train",), 2, "the config file stands first: fastdpo train CONFIG.yaml --any_setting value"),
-        (("train", "--beta", 1, QUICKSTART), 2, "the config file stands first"),
+        (("train",), 2, "the config file must come first: fastdpo train CONFIG.yaml --any_setting value"),
+        (("train", "--beta", 1, QUICKSTART), 2, "the config file must come first"),
         (
             ("train", QUICKSTART, "--lerning_rate", 1),
             2,
@@ -188,7 +188,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         (
             ("score", QUICKSTART),
             1,
-            "with a reference: give ref_model_name_or_path, the model that its training",
+            "with a reference: set ref_model_name_or_path to the model from which its training",
         ),
         (("train", "examples/quickstat.yaml"), 1, "did you mean 'examples/quickstart.yaml'?"),
         (("train", QUICKSTART, "--dataset_train_split", "trian"), 1, "has no split 'trian'; it has ['train', 'test']"),
@@ -338,8 +338,8 @@ def test_a_signal_says_what_was_saved_and_the_command_goes_on(
     assert "Traceback" not in ended.err
     saved = tmp_path / "a folder" / "checkpoint-2"
     line = ended.err.splitlines()[-1]
-    assert line.startswith(f"fastdpo: stopped by {name}; saved: {saved}; go on with: fastdpo train {QUICKSTART} ")
-    _, *command = shlex.split(line.partition("go on with: ")[2])
+    assert line.startswith(f"fastdpo: stopped by {name}; saved: {saved}; continue with: fastdpo train {QUICKSTART} ")
+    _, *command = shlex.split(line.partition("continue with: ")[2])
     assert command[-1] == f"--resume_from_checkpoint={saved}"
 
     assert run(*command).code == 0
@@ -354,15 +354,16 @@ def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, mon
     monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     ended = run("train", QUICKSTART, "--output_dir", tmp_path)
     assert ended.code == 130
-    expected = "stopped by Ctrl-C; nothing was saved, because save_strategy is 'no'; the same command starts again"
+    why = "save_strategy is 'no'"
+    expected = f"stopped by Ctrl-C; nothing was saved, because {why}; the same command starts from the beginning"
     assert ended.err == f"fastdpo: {expected}\n"
-    resumed = ("--resume_from_checkpoint", tmp_path / "checkpoint-7")
-    expected = f"nothing was saved since {tmp_path / 'checkpoint-7'}, from which the same command goes on"
-    assert expected in run("train", QUICKSTART, "--output_dir", tmp_path, *resumed).err
+    newest = tmp_path / "checkpoint-7"
+    expected = f"nothing was saved after {newest}; the same command continues from that checkpoint"
+    assert expected in run("train", QUICKSTART, "--output_dir", tmp_path, "--resume_from_checkpoint", newest).err
     monkeypatch.setitem(cli.COMMANDS, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     ended = run("precompute", QUICKSTART)
     assert ended.code == 143
-    expected = "stopped by SIGTERM; what was scored so far is kept, and the same command goes on from there"
+    expected = "stopped by SIGTERM; what was scored so far is kept, and the same command continues from there"
     assert ended.err == f"fastdpo: {expected}\n"
 
 

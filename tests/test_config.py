@@ -56,11 +56,11 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights must hold one number per loss_type"),
         (
             {"loss_type": "simpo", "sync_ref_model": True},
-            "sync_ref_model has no effect: loss_type .* reads no reference",
+            "sync_ref_model has no effect: loss_type .* uses no reference",
         ),
         (
             {"sync_ref_model": True, "precompute_ref_log_probs": True},
-            "sync_ref_model changes the reference while training",
+            "sync_ref_model changes the reference during training",
         ),
         ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),
         ({"ref_model_mixup_alpha": 0.5}, "ref_model_mixup_alpha=0.5 has no effect without sync_ref_model=True"),
@@ -77,7 +77,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"model_name_or_path": "x"}, "give either model_name_or_path .* or config_name"),
         ({"model_init_kwargs": [1]}, "model_init_kwargs must be dict or str, got"),
         ({"model_init_kwargs": "{'a"}, "model_init_kwargs is neither YAML nor JSON: Expecting property name"),
-        ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a dict, or JSON of one, got 'fast'"),
+        ({"model_init_kwargs": "fast"}, "model_init_kwargs must be a dict or a JSON object, got 'fast'"),
         (
             {"model_init_kwargs": {"quantization_config": 4}},
             "quantization_config of model_init_kwargs must be a mapping",
@@ -94,7 +94,7 @@ def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: s
 def test_a_config_without_data_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("config_name: model\n")
-    with pytest.raises(ValueError, match="must set dataset_name"):
+    with pytest.raises(ValueError, match="dataset_name is not set; set it in"):
         read_config(path, {})
 
 
@@ -122,7 +122,7 @@ def test_dtype_is_short_for_that_of_model_init_kwargs(
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_two_dtypes_that_differ_are_refused(yaml_file: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"dtype='float16' and {name}='auto' of model_init_kwargs differ"):
+    with pytest.raises(ValueError, match=f"dtype='float16' and {name}='auto' in model_init_kwargs differ"):
         read_config(yaml_file, {"dtype": "float16", "model_init_kwargs": {name: "auto"}})
 
 

@@ -1,1 +1,1 @@
-"""The only modules that know a peer."""
+"""Compatibility with TRL and Liger: no other modules know of them."""

@@ -1,4 +1,4 @@
-"""`use_liger_kernel`: Liger's kernels in the layers of a model, and fastdpo's head on top."""
+"""`use_liger_kernel`: Liger's kernels in the layers of a model, together with fastdpo's head."""
 
 import logging
 import os
@@ -18,32 +18,32 @@ _OF_THE_HEAD = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def prepare(args: DPOConfig) -> None:
-    """Switch Liger's head off in `args`, which the Trainer applies once more when it trains.
+    """Switch Liger's own head off in `args`, for the Trainer applies Liger again at the start of training.
 
     Call it before a model is loaded.
 
     Raises:
-        ImportError: liger-kernel is not installed; the message holds the command.
-        ValueError: its kernels would not run on this device.
+        ImportError: liger-kernel is not installed; the message has the command that installs it.
+        ValueError: Liger's kernels can't run on this device.
     """
     if not args.use_liger_kernel:
         return
     if not is_liger_kernel_available():
         raise ImportError("use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel")
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("use_liger_kernel=True needs a GPU, for Liger's kernels do not run on a CPU; leave it out")
+        raise ValueError("use_liger_kernel=True needs a GPU, because Liger's kernels do not run on a CPU; leave it out")
     config = dict(args.liger_kernel_config or {})
     if given := [name for name in _OF_THE_HEAD if config.get(name)]:
-        logger.warning("liger_kernel_config: %s is switched off, for fastdpo computes the head", " and ".join(given))
+        logger.warning("liger_kernel_config: %s is switched off: fastdpo computes the head", " and ".join(given))
     args.liger_kernel_config = config | dict.fromkeys(_OF_THE_HEAD, False)
 
 
 def apply(model: Any, args: DPOConfig) -> None:
-    """Put Liger's kernels into a model, in place. Call it after `prepare`, and before `patch_forward`.
+    """Put Liger's kernels into a model, in place. Call this after `prepare` and before `patch_forward`.
 
     Args:
         model: a causal LM, or a PEFT model around one.
-        args: nothing happens unless its `use_liger_kernel` is set.
+        args: settings; nothing happens unless `use_liger_kernel` is set.
 
     Raises:
         ValueError: Liger cannot change this model, or an adapter wraps a module that it changes.
@@ -63,8 +63,8 @@ def apply(model: Any, args: DPOConfig) -> None:
         raise ValueError(f"Liger cannot change {name}: {error}; set use_liger_kernel=False") from error
     if wrapped := _inside_an_adapter(base):
         raise ValueError(
-            f"Liger replaces the forward of {wrapped}, which an adapter wraps, so that one of them would be without "
-            "effect; leave that module out of the adapter, or set liger_kernel_config={'rms_norm': False, ...}"
+            f"Liger replaces the forward of {wrapped}, which an adapter wraps, so one of the two would have no effect; "
+            "leave that module out of the adapter, or set liger_kernel_config={'rms_norm': False, ...}"
         )
     replaced = sum(map(_is_replaced, base.modules()))
     logger.info("Liger's kernels are in %d modules of %s; its cross-entropy is off", replaced, name)
@@ -76,7 +76,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _inside_an_adapter(model: nn.Module) -> str | None:
-    """The name of a module of PEFT's that is, or holds, one with a forward of Liger's."""
+    """Return the name of a PEFT module that is, or contains, a module whose forward Liger replaced; else None."""
     if not is_peft_available():
         return None
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,6 +1,6 @@
-"""Arguments as they are written for TRL's `DPOTrainer`, or for an older one: read as ours, or refused by name.
+"""Read the arguments of old and new versions of TRL's `DPOTrainer`, or refuse them by name.
 
-TRL is never imported; its classes are known by where they are defined.
+TRL is never imported; its classes are recognised by the module that defines them.
 """
 
 import copy
@@ -21,7 +21,7 @@ _NO_EFFECT = {
     *("padding_free", "pad_to_multiple_of", "pad_token", "label_pad_token_id", "padding_value"),
     *("use_logits_to_keep", "generate_during_eval", "base_model_attribute_name", "force_use_ref_model"),
 }
-"""Settings of TRL's, old and new, that no loss depends on: packed batches are not padded, and nothing is generated."""
+"""Old and new settings of TRL that cannot change a loss, because nothing is padded or generated here."""
 
 _INSTEAD = {
     "activation_offloading": "use gradient_checkpointing=True",
@@ -35,28 +35,28 @@ _INSTEAD = {
     "compute_metrics": "packed batches keep no logits; read the metrics that evaluation logs",
     "quantization_config": "pass it in args.model_init_kwargs={'quantization_config': ...}",
 }
-"""What to do instead of an argument that cannot be read."""
+"""For each argument that is not supported, what to do instead."""
 
 
 def resolve(args: Any, processing_class: Any, others: Mapping[str, Any]) -> tuple[DPOConfig, Any]:
-    """The config and the tokenizer of a trainer.
+    """Return the config and the tokenizer of a trainer.
 
     Args:
-        args: a `DPOConfig`, `trl.DPOConfig` or `transformers.TrainingArguments`; `DPOConfig()` where None.
+        args: a `DPOConfig`, `trl.DPOConfig` or `transformers.TrainingArguments`; None means `DPOConfig()`.
         processing_class: the tokenizer, or None.
-        others: further arguments by name; those that are None are as if they were left out.
+        others: further arguments by name; those that are None are ignored.
 
     Raises:
-        ValueError: one cannot be read; names it, and what to use instead.
-        TypeError: one is not known.
+        ValueError: an argument is not supported; the message names it, and what to use instead.
+        TypeError: an argument is unknown.
     """
     for name, value in others.items():
         if value is None:
             continue
         if name == "tokenizer":
             if processing_class is not None:
-                raise ValueError("tokenizer and processing_class are given, and both mean the tokenizer; leave one out")
-            logger.warning("tokenizer is the old name of processing_class, and is read as that")
+                raise ValueError("both tokenizer and processing_class are given, which mean the same; leave one out")
+            logger.warning("tokenizer is the old name of processing_class; it is used as processing_class")
             processing_class = value
         elif name in {f.name for f in fields(DPOConfig)}:
             raise ValueError(f"{name} is a setting, not an argument of DPOTrainer: pass args=DPOConfig({name}=...)")
@@ -70,7 +70,7 @@ def resolve(args: Any, processing_class: Any, others: Mapping[str, Any]) -> tupl
             raise TypeError(f"DPOTrainer has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
-            f"processing_class is a {type(processing_class).__name__}, but the training reads text alone; pass its "
+            f"processing_class is a {type(processing_class).__name__}, but only text can be trained on; pass its "
             "tokenizer: processing_class=processor.tokenizer"
         )
     if isinstance(processing_class, str):
@@ -82,7 +82,7 @@ def resolve(args: Any, processing_class: Any, others: Mapping[str, Any]) -> tupl
 
 
 def _config(args: Any) -> DPOConfig:
-    """The settings as a `DPOConfig`: every field that has the same name keeps its value, a default too."""
+    """Return `args` as a `DPOConfig`: fields of the same name keep their values, including default values."""
     if args is None:
         return DPOConfig()
     if isinstance(args, DPOConfig):
@@ -92,7 +92,7 @@ def _config(args: Any) -> DPOConfig:
         raise ValueError(f"args must be a fastdpo.DPOConfig, got {cls.__name__}; its fields have the names of TRL's")
     trl = [c.__name__ for c in cls.__mro__ if c.__module__.partition(".")[0] == "trl"]
     if trl and "DPOConfig" not in trl:
-        raise ValueError(f"args is a {trl[0]} of TRL, whose settings mean another training; pass a fastdpo.DPOConfig")
+        raise ValueError(f"args is TRL's {trl[0]}, which is for another kind of training; pass a fastdpo.DPOConfig")
     ours = {f.name for f in fields(DPOConfig) if f.init}
     values, unread = {}, []
     for field in fields(args):
@@ -106,7 +106,7 @@ def _config(args: Any) -> DPOConfig:
             raise ValueError(f"{field.name}={value!r} of trl.DPOConfig is not supported: {instead}")
         else:
             unread.append(field.name)
-    del values["logging_nan_inf_filter"]  # on by default there; here such a loss stops the training
+    del values["logging_nan_inf_filter"]  # on by default in transformers, and must be off here
     if values["accelerator_config"] == AcceleratorConfig():
         del values["accelerator_config"]
     values = {name: copy.copy(value) for name, value in values.items()}
@@ -115,7 +115,7 @@ def _config(args: Any) -> DPOConfig:
     config = DPOConfig(**values)
     name = f"{'trl' if trl else cls.__module__.partition('.')[0]}.{cls.__name__}"
     logger.info(
-        "args is a %s and read as a fastdpo.DPOConfig; every field keeps its value, where the defaults differ too: "
+        "args is a %s and is read as a fastdpo.DPOConfig; each field keeps its value, even where the defaults differ: "
         "learning_rate=%g, logging_steps=%g, bf16=%s%s",
         *(name, config.learning_rate, config.logging_steps, config.bf16),
         f"; not read: {', '.join(unread)}" if unread else "",

@@ -1,1 +1,1 @@
-"""What a run will need, counted and computed before it starts."""
+"""The tokens and the memory of a run, counted and computed before it starts."""

@@ -1,14 +1,14 @@
-"""How much memory a training step will take, computed before anything is loaded.
+"""Compute how much memory a training step will take, before anything is loaded.
 
-A model with fake weights (shapes and dtypes, no memory) runs one step forward and backward on fake tensors, and every
-storage that comes to life or dies is counted. Two steps of different size give, for each operation of the step, the
-bytes alive as a straight line in the rows of the batch:
+A model with fake weights (shapes and dtypes, no memory) runs one step forward and backward on fake tensors, and the
+bytes of all storages are counted as they are allocated and freed. A row is one token of the packed batch. Two steps of
+different size give, for each operation i of the step, the bytes alive after it as a straight line in the T rows:
 
-    alive[i](T) = fixed[i] + per_row[i] * T        peak(T) = max over i of alive[i](T) + what is always there
+    alive[i](T) = fixed[i] + per_row[i] * T        peak(T) = max over i of alive[i](T) + persistent bytes
 
 So gradient checkpointing, autocast's copies, tied embeddings and adapters need no formulas of their own. Attention and
-head are stand-ins (`fastdpo.plan.stand_ins`), and the head's workspace is the bound it promises. Not counted:
-what the device's context and its matmul library take, and memory lost between allocations.
+head are stand-ins (`fastdpo.plan.stand_ins`), and the head's workspace is counted at its upper bound. Not counted are
+the device's context, its matmul library and memory lost between allocations.
 
 Shapes: T rows of the packed batch, K key-path entries, M targets, D hidden size, V vocabulary.
 """
@@ -33,28 +33,29 @@ from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.stand_ins import NAME, HeadMemory
 
-PROBED_ROWS = (32, 64)  # where layers that loop over the tokens are found out, which would take minutes of the next:
+# a model that loops over tokens is refused after the small batches; the large ones would take minutes
+PROBED_ROWS = (32, 64)
 TRACED_ROWS = (1024, 2048)
 ANY_BACKEND = Usable("auto", {})
 
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
-"""Numbers that an optimizer keeps for each parameter; Adafactor's are too few to count."""
+"""How many numbers an optimizer keeps for each parameter; Adafactor's are too few to count."""
 
 
 class Ratios(NamedTuple):
-    """What a batch holds for each of its rows, on average."""
+    """What a batch holds for each of its rows."""
 
     paths: float
-    """K / T: keys and values that attention gathers."""
+    """K / T: entries of the key paths, for which attention gathers keys and values."""
     targets: float
     """M / T: completion tokens."""
     grid: float
-    """Places of the grid that attention without a variable-length kernel pads to, by T."""
+    """Places of the padded grid, which attention without a variable-length kernel uses, divided by T."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes: of the weights, and of autocast (None: off)."""
+    """Dtypes of the weights and of autocast; None if autocast is off."""
 
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
@@ -66,40 +67,40 @@ class Precision:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training takes; computed, not measured."""
+    """Bytes that training takes, computed and not measured."""
 
     weights: int
     reference: int
-    """Weights of the frozen reference; 0 where the policy serves, or log-probs are cached."""
+    """Weights of the frozen reference; 0 if the policy serves as reference or log-probs are cached."""
     gradients: int
-    """Of all trained parameters."""
+    """Gradients of all trained parameters."""
     optimizer: int
     kept_per_row: float
-    """Bytes that the forward of the body leaves for its backward, for each row of the batch."""
+    """Bytes per row that the forward of the model's body keeps for its backward."""
     workspace_per_row: float
-    """Bytes of logits for each row of the batch; the head's workspace is as large as all, up to its bound."""
+    """Bytes of logits per row; the head's workspace holds the logits of all rows, up to its bound."""
     timeline: tuple["Moment", ...]
-    """The operations that could be the worst moment of a step."""
+    """The moments of a step at which memory could be at its peak."""
     attention: tuple[str, ...] = ()
-    """Backends that the layers would have."""
+    """Attention backends that the layers would use."""
 
     @property
     def persistent(self) -> int:
-        """Bytes that are there whatever the batch."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.reference + self.optimizer
 
     def workspace(self, rows: int) -> int:
-        """Bytes of one of the head's workspaces; it has two at most."""
+        """Bytes of one workspace of the head, which has at most two."""
         return min(WORKSPACE_BYTES, round(self.workspace_per_row * rows))
 
     def peak(self, rows: int) -> int:
-        """Bytes at the worst moment of a step with so many rows."""
+        """Peak bytes of a step with this many rows."""
         workspace = self.workspace(rows)
         alive = max(m.fixed + m.per_row * rows + m.workspaces * workspace for m in self.timeline)
         return self.persistent + round(alive)
 
     def largest(self, budget: int) -> int:
-        """The most rows whose step fits into `budget` bytes; 0 if none does."""
+        """Return the largest number of rows whose step fits into `budget` bytes; 0 if not even one row fits."""
         if self.peak(1) > budget:
             return 0
         low, high = 1, 2
@@ -129,22 +130,22 @@ def memory_model(
     """Compute the memory of a training step of the model that `config` describes; no weights are loaded.
 
     Args:
-        config: of a causal LM of transformers.
-        ratios: of the batches.
-        precision: dtypes.
-        checkpointing: the layers are recomputed in the backward.
-        accumulates: gradients of earlier micro-batches are there already.
-        has_reference: a second copy of the weights stands beside the policy's.
-        runs_reference: the reference is computed in the step, not read from a cache.
-        optimizer: `TrainingArguments.optim`; what its name does not tell counts as Adam.
-        peft_config: adapter that is trained instead of the weights.
-        reference_config: of that second model, where it is another than the policy.
-        backends: of attention, that the device can have.
-        trust_remote_code: for models that come with their own code.
+        config: config of a causal LM of transformers.
+        ratios: what the batches hold per row.
+        precision: dtypes of the weights and of autocast.
+        checkpointing: gradient checkpointing is on.
+        accumulates: gradients of earlier micro-batches exist already.
+        has_reference: the reference has weights of its own in memory.
+        runs_reference: the reference runs in the step; its log-probs are not read from a cache.
+        optimizer: `TrainingArguments.optim`; an unknown name counts as Adam.
+        peft_config: config of the adapter that is trained instead of the weights.
+        reference_config: config of the reference, if it is another model than the policy.
+        backends: attention backends that the device can use.
+        trust_remote_code: run the code in the model's repository.
 
     Raises:
-        ValueError: packed batches are not exact on the model, it can't have the attention backend asked for, or it
-            can't run without its weights' values.
+        ValueError: packed batches are not exact on the model, it can't use the attention backend asked for, or its
+            operations depend on the values of its weights.
     """
     model = meta_model(config, precision.weights, trust_remote_code)
     find_head(model)
@@ -175,9 +176,9 @@ def memory_model(
                 if len(small) != len(large):
                     name = type(model).__name__
                     raise ValueError(f"{name} does not run the same operations on batches of different sizes")
-        except (RuntimeError, NotImplementedError) as error:  # what depends on values: some routers, some RoPE
+        except (RuntimeError, NotImplementedError) as error:  # some routers and kinds of RoPE depend on values
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise ValueError(f"{type(model).__name__} can't be run without its weights' values: {why}") from error
+            raise ValueError(f"{type(model).__name__} can't be run without the values of its weights: {why}") from error
         trained = [p for p in model.parameters() if p.requires_grad]
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         return Memory(
@@ -193,15 +194,15 @@ def memory_model(
 
 
 def meta_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """The causal LM that `config` describes, without weights."""
+    """Return the causal LM that `config` describes, on the meta device, without weights."""
     options = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it writes to
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # a copy, for it is changed
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Exchange tensors on the meta device for fake ones on the CPU, where autocast applies; tied ones stay tied."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # the first keeps an id from being used again
+    """Replace meta tensors by fake ones on the CPU, where autocast works; tied weights stay tied."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # a kept tensor's id is not reused
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -225,16 +226,16 @@ class _Setting(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """Bytes alive after an operation, besides what is always there."""
+    """Bytes alive after an operation, without the persistent ones, as a straight line in the rows."""
 
     per_row: float
     fixed: float
     workspaces: int
-    """How many of the head's workspaces there are: one it keeps for its backward, one it works in."""
+    """Number of the head's workspaces alive: one that it keeps for its backward, one in which it works."""
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations bring to life, until they die."""
+    """Counts the bytes of the storages that operations allocate, until they are freed."""
 
     def __init__(self, known: Iterator[Tensor], alive: int) -> None:
         super().__init__()
@@ -263,7 +264,7 @@ class _Live(TorchDispatchMode):
 
 
 def _trace(model: Any, reference: Any | None, rows: int, setting: _Setting) -> tuple[list[tuple[int, int]], int]:
-    """Run one step on fake tensors: bytes and workspaces alive after each operation, bytes that the body keeps."""
+    """Run a step on fake tensors; return bytes and workspaces alive after each operation, and bytes the body keeps."""
     ratios, precision = setting.ratios, setting.precision
     known = [x for each in (model, reference) if each is not None for x in (*each.parameters(), *each.buffers())]
     alive = 0
@@ -285,7 +286,7 @@ def _trace(model: Any, reference: Any | None, rows: int, setting: _Setting) -> t
 
         def body(scored: Any) -> tuple[Tensor, nn.Linear]:
             head, mask = find_head(scored), torch.ones_like(ids)
-            linear: Any = head.linears[-1]  # with PEFT's modules_to_save the trained one
+            linear: Any = head.linears[-1]  # with PEFT's modules_to_save, the trained copy
             out = head.decoder(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, **layer)
             return out[0][0], linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
 
@@ -314,18 +315,18 @@ def _bytes(tensors: Any) -> int:
 
 
 def _optimizer_bytes(optimizer: str, trained: int, itemsize: int) -> int:
-    """Bytes of the optimizer's state, from its name among `TrainingArguments.optim`."""
+    """Return the bytes of the optimizer's state, by the optimizer's name in `TrainingArguments.optim`."""
     states = next((count for name, count in STATES.items() if name in optimizer), STATES["adamw"])
     return states * trained // (itemsize if "8bit" in optimizer else 1)
 
 
 def _upper_envelope(moments: set[Moment]) -> tuple[Moment, ...]:
-    """Those that are the largest of all at some number of rows, among those with as many workspaces."""
+    """Return the moments that have the most bytes at some number of rows, for each number of workspaces."""
     envelope: list[Moment] = []
     for workspaces in range(3):
         hull: list[Moment] = []
         for line in sorted(m for m in moments if m.workspaces == workspaces):
-            # no less anywhere, or from where the one before is reached by the next but one
+            # the last line is nowhere the highest: `line` is above it, or passes the one before it earlier
             while hull and (
                 line.fixed >= hull[-1].fixed or (len(hull) > 1 and _meet(hull[-2], line) <= _meet(hull[-2], hull[-1]))
             ):
@@ -336,11 +337,11 @@ def _upper_envelope(moments: set[Moment]) -> tuple[Moment, ...]:
 
 
 def _meet(a: Moment, b: Moment) -> float:
-    """The number of rows at which b, the steeper line, reaches a."""
+    """Return the number of rows at which b, the steeper line, reaches a."""
     return (a.fixed - b.fixed) / (b.per_row - a.per_row)
 
 
 def _line(small: tuple[int, int], large: tuple[int, int]) -> Moment:
-    """The same operation of two steps, as a function of the rows."""
+    """Return the straight line through one operation's bytes in two steps."""
     per_row = (large[0] - small[0]) / (TRACED_ROWS[1] - TRACED_ROWS[0])
     return Moment(per_row, large[0] - per_row * TRACED_ROWS[1], large[1])

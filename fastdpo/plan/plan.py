@@ -1,6 +1,6 @@
-"""`fastdpo plan`: what a run will do and need, told before it starts; no weights are loaded.
+"""`fastdpo plan`: the tokens and memory of a run, before it starts and without loading weights.
 
-The tokens are counted, exactly. The memory is computed, see `fastdpo.plan.memory`; nothing of it is measured here.
+The tokens are counted exactly. The memory is computed by `fastdpo.plan.memory`, and not measured.
 """
 
 import logging
@@ -32,33 +32,33 @@ logger = logging.getLogger("fastdpo")
 
 GIB = 2**30
 RESERVED = GIB
-"""Bytes of a GPU's memory left to its context and its matmul library."""
+"""Bytes of GPU memory that are left for the device's context and its matmul library."""
 FRAGMENTED = 0.05
-"""Share of the rest that is lost between allocations, or to a batch unlike the others."""
+"""Share of the other memory that is kept free for gaps between allocations and for unusual batches."""
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `make_plan` found out."""
+    """What `make_plan` returns."""
 
     stats: TokenStats
     batches: Batches
-    """As the config has them."""
+    """The batches of an epoch with the batch size of the config."""
     steps: int
     """Optimizer steps of an epoch."""
     memory: dict[bool, Memory]
-    """By whether gradient checkpointing is on; empty where batches are padded, of which there is no model."""
+    """With (True) and without (False) gradient checkpointing; empty if batches are padded, which are not modelled."""
     checkpointing: bool
-    """Whether the config has it on."""
+    """Whether the config has gradient checkpointing on."""
     assumed: tuple[str, ...]
-    """What the memory model took for granted."""
+    """Assumptions of the memory model, for the user to read."""
     gpu_memory: float | None
-    """GiB."""
+    """GiB of the GPU planned for; None if there is none."""
 
     @property
     def fits(self) -> dict[bool, int]:
-        """The largest `tokens_per_batch` that fits into the GPU, by gradient checkpointing; 0 if none does."""
+        """The largest `tokens_per_batch` that fits into the GPU, with and without checkpointing; 0 if none fits."""
         if self.gpu_memory is None:
             return {}
         usable = int((self.gpu_memory * GIB - RESERVED) * (1 - FRAGMENTED))
@@ -77,15 +77,16 @@ def make_plan(
     """Count the tokens of a run's dataset and compute its memory.
 
     Args:
-        run: names the model, whose config alone is read, and the adapter.
+        run: names the model, of which only the config is read, and the adapter.
         args: all other settings.
         dataset: rows to train on, not tokenised.
-        tokenizer: of the model.
-        gpu_memory: GiB of the GPU to train on; None: the one of this machine, if it has one.
-        processes: GPUs.
+        tokenizer: the model's tokenizer.
+        gpu_memory: GiB of the GPU to train on; None: this machine's GPU, if it has one.
+        processes: number of processes, one per GPU.
 
     Raises:
-        ValueError: as `fastdpo.plan.token_stats.token_stats` and `fastdpo.plan.memory.memory_model`.
+        ValueError: an argument is out of range, or `fastdpo.plan.token_stats.token_stats` or
+            `fastdpo.plan.memory.memory_model` raises it.
     """
     if gpu_memory is not None and gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory}")
@@ -96,7 +97,7 @@ def make_plan(
     code = args.trust_remote_code
     config, adapter = _described(run.model_name_or_path or run.config_name, code)
     if adapter is not None and run.use_peft:
-        raise ValueError(f"use_peft=True would put an adapter on {run.model_name_or_path}, which is one already")
+        raise ValueError(f"use_peft=True would add an adapter to {run.model_name_or_path}, which is an adapter already")
     adapter = adapter or lora(run)
     own_reference = run.ref_model_name_or_path and _described(run.ref_model_name_or_path, code)[0]
     models = [meta_model(each, trust_remote_code=code) for each in (config, own_reference) if each]
@@ -149,13 +150,13 @@ def make_plan(
 
 
 def ratios(batches: Batches) -> Ratios:
-    """What batches hold for each of their rows: not the mean, but what one in twenty exceeds."""
+    """Return what batches hold for each of their rows: the 95th percentile, which one batch in twenty exceeds."""
     parts = (batches.paths, batches.targets, batches.grid)
     return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
 
 
 def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
-    """The config of the model that `load_policy` would load, and that of its adapter where `path` is an adapter's."""
+    """Return the config of the model that `load_policy` would load, and its adapter's config or None."""
     adapter = None
     if (Path(path or "") / "adapter_config.json").is_file():
         from peft import PeftConfig
@@ -167,7 +168,7 @@ def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | No
 
 
 def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
-    """Attention backends of the device planned for, which may be another machine's."""
+    """Return the attention backends of the device planned for, which may be in another machine."""
     refused = {}
     for name, module in (("varlen", "torch.nn.attention.varlen"), ("flash", "flash_attn")):
         if not on_gpu:
@@ -178,9 +179,9 @@ def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
 
 
 def _precision(run: RunConfig, args: DPOConfig, config: Any, *, on_gpu: bool) -> Precision:
-    """Dtypes as the trainer will choose them; here there may be no GPU, for which bf16 would be the default."""
+    """Return the dtypes that the trainer will choose on a GPU, where bf16 is the default; here there may be none."""
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    # random weights are in the config's dtype
+    # with config_name, the config's dtype is assumed
     weights: Any = options.get("torch_dtype", options.get("dtype", "float32" if run.model_name_or_path else "auto"))
     weights = (config.dtype or "float32") if weights == "auto" else weights
     weights = getattr(torch, weights) if isinstance(weights, str) else weights
@@ -197,10 +198,10 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def tables(plan: Plan) -> str:
-    """All of a plan in plain-text tables."""
+    """Show all of a plan in plain-text tables."""
     stats, batches = plan.stats, plan.batches
     lengths = [(name, *_spread(values)) for name, values in stats.lengths.items()]
-    lengths.append(("rows of an example", *_spread(stats.sizes.prod(1))))
+    lengths.append(("computed for an example", *_spread(stats.sizes.prod(1))))
     counted = [
         ("rows of the dataset", f"{stats.given:,}"),
         *((f"left out: {reason}", _rows(rows)) for reason, rows in stats.dropped.items()),
@@ -208,8 +209,8 @@ def tables(plan: Plan) -> str:
         ("examples trained on", f"{len(stats.prompts):,}"),
         ("batches of an epoch, all processes", f"{len(batches.rows):,}"),
         ("optimizer steps of an epoch", f"{plan.steps:,}"),
-        ("rows of a batch: median", f"{np.median(batches.rows):,.0f}"),
-        ("rows of a batch: largest", f"{batches.rows.max():,}"),
+        ("tokens computed in a batch: median", f"{np.median(batches.rows):,.0f}"),
+        ("tokens computed in a batch: largest", f"{batches.rows.max():,}"),
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
         ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
     ]
@@ -219,17 +220,17 @@ def tables(plan: Plan) -> str:
         summary_table(counted, ("data (counted)", "")),
     ]
     if not plan.memory:
-        return "\n".join([*shown, "memory: there is no memory model for padded batches"])
+        return "\n".join([*shown, "memory: not computed, because batches are padded"])
     on, off = plan.memory[True], plan.memory[False]
     constant = [
         ("weights", on.weights),
         ("gradients", on.gradients),
         ("optimizer state", on.optimizer),
         ("reference", on.reference),
-        ("head workspace, one of two", on.workspace(int(batches.rows.max()))),
+        ("one head workspace (of two)", on.workspace(int(batches.rows.max()))),
     ]
     needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
-    needed.append(("kept of the body for each row", _size(on.kept_per_row), _size(off.kept_per_row)))
+    needed.append(("kept for the backward, per token", _size(on.kept_per_row), _size(off.kept_per_row)))
     largest = int(batches.rows.max())
     for rows, label in [(largest, "largest batch of the config"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
         needed.append((f"peak, {label}", _size(on.peak(rows)), _size(off.peak(rows))))
@@ -265,10 +266,10 @@ def _size(size: float) -> str:
 
 
 def draw_lengths(stats: TokenStats, path: str | PathLike[str]) -> None:
-    """Draw histograms of the lengths of prompts and responses, as a PNG of 1650 pixels' width.
+    """Draw histograms of the lengths of prompts and responses, as a PNG that is 1650 pixels wide.
 
     Args:
-        stats: of a dataset.
+        stats: token counts of a dataset.
         path: the file to write.
     """
     colours = {"prompt": BLUE, "chosen": GREEN, "rejected": PURPLE}

@@ -1,4 +1,4 @@
-"""Stand-ins for attention and head in `fastdpo.plan.memory`: they keep what the real ones keep, computing nothing."""
+"""Stand-ins for attention and head in `fastdpo.plan.memory`: they allocate as the real ones do, but compute nothing."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ NAME = "fastdpo_memory"
 
 
 class HeadMemory(torch.autograd.Function):
-    """What the fused head keeps and allocates."""
+    """Allocates what the fused head allocates, and keeps what it keeps for its backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, live: Any) -> Tensor:
@@ -21,10 +21,10 @@ class HeadMemory(torch.autograd.Function):
         keeps = live.workspaces
         live.workspaces += 1
         scores = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        if needs_weight:  # probabilities, as many as fit
+        if needs_weight:  # it keeps as many probabilities as fit
             keeps += 1
             ctx.save_for_backward(hidden, weight)
-        elif needs_hidden:  # the mean of weight that attention over the vocabulary leaves
+        elif needs_hidden:  # it keeps the mean weight row under the probabilities
             ctx.save_for_backward(torch.empty_like(hidden, dtype=torch.float32), weight)
         live.workspaces = keeps
         ctx.live = live
@@ -42,9 +42,10 @@ class HeadMemory(torch.autograd.Function):
 
 
 class _AttentionMemory(torch.autograd.Function):
-    """What a flash kernel keeps and allocates, whatever the layout of its arguments.
+    """Allocates and keeps what a flash kernel does, for arguments in any layout.
 
-    The plain computation has `scores` at a time besides, in float32: three copies in the forward, six in the backward.
+    The computation by plain matmuls also has `scores` attention scores at a time, in float32: three copies of them in
+    the forward, six in the backward.
     """
 
     @staticmethod
@@ -59,7 +60,7 @@ class _AttentionMemory(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        sums = None if query.dtype == torch.float32 else torch.empty_like(query, dtype=torch.float32)  # of dquery
+        sums = None if query.dtype == torch.float32 else torch.empty_like(query, dtype=torch.float32)  # for dquery
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         del sums
         query.new_empty(6 * ctx.scores, dtype=torch.float32)
@@ -95,10 +96,10 @@ def _attention(
     query, key, value = (x.index_select(0, memory_grid) for x in (query, key, value))
     is_plain = softcap is not None or s_aux is not None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not is_plain:  # grouped heads are written out
+    if groups > 1 and not is_plain:  # grouped key heads are repeated
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = backends.SCORES if is_plain else 0
-    out = _AttentionMemory.apply(query, key, value, scores).clone()  # the buckets' results put together
+    out = _AttentionMemory.apply(query, key, value, scores).clone()  # the results of all buckets in one tensor
     return out.index_select(0, torch.zeros(rows, dtype=torch.int64))[None], None
 
 

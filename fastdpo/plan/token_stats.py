@@ -1,4 +1,4 @@
-"""What a dataset holds, in tokens: lengths, what is left out or cut and why, and the batches that an epoch is made of.
+"""Count a dataset's tokens: lengths, rows that are dropped or cut and why, and the batches of an epoch.
 
 Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastdpo.data.packing`).
 """
@@ -32,74 +32,74 @@ _RESPONSES = {
 
 @dataclass(frozen=True)
 class TokenStats:
-    """The examples of a dataset that are trained on, and what became of the others."""
+    """The examples of a dataset that are trained on, and the rows that are dropped or cut."""
 
     given: int
     """Rows of the dataset."""
     lengths: dict[str, Numbers]
-    """Tokens of each prompt and response, as trained on; by name."""
+    """By name ("prompt", "chosen", ...): tokens of each prompt or response that is trained on."""
     sequences: list[list[int]]
-    """Of each example, tokens of its full sequences, prompt included."""
+    """For each example, the tokens of its full sequences, prompt included."""
     prompts: Numbers
-    """`[N]`"""
+    """`[N]`: tokens of each example's prompt."""
     sizes: Numbers
-    """`[N, 2]`: of `fastdpo.data.sampler.example_sizes`."""
+    """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`."""
     layout: str
     dropped: dict[str, list[int]]
-    """Dataset rows that are left out, by reason; numbers in a reason are replaced by a #."""
+    """Dataset rows that are dropped, by reason; each number in a reason is replaced by a #."""
     cut: dict[str, list[int]]
-    """Dataset rows whose prompt or response is cut, by name."""
+    """By name as in `lengths`: dataset rows whose prompt or response is cut."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one epoch on all processes, one number each."""
+    """The batches of one epoch on all processes; each array has one number per batch."""
 
     rows: Numbers
-    """T"""
+    """T: rows, which are tokens that are computed."""
     tokens: Numbers
-    """Of all full sequences, prompts counted for each response."""
+    """Tokens of all full sequences, in which a prompt counts once for each response."""
     padded: Numbers
-    """Responses times the longest sequence."""
+    """Size of the padded batch: number of responses times the longest sequence."""
     paths: Numbers
-    """K"""
+    """K: key-path entries."""
     targets: Numbers
-    """M"""
+    """M: completion tokens."""
     grid: Numbers
-    """Segments times the longest key path: what the grid has at most, where it is one bucket."""
+    """Places of the attention grid at most: number of responses times the longest key path."""
     processes: int
     is_padded: bool
-    """Whether each sequence is a padded row of its own: then nothing is avoided or shared."""
+    """Whether each sequence is a padded row of its own, so that no padding is avoided and no token shared."""
 
     @property
     def padding_avoided(self) -> float:
-        """Share of the padded batches that is padding."""
+        """Share of the padded batches that is padding and is avoided."""
         return 0.0 if self.is_padded else 1 - float(self.tokens.sum() / self.padded.sum())
 
     @property
     def shared(self) -> float:
-        """Share of the tokens that are not computed, since another response has them."""
+        """Share of the tokens that need not be computed, because another response shares them."""
         return 0.0 if self.is_padded else 1 - float(self.rows.sum() / self.paths.sum())
 
 
 def token_stats(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, vocab_size: int, layout: str = "shared"
 ) -> TokenStats:
-    """Tokenise a dataset as the trainer does, and count.
+    """Tokenise a dataset as the trainer does, and count its tokens.
 
     Args:
         dataset: rows as `fastdpo.data.prepare` describes them.
-        tokenizer: of the model.
-        args: of the run.
-        vocab_size: rows of the model's embedding.
-        layout: of the batches, see `fastdpo.shared_prefix_batch`.
+        tokenizer: the model's tokenizer.
+        args: settings of the run.
+        vocab_size: number of rows of the model's embedding.
+        layout: layout of the batches, see `fastdpo.shared_prefix_batch`.
 
     Raises:
-        ValueError: as `fastdpo.data.prepare.prepare_dataset`; or the dataset is a stream, of which nobody knows the
-            end.
+        ValueError: `fastdpo.data.prepare.prepare_dataset` raises it, or the dataset is a stream, whose length is
+            unknown.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}: a stream has no known end")
+        raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}, whose length is unknown")
     dataset = unformatted(dataset)
     limits: dict[str, Any] = {name: getattr(args, name) for name in LIMITS}
     unlimited: dict[str, Any] = dict.fromkeys(LIMITS)
@@ -112,9 +112,9 @@ def token_stats(
         "num_proc": args.dataset_num_proc,
     }
     if "pair_index" in dataset.column_names:
-        dataset = dataset.remove_columns("pair_index")  # below, rows go by their place
+        dataset = dataset.remove_columns("pair_index")  # from here on, a row is known by its position
     found = find_kind(dataset.column_names, settings.kind, "train")
-    # pairs become unpaired examples after they were cut: those that are equal then are none
+    # pairs are cut before they become unpaired examples, and pairs whose responses are equal by then are dropped
     is_unpaired = settings.kind == "unpaired" and found == "preference"
     whole: Any = prepare_dataset(dataset, **options | {"kind": found} if is_unpaired else options, **unlimited)
     kept: Any = prepare_dataset(whole, **options, **limits, with_kl=settings.needs_kl)
@@ -154,7 +154,7 @@ def token_stats(
 
 
 def _counted(rows: list[int]) -> list[tuple[int, int]]:
-    """Each dataset row with the number of times it came before: a pair may have become two unpaired examples."""
+    """Number the occurrences of each dataset row, because a pair may have become two unpaired examples."""
     seen: dict[int, int] = defaultdict(int)
     counted = []
     for row in rows:
@@ -164,7 +164,7 @@ def _counted(rows: list[int]) -> list[tuple[int, int]]:
 
 
 def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
-    """Tokens of each example's prompt and responses, by name; of a ranking, all responses under one name."""
+    """Return, by name, the tokens of each example's prompt and responses; a ranking's responses have one name."""
     names = {"prompt_ids": "prompt"} | {c: name for c, name in _RESPONSES.items() if c in dataset.column_names}
     return {
         name: [[len(ids)] if column != "ranked_ids" else [len(each) for each in ids] for ids in dataset[column]]
@@ -173,10 +173,10 @@ def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
 
 
 def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_batch: int | None = None) -> Batches:
-    """Batches of the first epoch: of `tokens_per_batch` (of `args` where None), else of so many examples each.
+    """Plan the batches of the first epoch, by `tokens_per_batch` or, if that is unset, by a number of examples.
 
-    Those of a budget are what the trainer will use. Those of so many examples are of an order as random as the
-    trainer's.
+    `tokens_per_batch=None` reads the setting of `args`. Batches by tokens are those that the trainer will use; batches
+    by a number of examples differ from the trainer's, whose random order is another.
     """
     budget = tokens_per_batch or args.tokens_per_batch
     sampler = BudgetSampler(

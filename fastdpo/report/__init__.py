@@ -1,1 +1,1 @@
-"""What is measured of a run, shown in the terminal, drawn and written."""
+"""Metrics of a run, and how they are shown in the terminal, drawn and written."""

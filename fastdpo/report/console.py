@@ -1,6 +1,6 @@
-"""A run on the terminal: a progress bar, and one line for each log and each evaluation.
+"""What a run shows in the terminal: a progress bar, and one line for each log and each evaluation.
 
-The line has what a user follows while a run goes on; the whole record is in `log_history`, TensorBoard and W&B.
+The line holds the numbers that a user watches during a run; `log_history`, TensorBoard and W&B hold the whole record.
 """
 
 import sys
@@ -25,12 +25,12 @@ _PARTS = {
 
 
 def replace_callback(callbacks: list[Any]) -> None:
-    """Put ours in the place of the callback that transformers' Trainer prints with, the last of its kind.
+    """Replace the callback with which transformers' Trainer prints by `Bar`, or by `Lines` if stderr is no terminal.
 
-    A notebook keeps its table, and where stderr is no terminal there are lines and no bar.
+    A notebook keeps its table, which another callback draws.
 
     Args:
-        callbacks: of the Trainer's `callback_handler`, changed in place.
+        callbacks: the list of the Trainer's `callback_handler`, which is changed in place.
     """
     for i, callback in reversed(list(enumerate(callbacks))):
         if type(callback) in (ProgressCallback, PrinterCallback):
@@ -39,10 +39,10 @@ def replace_callback(callbacks: list[Any]) -> None:
 
 
 class Lines(PrinterCallback):
-    """Prints a line for each record, in the first process."""
+    """Prints one line for each record, in the first process only."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print the line of a record."""
+        """Print the line for a record."""
         if state.is_world_process_zero:
             write_line(line(logs, state))
 
@@ -54,7 +54,7 @@ class Bar(ProgressCallback):
 
 
 def line(logs: Mapping[str, Any], state: TrainerState) -> str:
-    """The line of a record of training, of an evaluation, of the run's end, or of a user's own numbers."""
+    """Return the line for a record: of training, of an evaluation, of the end of a run, or of a user's own numbers."""
     total = f"/{state.max_steps}" if state.max_steps else ""
     parts = [f"step {state.global_step:{len(total[1:])}}{total}"]
     if "epoch" in logs:
@@ -64,7 +64,7 @@ def line(logs: Mapping[str, Any], state: TrainerState) -> str:
         took = timedelta(seconds=round(logs.get("train_runtime", 0)))
         mean = f"mean loss {logs['train_loss']:.4f}" if state.global_step else "no step was made"
         parts += ["done ", mean, f"took {took}"]
-        if numbers := _numbers(logs):  # of the steps since the last log
+        if numbers := _numbers(logs):  # these are means over the steps since the last log
             parts += ["last steps:", *numbers]
     elif "loss" in logs:
         parts += ["train", *_numbers(logs)]

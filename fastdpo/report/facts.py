@@ -1,4 +1,4 @@
-"""What a run was: command line, device and versions, for its report. Secrets are hidden."""
+"""Facts about a run for its report: command line, device and versions. Secrets are hidden."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ import yaml
 
 HIDDEN = "(hidden)"
 _SECRET_NAME = re.compile(r"(^|hub_|auth_|api_|access_)(token|key)$|password|secret|credential", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\bhf_\w{16,}|(?<=://)[^/@\s]+(?=@)")  # a token of the Hub; user and password in an address
+_SECRET_TEXT = re.compile(r"\bhf_\w{16,}|(?<=://)[^/@\s]+(?=@)")  # a token of the Hub; user and password in a URL
 
 
 def without_secrets(value: Any, name: object = "") -> Any:
-    """Hide what a setting's name, at any depth, or the look of a text tells to be secret.
+    """Return a setting's value without secrets, which are known by a name, at any depth, or by the form of a text.
 
     Args:
-        value: of the setting.
-        name: of the setting, as `hub_token`.
+        value: value of the setting.
+        name: name of the setting, such as `hub_token`.
     """
     if isinstance(value, Mapping):
         return {key: without_secrets(each, key) for key, each in value.items()}
@@ -34,10 +34,10 @@ def without_secrets(value: Any, name: object = "") -> Any:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """The command `fastdpo` with these words as one types it in a shell; values that hold a secret are hidden.
+    """Return the command line of `fastdpo` as one types it in a shell; values that hold a secret are hidden.
 
     Args:
-        words: what followed the command's name, as in `sys.argv[1:]`.
+        words: the words after the name of the command, as in `sys.argv[1:]`.
     """
     shown, option = ["fastdpo"], ""
     for word in words:
@@ -58,11 +58,11 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def device(where: Any, processes: int) -> str:
-    """Name of the device and number of processes.
+    """Return the name of the device and the number of processes.
 
     Args:
         where: the `torch.device` of this process.
-        processes: of the run; each is taken to have a device like this one.
+        processes: number of processes of the run; each is assumed to have a device like this one.
     """
     import torch
 
@@ -84,7 +84,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that a run's numbers depend on."""
+    """Return the versions of Python and of the libraries that affect a run's numbers."""
     found = {"Python": platform.python_version()}
     for name in ("fastdpo", "torch", "triton", "transformers", "accelerate", "datasets", "peft"):
         with contextlib.suppress(metadata.PackageNotFoundError):

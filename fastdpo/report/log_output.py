@@ -1,4 +1,4 @@
-"""fastdpo's log messages on the terminal: shown by default, once, and above a progress bar."""
+"""Show fastdpo's log messages in the terminal by default, each once, above any progress bar."""
 
 import logging
 import os
@@ -16,14 +16,14 @@ def write_line(text: str) -> None:
 
 
 def show(*, debug: bool | None = None) -> None:
-    """Show messages from INFO on to a user who has configured no logging; from WARNING on in all but the first process.
+    """Show log messages to a user who has not configured logging.
 
-    Handlers of the user's own, present or added later, show the messages instead. A level that the user has set for
-    the logger "fastdpo" is kept.
+    The first process shows level INFO and above, the others WARNING and above. If the user has handlers, now or later,
+    they show the messages instead. In a script, a level that the user has set for the logger "fastdpo" is kept.
 
     Args:
-        debug: of the command line: show messages from DEBUG on, and the traceback of an exception that is logged; False
-            shows the exception in one line. None: a script's tracebacks are shown.
+        debug: whether the command line has `--debug`. True shows level DEBUG and above, and tracebacks of logged
+            exceptions; False shows such an exception in one line. None, in a script, shows tracebacks.
     """
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     if debug is not None:
@@ -38,7 +38,7 @@ def show(*, debug: bool | None = None) -> None:
 
 
 class _Terminal(logging.Handler):
-    """Writes what no other handler shows."""
+    """Writes a message unless another handler shows it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [*_logger.handlers, *(logging.getLogger().handlers if _logger.propagate else [])]
@@ -48,7 +48,7 @@ class _Terminal(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """Shows an exception that is logged by its traceback, or else by its message."""
+    """Shows a logged exception with its traceback, or as one line."""
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__()

@@ -1,23 +1,26 @@
 """Metrics under TRL's names, summed on the device and read once per logging step.
 
-Until it is read every metric is a sum over examples, responses or tokens, so that micro-batches and processes add up
-to what one batch gives. Beyond TRL's names:
+Until it is read, every metric is a sum over examples, responses or tokens, so that the sums of micro-batches and
+processes add up to those of one large batch. These metrics are not TRL's:
 
-- `logps/chosen_below_ref`: share of chosen responses that have become less likely than under the reference
+- `logps/chosen_below_ref`: share of chosen responses that are less likely under the policy than under the reference
   (likelihood displacement, https://arxiv.org/abs/2410.08847).
 - `kl_per_token`: mean of exp(r) - 1 - r over the completion tokens, chosen and rejected, where r is log pi - log pi_ref
-  of a token, and at most 20 in exp(r): k3 of http://joschu.net/blog/kl-approx.html. It is never negative, and 0 where
-  the policy is the reference. It is an unbiased estimate of KL(pi_ref || pi) where the reference wrote the responses.
-  Where it did not, it says how far the policy has moved on their tokens, most of all on those that became likelier. It
-  is left out where the dataset has the reference's log-probs as sums over responses only.
-- `rewards/length_correlation`: Pearson's, of a pair's reward margin and its difference of lengths, chosen - rejected.
-- `kl`: KTO's estimate of the divergence from the reference, mean over micro-batches.
-- `aux_loss`: the balancing loss of a mixture's router, before its coefficient, where the objective contains it.
+  of a token, and at most 20 in exp(r): k3 of http://joschu.net/blog/kl-approx.html. It is never negative, and 0 if the
+  policy is the reference. It is an unbiased estimate of KL(pi_ref || pi) if the reference wrote the responses.
+  Otherwise it says how far the policy has moved on their tokens, most of all on those that became likelier. It is
+  omitted if the dataset has the reference's log-probs only as sums over responses.
+- `rewards/length_correlation`: Pearson correlation of a pair's reward margin with its length difference, chosen -
+  rejected.
+- `kl`: KTO's estimate of the KL divergence from the reference, averaged over micro-batches.
+- `aux_loss`: load-balancing loss of a mixture of experts, before its coefficient, if it is part of the objective.
 - `nll_loss`: the part of the loss that is a mean over chosen tokens.
-- `tokens_per_second`, `padding_saved`, `prompt_shared`: of full sequences, prompts counted for each; the shares of the
-  padded batch and of the unpadded one that were not computed.
-- `peak_memory_gib`: since the start, of the process that needed most. `head/density`: see `fastdpo.head.eager.Stats`.
-- `count/chosen`, `count/rejected`: desirable and undesirable responses, where examples are unpaired.
+- `tokens_per_second`: tokens of full sequences, in which a prompt counts once for each of its responses.
+- `padding_saved`: share of the padded batch that is padding and was not computed.
+- `prompt_shared`: share of the unpadded batch that was not computed, because responses share it.
+- `peak_memory_gib`: peak since the start, of the process that needed most.
+- `head/density`: see `fastdpo.head.eager.Stats`.
+- `count/chosen`, `count/rejected`: numbers of desirable and undesirable responses, if examples are unpaired.
 
 Shapes: B examples, R responses, M completion tokens.
 """
@@ -38,9 +41,9 @@ from fastdpo.loss.batch_loss import LossOutput
 
 
 class RunningSums:
-    """Rows of numbers by name. Adding costs no synchronisation; reading costs one collective and one synchronisation.
+    """Named rows of numbers. Adding needs no synchronisation; reading needs one collective and one synchronisation.
 
-    A row of two is a mean (total, weight), a row of one a total; `results` knows the others by their names.
+    A row of two numbers is a mean (total, weight); `results` knows the other kinds of rows by their names.
     """
 
     def __init__(self) -> None:
@@ -48,17 +51,17 @@ class RunningSums:
         self._on_host: dict[str, list[float]] = {}
 
     def add(self, names: tuple[str, ...], table: Tensor) -> None:
-        """Add row i of `table` [names, numbers] to the row of `names[i]`."""
+        """Add row i of `table` `[names, numbers]` to the row of `names[i]`."""
         table = table.detach().to(_exact_dtype(table.device))
         self._on_device[names] = self._on_device[names] + table if names in self._on_device else table
 
     def add_ratios(self, columns: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Count in means by name: a total and a weight, both to be summed; all of one shape `[X]`."""
+        """Add to means by name; each has totals and weights, all of one shape `[X]`, which are summed here."""
         totals, weights = (torch.stack([x.detach() for x in side]) for side in zip(*columns.values(), strict=True))
         self.add(tuple(columns), torch.stack([totals.sum(1), weights.sum(1)], 1))
 
     def add_numbers(self, name: str, *numbers: float) -> None:
-        """Add a row that is known on the host."""
+        """Add numbers that are on the host to the row of `name`."""
         old = self._on_host.get(name, [0.0] * len(numbers))
         self._on_host[name] = [a + b for a, b in zip(old, numbers, strict=True)]
 
@@ -66,13 +69,13 @@ class RunningSums:
         return len(self._on_device) + len(self._on_host)
 
     def read(self, accelerator: Accelerator) -> dict[str, list[float]]:
-        """The rows over all processes, which must have added the same names; starts afresh."""
+        """Return the sums over all processes, which must have added the same names, and start again from 0."""
         device = accelerator.device
         tables = [(names, table) for names, table in sorted(self._on_device.items(), key=lambda item: item[0])]
         if self._on_host:
             names, rows = zip(*sorted(self._on_host.items()), strict=True)
             numbers = torch.tensor([x for row in rows for x in row], dtype=_exact_dtype(device))
-            if device.type == "cuda":  # or the copy would wait for the device
+            if device.type == "cuda":  # a copy from other memory would wait for the device
                 numbers = numbers.pin_memory()
             numbers = numbers.to(device, non_blocking=True)
             tables += [((name,), row) for name, row in zip(names, numbers.split([len(r) for r in rows]), strict=True)]
@@ -90,40 +93,40 @@ class RunningSums:
 
 
 def _exact_dtype(device: torch.device) -> torch.dtype:
-    """A dtype in which counts of tokens are exact and moments lose nothing, where the device has it."""
+    """Return float64, in which counts of tokens are exact; float32 if the device has no float64."""
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
 class Bins(NamedTuple):
-    """Edges of bins, scale * sinh(step * k): evenly wide around 0, in proportion to the value far from it."""
+    """Bins with edges scale * sinh(step * k): of equal width near 0, of width in proportion to the value far from 0."""
 
     bins: int
     scale: float
     step: float
 
     def bin_of(self, values: Tensor) -> Tensor:
-        """The bin of each value, int64; the outermost ones take what lies beyond, 0's takes what is not a number."""
+        """Return each value's bin, int64; the outermost bins take values beyond them, the middle one takes NaN."""
         place = (torch.asinh(values / self.scale) / self.step).floor() + self.bins // 2
         return place.nan_to_num(self.bins // 2).clamp(0, self.bins - 1).long()
 
     def edge(self, i: int) -> float:
-        """Where bin i begins."""
+        """Return the lower edge of bin i."""
         return self.scale * math.sinh(self.step * (i - self.bins // 2))
 
 
 REWARDS = Bins(512, 0.01, 0.05)
-"""Nats, up to 1800 either way; bins of 5 % of the value."""
+"""Rewards from -1800 to 1800 nats; far from 0 a bin is as wide as 5 % of the value."""
 LENGTHS = Bins(64, 16.0, 0.2)
-"""Tokens, up to 4800 either way; bins of three tokens, or a fifth of the value."""
+"""Length differences from -4800 to 4800 tokens, in bins as wide as three tokens or a fifth of the value."""
 
 
 class Histogram(NamedTuple):
-    """Counts of the bins from the first to the last that has any."""
+    """Counts per bin, from the first to the last bin that is not empty."""
 
     edges: list[float]
     counts: list[float]
     means: list[float] | None = None
-    """Of another quantity in each bin; NaN where it is empty."""
+    """Mean of another quantity in each bin; NaN for an empty bin."""
 
 
 def add_examples(
@@ -135,17 +138,17 @@ def add_examples(
     stats: Stats | None = None,
     log_ratios: Tensor | None = None,
 ) -> None:
-    """Count in a micro-batch, without a synchronisation.
+    """Add a micro-batch's examples to the sums, without a synchronisation.
 
     Args:
-        sums: what to add to.
-        batch: from `fastdpo.shared_prefix_batch`, on the device of `out`. Ranked examples count as their best response
-            against the mean of the others; of unpaired ones the desirable responses are the chosen, the undesirable
-            the rejected ones, and they have no margins.
+        sums: the sums to add to.
+        batch: from `fastdpo.shared_prefix_batch`, on the device of `out`. A ranked example counts as its best response
+            against the mean of the others. Of unpaired examples, desirable responses count as chosen and undesirable
+            ones as rejected, and there are no margins.
         out: the micro-batch's losses, rewards and log-probs.
-        keep: how many of the examples count, from the first on; None: all.
-        stats: statistics of the completion tokens, `[M]` each. None leaves them and the histograms out.
-        log_ratios: log pi - log pi_ref of the completion tokens, `[M]`. None leaves `kl_per_token` out.
+        keep: only this many examples count, from the first on; None: all.
+        stats: statistics of the completion tokens, `[M]` each. None omits them and the histograms.
+        log_ratios: log pi - log pi_ref of the completion tokens, `[M]`. None omits `kl_per_token`.
     """
     B, lengths = len(out.chosen_rewards), batch["cu_target"].diff()
     kept = torch.arange(B, device=lengths.device) < (B if keep is None else keep)
@@ -164,16 +167,16 @@ def add_examples(
         sums.add(("count/chosen", "count/rejected"), torch.stack([chosen.sum(), rejected.sum()])[:, None])
     else:
         examples["rewards/margins"] = (margins * kept, kept)
-        examples["rewards/accuracies"] = ((margins.sign() + 1) / 2 * kept, kept)  # a tie, as at the start, is one half
+        examples["rewards/accuracies"] = ((margins.sign() + 1) / 2 * kept, kept)  # a tie counts one half
         x, y = longer.to(kept.dtype), margins.to(kept.dtype)
         moments = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])
         sums.add(("rewards/length_correlation",), (moments * kept).sum(1)[None])
-    if out.token_loss is not None:  # all examples', so those kept get the share that their weighted log-probs have
+    if out.token_loss is not None:  # of all examples: the kept ones get their share of the weighted log-probs
         total = out.token_loss
         if keep is not None:
             nll = chosen_logps if out.weights is None else chosen_logps * out.weights
             share = (nll * kept).sum() / nll.sum()
-            total = (total * share).where(nll.sum() != 0, 0.0)  # where nothing weighs anything, it is 0 / 0
+            total = (total * share).where(nll.sum() != 0, 0.0)  # if all weights are 0, the share is 0 / 0
         sums.add_ratios({"nll_loss": (total[None], (_sides(batch, lengths)[0] * kept).sum()[None])})
     if out.ref_sequence_logps is not None:
         below = chosen_logps < _sides(batch, out.ref_sequence_logps)[0]
@@ -197,14 +200,14 @@ def add_examples(
 def _add_responses(
     sums: RunningSums, batch: Mapping[str, Any], kept: Tensor, stats: Stats | None, log_ratios: Tensor | None
 ) -> None:
-    """Count in the means over completion tokens."""
+    """Add to the means over completion tokens."""
     lengths = batch["cu_target"].diff()
     chosen, rejected = _responses(batch, kept, len(lengths))
     both = chosen + rejected
     responses = {}
     if log_ratios is not None:
         r = log_ratios.detach().to(kept.dtype)
-        kl = r.clamp(max=20).expm1() - r  # beyond, a single token would be all that the mean tells
+        kl = r.clamp(max=20).expm1() - r  # or a single token could dominate the mean
         responses["kl_per_token"] = (_sums(kl.clamp(min=0), batch["cu_target"]) * both, lengths * both)
     if stats is not None:
         tokens = torch.stack([stats.entropy.float(), stats.is_top1.float(), stats.mean_logits.float()], 1)
@@ -214,7 +217,7 @@ def _add_responses(
         responses["mean_token_accuracy"] = (is_top1 * chosen, lengths * chosen)
         responses["logits/chosen"] = (mean_logits * chosen, lengths * chosen)
         responses["logits/rejected"] = (mean_logits * rejected, lengths * rejected)
-        # each process and micro-batch chooses its own backward, so the name is added without a density too
+        # each process and micro-batch chooses its own backward, so the name is added even if there is no density
         density = torch.zeros_like(entropy) if stats.density is None else _sums(stats.density, batch["cu_target"])
         responses["head/density"] = (density * both, lengths * both * (stats.density is not None))
     if responses:
@@ -222,12 +225,12 @@ def _add_responses(
 
 
 def _sums(tokens: Tensor, bounds: Tensor) -> Tensor:
-    """Sums over each response's tokens, `[M, ...]` to `[R, ...]`."""
-    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: its checks wait for the device
+    """Sum over each response's tokens, from `[M, ...]` to `[R, ...]`."""
+    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: checks would wait for the device
 
 
 def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:
-    """`[R]` values of responses to `[B]` of the chosen and `[B]` of the rejected side of each example."""
+    """From `[R]` values of responses, return each example's chosen value and rejected value, `[B]` each."""
     if "label" in batch:
         own = values[: len(batch["label"])]
         return own, own
@@ -239,7 +242,7 @@ def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:
 
 
 def _responses(batch: Mapping[str, Any], kept: Tensor, R: int) -> tuple[Tensor, Tensor]:
-    """`[R]` each: 1 where a response is chosen, or rejected, and its example is kept."""
+    """Return two masks `[R]`: 1 for chosen responses of kept examples, and 1 for rejected ones."""
     if "label" in batch:  # the KL responses that may follow are neither
         filling = (0, R - len(kept))
         return F.pad(kept * batch["label"], filling), F.pad(kept * ~batch["label"], filling)
@@ -252,12 +255,12 @@ def _responses(batch: Mapping[str, Any], kept: Tensor, R: int) -> tuple[Tensor, 
 
 
 def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
-    """Count in numbers that a micro-batch has one of each, as `aux_loss`: means over micro-batches, by their weight."""
+    """Add numbers of which a micro-batch has one each, such as `aux_loss`, to weighted means over micro-batches."""
     sums.add_ratios({name: (weight * x.detach()[None], torch.full_like(x[None], weight)) for name, x in values.items()})
 
 
 def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:
-    """Count in the tokens of a training batch, and what packing and sharing saved."""
+    """Add the tokens of a training batch, and those that packing and sharing saved."""
     tokens, padded, packed = (batch[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
     computed = tokens - (len(batch["cu_target"]) - 1)  # the last token of a sequence predicts nothing
     sums.add_numbers("num_tokens", tokens)
@@ -266,7 +269,7 @@ def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:
 
 
 def distinct_examples(accelerator: Accelerator, B: int) -> int:
-    """How many of an evaluation batch's examples are no repetitions that make the processes' last batches even."""
+    """Return how many of an evaluation batch's B examples count; accelerate repeats examples to fill the last batch."""
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return B
@@ -275,10 +278,10 @@ def distinct_examples(accelerator: Accelerator, B: int) -> int:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the step under way is the last one before a log, as far as that can be known.
+    """Return whether the current step is the last one before a log, as far as that can be known.
 
-    The batches of the step have all been read by now, so an epoch's last step is known by them. A stream may end within
-    a step, which is then not made, so every step of a stream counts where epochs are logged.
+    All batches of the step have been read by now, so the last step of an epoch is known. But a stream may end within a
+    step, which is then not made, so if epochs are logged, every step of a stream counts as a logging step.
     """
     args, state = trainer.args, trainer.state
     step, is_stream = state.global_step + 1, isinstance(trainer.train_dataset, IterableDataset)
@@ -297,13 +300,15 @@ def training_logs(
     seconds: float | None,
     log_history: Sequence[Mapping[str, Any]],
 ) -> tuple[dict[str, float], dict[str, Histogram]]:
-    """What `results` makes of the sums, and the numbers of the run: all tokens so far, their rate, the peak memory.
+    """Return the `results` of the sums, with the number of tokens so far, their rate and the peak memory added.
+
+    All processes must call it.
 
     Args:
-        sums: of the training steps since the last call; all processes must call.
-        accelerator: the processes.
-        seconds: since the last call; None where that is unknown.
-        log_history: what was logged before, for the tokens so far.
+        sums: sums over the training steps since the last call.
+        accelerator: the Trainer's accelerator.
+        seconds: time since the last call; None if that is unknown.
+        log_history: earlier records, which hold the number of tokens so far.
     """
     _add_peak_memory(sums, accelerator)
     numbers, histograms = results(sums.read(accelerator))
@@ -317,7 +322,7 @@ def training_logs(
 
 
 def _add_peak_memory(sums: RunningSums, accelerator: Accelerator) -> None:
-    """Each process in a column of its own, so that a sum over processes can tell the largest."""
+    """Add each process's peak in a column of its own, so that the maximum is known after a sum over processes."""
     if accelerator.device.type in ("cpu", "mps"):
         return
     peaks = [0.0] * accelerator.num_processes
@@ -326,7 +331,7 @@ def _add_peak_memory(sums: RunningSums, accelerator: Accelerator) -> None:
 
 
 def results(rows: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, Histogram]]:
-    """Metrics and histograms by name from what `RunningSums.read` returns; what nothing was counted for is left out."""
+    """Return metrics and histograms from the sums of `RunningSums.read`; metrics without observations are omitted."""
     numbers: dict[str, float] = {}
     histograms = {}
     for name, row in rows.items():
@@ -352,10 +357,10 @@ def _mean(row: list[float]) -> float | None:
 
 
 def _correlation(row: list[float]) -> float | None:
-    """Of x and y, from the sums of 1, x, y, xx, yy and xy; None where one of them is constant."""
+    """Return Pearson's r from the sums of 1, x, y, xx, yy and xy; None if x or y is constant."""
     n, x, y, xx, yy, xy = row
     var_x, var_y = n * xx - x * x, n * yy - y * y
-    if var_x <= 1e-12 * n * xx or var_y <= 1e-12 * n * yy:  # what rounding leaves of a constant
+    if var_x <= 1e-12 * n * xx or var_y <= 1e-12 * n * yy:  # the variance of a constant, after rounding
         return None
     return max(-1.0, min(1.0, (n * xy - x * y) / math.sqrt(var_x * var_y)))
 

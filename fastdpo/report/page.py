@@ -1,7 +1,7 @@
-"""What a run leaves to look at: `report.html` with its PNGs, and plain-text tables. Computes nothing.
+"""Write a run's `report.html` with its PNGs, and plain-text tables. Nothing is computed here.
 
-The page is one file that loads nothing and runs nothing: pictures are data URIs, everything shown is escaped, and a
-Content-Security-Policy forbids the rest.
+The page is one file that loads nothing and runs no scripts: pictures are data URIs, all text is escaped, and a
+Content-Security-Policy forbids everything else.
 """
 
 import base64
@@ -66,7 +66,7 @@ summary { cursor: pointer; margin: .8rem 0; color: var(--link); }
 }
 """
 
-# metric, label, and how it is written; None: as a number
+# metric, label and format; None: a number of four digits
 TILES = (
     ("rewards/accuracies", "reward accuracy", "{:.1%}"),
     ("rewards/margins", "reward margin, nats", None),
@@ -77,7 +77,7 @@ TILES = (
     ("peak_memory_gib", "peak memory, GiB", None),
 )
 STARTS_AT_LN_2 = ("sigmoid", "robust", "sigmoid_norm")
-"""Objectives whose loss is ln 2 where the policy is its reference, whatever beta and label_smoothing."""
+"""Objectives whose loss is ln 2 if the policy is its reference, for every beta and label_smoothing."""
 _MOVES_THE_START = ("loss_weights", "use_weighting", "rpo_alpha", "reference_free")
 
 
@@ -95,24 +95,24 @@ def write_report(
     failure: str | None = None,
     keep: bool = False,
 ) -> Path | None:
-    """Write `report.html` and its PNGs into `folder`, which is made where missing.
+    """Write `report.html` and its PNGs into `folder`, which is made if it does not exist.
 
-    It never raises, so that no finished training is lost over a picture: what can't be drawn or written is logged and
-    left out. Whatever is missing or was not logged, by an older version or in a run that broke off, is left out too.
-    The page is written beside an earlier one and takes its place when it is whole.
+    It never raises, so that a picture can't spoil a finished training: what can't be drawn or written is logged and
+    omitted. Metrics that were not logged, by an older version or in a run that stopped early, are omitted too. An
+    earlier page is replaced only once the new one is complete.
 
     Args:
         folder: where to write; files of an earlier report are replaced.
         log_history: `trainer.state.log_history`.
         title: heading of the page.
-        about: what stands below the heading: command line, date, device.
+        about: facts shown below the heading: command line, date, device.
         config: all settings of the run. Values of names like `hub_token` are not shown, at any depth.
-        given: those of them that the user set, which come first.
-        facts: tables to show as they are, by heading: versions, statistics of the dataset.
+        given: the settings that the user set; the page shows them first.
+        facts: further tables by heading, such as versions.
         histograms: the first and the last of each name, `{name: [(step, fastdpo.report.metrics.Histogram), ...]}`.
         samples: generations, see `fastdpo.report.samples.Sample`.
-        failure: what the run broke off with, if it did.
-        keep: leave the report of an earlier run as it is, where there is one: this run logged no step of training.
+        failure: why the run stopped early; None if it did not.
+        keep: keep the report of an earlier run if there is one, because this run logged no training step.
 
     Returns:
         The page's path; None if it was not written.
@@ -120,7 +120,7 @@ def write_report(
     folder = Path(folder)
     page = folder / "report.html"
     if keep and page.is_file():
-        logger.warning("%s stays as an earlier run wrote it: this run logged no step of training", page)
+        logger.warning("%s is still that of an earlier run, because this run logged no training step", page)
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,9 +137,9 @@ def write_report(
             if name in pictures:
                 write_file(folder / f"{name}.png", pictures[name])
             else:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
+                (folder / f"{name}.png").unlink(missing_ok=True)  # left by an earlier run
     except Exception as error:
-        left = "; the one of an earlier run is still there" * page.is_file()
+        left = "; the report of an earlier run is still there" * page.is_file()
         debug = logger.isEnabledFor(logging.DEBUG)
         logger.warning("the report could not be written to %s: %s%s", folder, _reason(error), left, exc_info=debug)
         return None
@@ -162,32 +162,32 @@ def _page(title: str, body: Iterable[str]) -> str:
 
 
 PICTURES = {
-    "training": ("Training", "Curves over the optimizer steps, dotted where examples were held out."),
+    "training": ("Training", "Curves over the optimizer steps; those of held-out examples are dotted."),
     "rewards": (
         "Rewards, first and last",
-        "The two sides should part. Where both move left, all responses lose probability to unseen ones.",
+        "Chosen and rejected should separate. If both move left, all responses lose probability to unseen ones.",
     ),
     "reference": (
         "Against the reference",
-        "A widening margin can hide that chosen responses become less likely too: displacement.",
+        "While the margin grows, chosen responses can still become less likely. This is called displacement.",
     ),
     "lengths": (
         "Length bias",
-        "A margin that grows with the difference of lengths may be a preference for long responses.",
+        "If margins grow with the difference of lengths, the policy may simply prefer long responses.",
     ),
     "running": (
         "How it ran",
-        "Tokens are those of full sequences, prompts counted for each response. Memory is that of the process that "
-        "needed most.",
+        "Tokens are those of full sequences, in which a prompt counts once for each response. Memory is that of the "
+        "process that needed most.",
     ),
 }
-"""Heading and caption of each picture, by the name of its PNG."""
+"""From the name of each PNG to its heading and caption."""
 
 
 def _draw_all(
     log_history: plots.LogHistory, histograms: plots.Histograms, config: Mapping[str, Any]
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Draw each picture: its PNG, and its panels under its heading. One without data is left out."""
+    """Draw all pictures that have data; return their PNGs by name, and their headings and panels as HTML."""
     draw = {
         "training": lambda: plots.training(log_history, _first_loss(config)),
         "rewards": lambda: plots.rewards(histograms),
@@ -213,7 +213,7 @@ def _draw_all(
 
 
 def _first_loss(config: Mapping[str, Any]) -> float | None:
-    """The loss where the policy is its reference; None where the objective's is another."""
+    """Return ln 2 if that is the objective's loss while the policy is its reference; else None."""
     names = config.get("loss_type", ["sigmoid"])
     known = len(names) == 1 and names[0] in STARTS_AT_LN_2 and not any(map(config.get, _MOVES_THE_START))
     return math.log(2) if known else None
@@ -231,7 +231,7 @@ def _image(figure: Figure, png: bytes) -> str:
 
 
 def _tiles(log_history: plots.LogHistory) -> str:
-    """The last number of each kind, of the first held-out split if any, from the first where that is another."""
+    """Return tiles with the first and last value of main metrics, of the first held-out split if there is one."""
     tiles = []
     for key, label, form in TILES:
         splits = [prefix for prefix in plots.prefixes(log_history) if plots.values(log_history, prefix + key)]
@@ -249,11 +249,11 @@ def _splits_note(log_history: plots.LogHistory) -> str:
     drawn, found = len(plots.MARKERS), len(plots.prefixes(log_history)) - 1
     if found < drawn:
         return ""
-    return f"<p>The pictures show the first {drawn - 1} of {found} held-out splits; the numbers are of all.</p>"
+    return f"<p>The pictures show the first {drawn - 1} of {found} held-out splits; the numbers cover all.</p>"
 
 
 def _samples(samples: Sequence[Any]) -> str:
-    """Each prompt with what the model wrote before and after, and the response of the dataset."""
+    """Return each prompt with the answers before and after training, and the dataset's response, as HTML."""
     cards = []
     for sample in samples:
         responses = (("before", sample.before), ("after", sample.after), ("chosen, in the dataset", sample.chosen))
@@ -265,12 +265,12 @@ def _samples(samples: Sequence[Any]) -> str:
             f'<div class="sample"><h3>prompt</h3><pre>{_text(sample.prompt)}</pre>\n'
             f'<div class="responses">{columns}</div></div>'
         )
-    heading = "<h2>Sample generations</h2>\n<p>Held-out prompts, answered greedily; … marks an answer cut short.</p>\n"
+    heading = "<h2>Sample generations</h2>\n<p>Answers to held-out prompts, decoded greedily; … ends a cut one.</p>\n"
     return heading + "\n".join(cards) if cards else ""
 
 
 def _numbers(log_history: plots.LogHistory) -> str:
-    """First and last of everything that was logged over the steps."""
+    """Return a table with the first and last value of everything that was logged over the steps."""
     keys = dict.fromkeys(key for entry in log_history for key in entry if key not in ("step", "epoch"))
     rows = [
         (key, _number(values[0]), _number(values[-1])) for key in keys if (values := plots.values(log_history, key))
@@ -290,7 +290,7 @@ def _settings(config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 def _table(rows: Iterable[tuple[Any, ...]], headers: tuple[str, ...] = (), kind: str = "") -> str:
     def line(cells: tuple[Any, ...], tag: str) -> str:
         name, *others = map(_text, cells)
-        name = name.replace("_", "_<wbr>")  # where a long name may be broken
+        name = name.replace("_", "_<wbr>")  # a browser may break a long name here
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in (name, *others)) + "</tr>"
 
     kind = "numbers code" if headers else kind
@@ -308,12 +308,12 @@ def _reason(error: Exception) -> str:
 
 
 def _number(value: float) -> str:
-    """Four digits, or all of a large number."""
+    """Format a number with four digits, or with all digits before the point if it is large."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def summary_table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:
-    """A table in box-drawing characters, first column to the left, the others to the right.
+    """Return a table in box-drawing characters; the first column is aligned left, the others right.
 
     Raises:
         ValueError: a row is not as long as `headers`.

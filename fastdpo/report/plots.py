@@ -1,8 +1,8 @@
-"""The pictures of a run. Only draws: a panel that nothing was logged for is left out.
+"""Draw the pictures of a run. A panel for which nothing was logged is omitted.
 
-Each picture is a list of figures of one size, a panel each, so that a page can lay them out as its width allows.
-`log_history` is `trainer.state.log_history`: dicts with a `step` and what was logged there, keys of held-out splits
-beginning with `eval_` (and the split's name, where there are several). Values that are not finite leave gaps.
+Each picture is a list of figures of one size with one panel each, so that a page can lay them out as its width allows.
+`log_history` is `trainer.state.log_history`: dicts with a `step` and the numbers logged there; keys of held-out splits
+begin with `eval_`, and with the split's name if there are several. Values that are not finite leave gaps.
 `histograms` are the first and the last of each name, `{name: [(step, fastdpo.report.metrics.Histogram), ...]}`.
 """
 
@@ -24,17 +24,17 @@ LogHistory: TypeAlias = Sequence[Mapping[str, Any]]
 Histograms: TypeAlias = Mapping[str, Sequence[tuple[int, Any]]]
 Points: TypeAlias = list[tuple[float, float]]
 
-# colour-blind readers can tell these apart: Okabe and Ito's (https://jfly.uni-koeln.de/color/), and Tol's purple
+# colours that colour-blind readers can tell apart: Okabe and Ito's (https://jfly.uni-koeln.de/color/), Tol's purple
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
 INK, GREY, GRID = "#333333", "#767676", "#E6E6E6"
 DASHES = (0, (6, 4))
-SIZE, DPI = (4.8, 3.6), 150  # of a panel, in inches
-LEGEND_SIZE, LEGEND_WIDTH = 9.5, 270.0  # points; the width that a legend may take
-FEW_POINTS = 60  # up to here each logged value gets a dot, so that a lone one shows
-MANY_POINTS = 400  # beyond it neighbouring values are drawn as their mean and range
-THINNED = 200  # to so many points
-MARKERS, MARKED = "os^Dv", 20  # of held-out splits; of a curve at most so many points get one
-LONGEST_NAME = 24  # of a held-out split
+SIZE, DPI = (4.8, 3.6), 150  # a panel's width and height in inches, and pixels per inch
+LEGEND_SIZE, LEGEND_WIDTH = 9.5, 270.0  # font size, and the most width of a legend, in points
+FEW_POINTS = 60  # curves of at most this many values get dots, so that a single value is visible
+MANY_POINTS = 400  # of longer curves, neighbouring values are drawn as their mean and range
+THINNED = 200  # at most this many means
+MARKERS, MARKED = "os^Dv", 20  # markers of held-out splits, and the most markers of a curve
+LONGEST_NAME = 24  # characters of a held-out split's name
 MINUS = "\N{MINUS SIGN}"
 DISPLAY_BINS = 48
 
@@ -44,7 +44,7 @@ def training(log_history: LogHistory, first_loss: float | None = math.log(2)) ->
 
     Args:
         log_history: see the module's docstring.
-        first_loss: the loss where the policy is its reference; None where that depends on the rows.
+        first_loss: the loss while the policy is its reference; None if that is not known.
     """
     start = None if first_loss is None else (first_loss, f"{_tick(round(first_loss, 3))}: policy = reference")
     curve = partial(_draw, log_history)
@@ -60,7 +60,7 @@ def training(log_history: LogHistory, first_loss: float | None = math.log(2)) ->
 
 
 def reference(log_history: LogHistory) -> list[Figure]:
-    """Draw where the policy went from the reference: rewards, chosen responses below it, drift."""
+    """Draw how far the policy is from the reference: rewards, displaced chosen responses and drift."""
     curve = partial(_draw, log_history)
     sides = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
     unit = "less likely than under the reference"
@@ -72,7 +72,7 @@ def reference(log_history: LogHistory) -> list[Figure]:
 
 
 def rewards(histograms: Histograms) -> list[Figure]:
-    """Draw how rewards and margins were distributed first and last, of a held-out split if any."""
+    """Draw the first and last distributions of rewards and margins, of a held-out split if there is one."""
     prefix, split = _split_with(histograms, "rewards/chosen")
     sides = {side: histograms.get(f"{prefix}rewards/{side}", ()) for side in ("chosen", "rejected")}
     margins = histograms.get(f"{prefix}rewards/margins", ())
@@ -122,14 +122,14 @@ def running(log_history: LogHistory) -> list[Figure]:
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """`[height, width, 4]` RGBA of a figure."""
+    """Return a figure's pixels, RGBA `[height, width, 4]`."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
 
 
 def tile(panels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """One picture of several panels of one size, in rows of two or three; white where the last row ends early."""
+    """Join panels of one size into one picture, in rows of two or three; the last row is filled up with white."""
     columns = columns_of(len(panels))
     filled = [*panels, *[np.full_like(panels[0], 255)] * (-len(panels) % columns)]
     rows = [np.concatenate(filled[i : i + columns], 1) for i in range(0, len(filled), columns)]
@@ -137,7 +137,7 @@ def tile(panels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def columns_of(panels: int) -> int:
-    """Panels that stand side by side where there is room."""
+    """Return in how many columns a wide page shows this number of panels."""
     return panels if panels < 3 else 2 if panels == 4 else 3
 
 
@@ -156,17 +156,17 @@ def _draw(
     high: float | None = None,
     percent: bool = False,
 ) -> None:
-    """Draw quantities, `{key: label}`, of training and of the held-out splits.
+    """Draw the curves of quantities, of training and of the held-out splits.
 
     Args:
         log_history: see the module's docstring.
-        curves: what to draw; a lone quantity has the label "".
-        title: of the panel.
-        unit: of the quantities.
+        curves: the quantities' labels by key; a single quantity has the label "".
+        title: title of the panel.
+        unit: unit of the quantities.
         panel: where to draw.
-        line: height and meaning of a horizontal line for comparison.
-        low: where the axis begins, unless a value is below it.
-        high: where the axis ends, unless a value is above it.
+        line: height and label of a horizontal line for comparison.
+        low: lower end of the axis, unless a value is below it.
+        high: upper end of the axis, unless a value is above it.
         percent: the quantities are shares, and the axis goes from 0 to 100 percent.
     """
     alone = len(curves) == 1
@@ -177,7 +177,7 @@ def _draw(
         for prefix, marker in splits:
             name, of_split = (split_name(prefix), VERMILION) if alone else ("", colour)
             _plot(panel, _points(log_history, prefix + key), name, of_split, marker)
-    for prefix, marker in splits:  # several quantities have a colour each, and the splits only their markers
+    for prefix, marker in splits:  # each quantity has a colour, and each split a marker
         if not alone and any(_points(log_history, prefix + key) for key in curves):
             panel.plot([], [], color=GREY, label=split_name(prefix), **_held_out(marker))
     if not panel.has_data():
@@ -206,19 +206,19 @@ def _points(log_history: LogHistory, key: str) -> Points:
 
 
 def values(log_history: LogHistory, key: str) -> list[float]:
-    """What was logged under a key over the steps, in their order."""
+    """Return the values logged under a key, in the order of the steps."""
     return [value for _, value in _points(log_history, key)]
 
 
 def prefixes(log_history: LogHistory) -> list[str]:
-    """Of the keys of held-out splits; `eval_` always."""
+    """Return the prefixes that the keys of held-out splits have, `eval_` first and always."""
     probe = "rewards/chosen"
     found = {key.removesuffix(probe) for entry in log_history for key in entry if key.endswith(probe)} - {"", "eval_"}
     return ["eval_", *sorted(found)]
 
 
 def split_name(prefix: str) -> str:
-    """What readers call the split whose keys have this prefix; the middle of a long name is left out."""
+    """Return the name of the split whose keys have this prefix; a long name is cut in the middle."""
     name = prefix.removeprefix("eval_").removesuffix("_")
     if len(name) > LONGEST_NAME:
         half = LONGEST_NAME // 2
@@ -227,7 +227,7 @@ def split_name(prefix: str) -> str:
 
 
 def _plot(panel: Axes, points: Points, label: str, colour: str, marker: str | None = None) -> int:
-    """Draw one curve, and return how many logged values each of its points stands for."""
+    """Draw one curve; return how many logged values each of its points stands for."""
     if not any(math.isfinite(value) for _, value in points):
         return 1
     steps, means = np.array(points, dtype=float).T
@@ -260,18 +260,18 @@ def _held_out(marker: str) -> dict[str, Any]:
 
 
 def _split_with(histograms: Histograms, name: str) -> tuple[str, str]:
-    """Prefix and name of a held-out split that has this histogram, else of the training."""
+    """Return prefix and name of a held-out split that has this histogram, else those of training."""
     found = sorted(key.removesuffix(name) for key in histograms if key.startswith("eval_") and key.endswith(name))
     return (found[0], split_name(found[0])) if found else ("", "training")
 
 
 def _over(unit: str, split: str) -> str:
-    """The label of an axis, in two lines where one would be wider than a panel."""
+    """Return the label of an axis, in two lines if one would be wider than a panel."""
     return f"{unit},{' ' if len(unit + split) < 40 else chr(10)}{split}"
 
 
 def _limits(histograms: Sequence[Any]) -> tuple[float, float]:
-    """What holds 99 % of each histogram, and 0."""
+    """Return limits that enclose 0 and the central 99 % of each histogram."""
     low = high = 0.0
     for edges, counts, _ in histograms:
         shares = np.cumsum([0.0, *counts]) / sum(counts)
@@ -290,9 +290,10 @@ def _stairs(
     *,
     relative: bool = False,
 ) -> None:
-    """Draw histograms, `(histogram, label, colour)`, in bins of one width, over which those logged are spread evenly.
+    """Draw histograms, `(histogram, label, colour)`, in bins of equal width.
 
-    `relative` draws each relative to its fullest bin instead of as shares.
+    The counts of a logged bin are spread evenly over the bins drawn. `relative` divides each histogram by its fullest
+    bin, in place of its total.
     """
     width = (limits[1] - limits[0]) / DISPLAY_BINS or 1.0
     bins = width * np.arange(math.floor(limits[0] / width), math.ceil(limits[1] / width) + 1)  # 0 is an edge
@@ -308,7 +309,7 @@ def _stairs(
 
 
 def _profile(profiles: Sequence[tuple[int, Any]], over: str, panel: Axes) -> None:
-    """Draw the mean margin of the pairs of each difference of lengths; areas are shares of pairs."""
+    """Draw the mean reward margin for each difference of lengths; the areas are shares of pairs."""
     for (step, (edges, counts, means)), colour in zip(profiles, (GREY, BLUE), strict=False):
         centres, share = (np.array(edges[1:]) + edges[:-1]) / 2, np.array(counts) / max(sum(counts), 1)
         label = f"step {_tick(step)}"
@@ -316,7 +317,7 @@ def _profile(profiles: Sequence[tuple[int, Any]], over: str, panel: Axes) -> Non
     if profiles:
         panel.axhline(0, color=GREY, linewidth=1, linestyle=DASHES, zorder=2)
         _style(panel, "Margin by length (area: share of pairs)", "mean reward margin, nats", over)
-        panel.margins(0.12)  # areas are wide
+        panel.margins(0.12)  # room for wide dots
         legend = panel.get_legend()
         assert legend is not None
         for handle in legend.legend_handles:
@@ -327,7 +328,7 @@ def _profile(profiles: Sequence[tuple[int, Any]], over: str, panel: Axes) -> Non
 
 
 def _figures(*draws: Callable[[Axes], None]) -> list[Figure]:
-    """A figure of each panel that something was drawn into."""
+    """Return a figure for each panel into which something was drawn."""
     figures = []
     for draw in draws:
         figure = Figure(
@@ -341,7 +342,7 @@ def _figures(*draws: Callable[[Axes], None]) -> list[Figure]:
 
 
 def _style(panel: Axes, title: str, unit: str, over: str) -> None:
-    """Put on title, axes and legend, after the data. The legend stands between title and data and covers neither."""
+    """Add title, axes and legend to a panel with data; the legend stands between title and data, covering neither."""
     panel.set_ylabel(unit, color=INK)
     panel.set_xlabel(over, color=INK)
     panel.spines[["top", "right"]].set_visible(False)
@@ -354,7 +355,7 @@ def _style(panel: Axes, title: str, unit: str, over: str) -> None:
     panel.set_axisbelow(True)
     panel.margins(x=0.02, y=0.08)
     low, high = panel.dataLim.intervaly
-    if high - low < (least := 1e-3 * max(abs(low), abs(high))):  # or rounding would look like a curve
+    if high - low < (least := 1e-3 * max(abs(low), abs(high))):  # else rounding errors would look like a curve
         panel.set_ylim((low + high - least) / 2, (low + high + least) / 2)
     handles, labels = panel.get_legend_handles_labels()
     columns = _legend_columns(labels)
@@ -378,7 +379,7 @@ def _style(panel: Axes, title: str, unit: str, over: str) -> None:
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
-    """The most columns that are no wider than a panel."""
+    """Return the largest number of columns with which the legend fits into a panel."""
     widths = [TextPath((0, 0), label, size=LEGEND_SIZE).get_extents().width + 4 * LEGEND_SIZE for label in labels]
     for columns in range(len(labels), 1, -1):
         if sum(max(column) for column in np.array_split(widths, columns)) <= LEGEND_WIDTH:
@@ -387,7 +388,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def _tick(value: float, position: int | None = None) -> str:
-    """A number beside an axis: thousands are separated, very large and very small ones get an exponent."""
+    """Format a number for an axis: thousands are separated; very large and very small numbers get an exponent."""
     if value == 0 or 1e-4 <= abs(value) < 1e5:
         text = f"{value:,.6g}"
     elif 1e5 <= abs(value) < 1e9:

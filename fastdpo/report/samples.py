@@ -1,8 +1,8 @@
 """Sample generations before and after training, for the report.
 
-Decoding is greedy, with the policy in eval mode as it is in memory. It draws no random number and leaves nothing on the
-model, so that a run trains the same, bit by bit, with and without samples. A failure is a log line and costs only the
-samples.
+Decoding is greedy, by the policy in memory, in eval mode. It draws no random numbers and changes nothing in the model,
+so that a run trains the same, bit by bit, with and without samples. If generation fails, a log line says so, and only
+the samples are missing.
 """
 
 import itertools
@@ -21,17 +21,17 @@ logger = logging.getLogger("fastdpo")
 
 MAX_NEW_TOKENS = 64
 _SEARCHED = 1000
-"""Held-out rows that are looked at for prompts."""
+"""Number of held-out rows that are searched for prompts."""
 _RESPONSES = ("chosen_ids", "ranked_ids", "completion_ids")
 
 
 class Sample(NamedTuple):
-    """A held-out prompt and what was made of it."""
+    """A held-out prompt with the dataset's response and the policy's."""
 
     prompt_ids: list[int]
     prompt: str
     chosen: str
-    """The response of the dataset that is preferred, best or desirable."""
+    """The chosen, best or desirable response in the dataset."""
     before: str | None = None
     after: str | None = None
 
@@ -41,16 +41,16 @@ def before_training(trainer: Any, count: int) -> list[Sample]:
 
     Args:
         trainer: a `DPOTrainer` that has not trained yet.
-        count: of prompts; 0 switches samples off.
+        count: number of prompts; 0 switches samples off.
 
     Returns:
-        Nothing where there is no evaluation dataset, on processes other than the main one, and where the model is
-        sharded, which a log line says.
+        An empty list if there is no evaluation dataset, if this is not the main process, if the model is sharded or
+        if generation fails; a log line says so in the last two cases.
     """
     if not count or trainer.eval_dataset is None or not trainer.is_world_process_zero():
         return []
     if trainer.is_fsdp_enabled:
-        logger.info("no sample generations: the model's weights are sharded")
+        logger.info("no sample generations, because the model's weights are sharded")
         return []
     try:
         return _generate_all(trainer, _prompts(trainer, count), "before")
@@ -60,7 +60,7 @@ def before_training(trainer: Any, count: int) -> list[Sample]:
 
 
 def after_training(trainer: Any, samples: list[Sample]) -> list[Sample]:
-    """Generate again from the same prompts; on failure the samples stay without it."""
+    """Generate again from the same prompts; on failure return the samples unchanged."""
     try:
         return _generate_all(trainer, samples, "after")
     except Exception as error:
@@ -71,14 +71,14 @@ def after_training(trainer: Any, samples: list[Sample]) -> list[Sample]:
 def _say(error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     logger.warning(
-        "no sample generations: %s (set report_samples to 0 to do without)",
+        "no sample generations: %s (report_samples=0 switches them off)",
         reason,
         exc_info=logger.isEnabledFor(logging.DEBUG),
     )
 
 
 def _prompts(trainer: Any, count: int) -> list[Sample]:
-    """The first distinct prompts that have a response to show."""
+    """Return the first distinct prompts with a chosen or desirable response."""
     dataset, tokenizer = trainer.eval_dataset, trainer.processing_class
     if isinstance(dataset, Mapping):
         dataset = next(iter(dataset.values()))
@@ -101,12 +101,12 @@ def _text(tokenizer: Any, ids: Any) -> str:
 
 
 def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "after"]) -> list[Sample]:
-    """The samples with `before` or `after` filled in."""
+    """Return the samples with `before` or `after` filled in."""
     if not samples:
         return []
     policy = trainer.model
     device = next(policy.parameters()).device
-    # never longer than what is trained on, nor than there are positions
+    # at most as long as the sequences of training, and as the model has positions
     limits = [trainer.args.max_length, getattr(policy.config.get_text_config(), "max_position_embeddings", None)]
     autocast = trainer.accelerator.autocast()
     done = []
@@ -127,7 +127,7 @@ def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "
 
 @contextmanager
 def _plain_generation(policy: Any, tokenizer: Any) -> Iterator[set[int]]:
-    """Greedy decoding whatever the model's own generation config says, and the tokens that end a response."""
+    """Inside the block, decode greedily, whatever the model's generation config says; yield the end tokens."""
     model = unwrap(policy)
     own = model.generation_config
     ends = own.eos_token_id

@@ -1,1 +1,1 @@
-"""What the user set, read and checked before anything slow is imported."""
+"""The user's settings, read and checked before any slow module is imported."""

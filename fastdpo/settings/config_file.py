@@ -1,6 +1,7 @@
-"""A config file and the settings behind it on the command line, read and checked without torch or transformers.
+"""Read and check a config file and the settings that follow it on the command line, without torch or transformers.
 
-What needs no model, dataset or network is answered here within a second: YAML, names, types, paths, packages.
+Everything that can be checked without a model, a dataset or the network is checked here, within a second: YAML, names,
+types, paths and packages.
 """
 
 import difflib
@@ -17,10 +18,10 @@ from fastdpo.settings.fields import Setting, settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""What reads a file of this suffix: a builder of the datasets library."""
+"""From the suffix of a file to the builder of the datasets library that reads it."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 LOCAL_SUFFIXES = (*DATA_FILES, *COMPRESSED, ".arrow", ".tsv", ".txt", ".safetensors", ".bin", ".gguf", ".yaml", ".yml")
-"""Names that end so are files here; a repository on the Hub may hold other dots, as in Qwen2.5-0.5B."""
+"""A name with one of these endings is a local file; names on the Hub may hold other dots, as in Qwen2.5-0.5B."""
 
 OTHER_NAMES = {
     "model": "did you mean 'model_name_or_path'?",
@@ -45,7 +46,7 @@ OTHER_NAMES = {
     "dataset_config": "download that configuration, and give its folder as dataset_name",
     "pad_token": "leave it out: the tokenizer's own is used",
 }
-"""What users of TRL and others type, where the nearest spelling is not what they mean."""
+"""Hints for names that users of TRL and other libraries type, for which the nearest spelling would mislead."""
 
 PACKAGES = {
     "peft": "pip install 'fastdpo[peft]'",
@@ -55,26 +56,26 @@ PACKAGES = {
     "bitsandbytes": "pip install bitsandbytes",
     "comet_ml": "pip install comet-ml",
 }
-"""The command that installs an optional package, where its name is not the package's."""
+"""Commands that install optional packages, if they are not `pip install` and the name of the module."""
 
 
 REPORTS = dict.fromkeys(
     ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "codecarbon", "dagshub", "dvclive"),
     True,
 ) | dict.fromkeys(("azure_ml", "flyte", "kubeflow", "neptune"), False)
-"""Where transformers can report to, and whether that is the name of the package it needs."""
+"""Destinations of `report_to`, and whether each needs a package of the same name."""
 
 
 class UsageError(ValueError):
-    """A command or setting has a name that does not exist, or a word stands where none can."""
+    """The command line or config file names a command or setting that does not exist, or lacks a value."""
 
 
 def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` win over it.
+    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` replace its values.
 
     Raises:
-        UsageError: a key is unknown; the nearest valid one is named.
-        ValueError: the file is no flat YAML, a value has the wrong type, or a path does not exist.
+        UsageError: a key is unknown; the message names the nearest valid one.
+        ValueError: the file is not flat YAML, a value has the wrong type, or a path does not exist.
         ModuleNotFoundError: a setting needs a package that is not installed.
         OSError: the file can't be read.
     """
@@ -85,7 +86,7 @@ def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, A
             raise UsageError(f"unknown setting {key!r}{nearest(str(key), known)}")
     values = {key: typed(known[key], value) for key, value in values.items()}
     if values.get("dataset_name") is None:
-        raise ValueError(f"{path} must set dataset_name, or the command line --dataset_name")
+        raise ValueError(f"dataset_name is not set; set it in {path}, or add --dataset_name to the command line")
     start, config = values.get("model_name_or_path"), values.get("config_name")
     if (start is None) == (config is None):
         raise ValueError(
@@ -103,7 +104,7 @@ def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, A
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to write instead of a name that does not exist, as the end of a message; empty where nothing is near."""
+    """Return the end of a message that suggests a valid name for an unknown one; "" if no valid name is similar."""
     if name in OTHER_NAMES:
         return f"; {OTHER_NAMES[name]}"
     near = difflib.get_close_matches(name, known, n=1)
@@ -111,7 +112,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would keep the last without a word."""
+    """A YAML loader that refuses a repeated key; PyYAML would silently keep its last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -137,7 +138,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config file {str(path)!r}{sibling(path)}") from None
-    except ValueError as error:  # a value that looks like a date and is none
+    except ValueError as error:  # a value that looks like a date but is not one
         raise ValueError(f"{path} holds a value that YAML can't read, {error}; put it in quotes") from error
     if values is None:
         raise ValueError(f"{path} is empty; it must hold `key: value` lines, one of them dataset_name")
@@ -147,10 +148,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def typed(setting: Setting, value: Any) -> Any:
-    """`value` as one of the types of a setting. YAML reads 1e-6 as text; it is taken for the number meant.
+    """Return `value` converted to a type of a setting; for example, YAML reads 1e-6 as text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it cannot be converted.
     """
     name, allowed = setting.name, setting.types
     if "dict" in allowed and isinstance(value, str) and value.lstrip().startswith("{"):
@@ -166,7 +167,7 @@ def typed(setting: Setting, value: Any) -> Any:
         except ValueError:
             pass
     if value is False and name.endswith("_strategy"):
-        return "no"  # what YAML reads as False
+        return "no"  # YAML reads an unquoted `no` as False
     if "list" in allowed and isinstance(value, str):
         return [value]
     if "str" in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)) and "dict" not in allowed:
@@ -183,10 +184,10 @@ def _check_dtype(values: Mapping[str, Any]) -> None:
 
 
 def check_dtype(name: str, value: Any) -> None:
-    """Refuse the name of a dtype that weights can't have; anything that is no name passes.
+    """Refuse a string that does not name a dtype that weights can have; values of other types pass.
 
     Raises:
-        ValueError: it is none of `DTYPES`.
+        ValueError: it is not one of `DTYPES`.
     """
     if isinstance(value, str) and value.removeprefix("torch.") not in DTYPES:
         raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}{nearest(value, DTYPES)}")
@@ -200,10 +201,10 @@ def _looks_local(name: str) -> bool:
 
 
 def _found(setting: str, name: str) -> tuple[str, Path | None]:
-    """The name with `~` replaced, and its path here; None where it is one for the Hub.
+    """Return the name with `~` expanded, and its local path; the path is None if the name is one on the Hub.
 
     Raises:
-        ValueError: the name is a path, and nothing is there.
+        ValueError: the name is a path, and nothing exists there.
     """
     expanded = os.path.expanduser(name)
     path = Path(expanded)
@@ -216,7 +217,7 @@ def _found(setting: str, name: str) -> tuple[str, Path | None]:
 
 
 def sibling(path: Path) -> str:
-    """The nearest name beside a path that does not exist, as the end of a message."""
+    """Return the end of a message that suggests an existing file with a name similar to a missing path's."""
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.7)
     except OSError:
@@ -249,8 +250,8 @@ def _checked_dataset(name: str) -> str:
     if path is not None and path.is_file():
         if data_kind(path) is None:
             raise ValueError(
-                f"dataset_name: {name!r} has no suffix that is read; those are {', '.join(DATA_FILES)}, and each of "
-                f"them with {', '.join(COMPRESSED)}"
+                f"dataset_name: {name!r} has none of the suffixes that can be read: {', '.join(DATA_FILES)}, each also "
+                f"followed by {', '.join(COMPRESSED)}"
             )
         if path.stat().st_size == 0:
             raise ValueError(f"dataset_name: the file {name!r} is empty")
@@ -262,22 +263,22 @@ def _checked_dataset(name: str) -> str:
 
 
 def data_kind(path: Path) -> str | None:
-    """The builder of the datasets library that reads a file, by its name; None where there is none."""
+    """Return the builder of the datasets library that reads files with this suffix; None if there is none."""
     inner = path.with_suffix("") if path.suffix in COMPRESSED else path
     return DATA_FILES.get(inner.suffix)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most steps in a folder that was written to its end; None where there is none."""
+    """Return the latest checkpoint in a folder that was written completely; None if there is none."""
     steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):  # written last
+    for path in folder.glob("checkpoint-*/trainer_state.json"):  # the last file that is written
         if (step := path.parent.name.removeprefix("checkpoint-")).isdigit():
             steps[int(step)] = path.parent
     return steps[max(steps)] if steps else None
 
 
 def _check_output(values: dict[str, Any]) -> None:
-    """Refuse a folder that can't be written before anything is trained for it, and a checkpoint that is none."""
+    """Refuse an output folder that can't be written, and a `resume_from_checkpoint` that is not a checkpoint."""
     output = Path(values.get("output_dir") or "trainer_output")
     nearest_there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest_there.is_dir():
@@ -287,8 +288,8 @@ def _check_output(values: dict[str, Any]) -> None:
     resume = values.get("resume_from_checkpoint")
     if resume is True:
         if (newest := newest_checkpoint(output)) is None:
-            raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in output_dir {str(output)!r}")
-        values["resume_from_checkpoint"] = str(newest)  # transformers would take one that was cut off, too
+            raise ValueError(f"resume_from_checkpoint: there is no complete checkpoint in output_dir {str(output)!r}")
+        values["resume_from_checkpoint"] = str(newest)  # transformers would also take an incomplete one
     elif isinstance(resume, str):
         path = Path(os.path.expanduser(resume))
         if not path.exists():
@@ -327,7 +328,7 @@ def _check_packages(values: Mapping[str, Any]) -> None:
             continue
         if name not in REPORTS:
             near = nearest(name, REPORTS)
-            raise ValueError(f"report_to must be all, none or of {', '.join(REPORTS)}, got {name!r}{near}")
+            raise ValueError(f"report_to must be all, none or among {', '.join(REPORTS)}, got {name!r}{near}")
         if REPORTS[name] and not (name == "tensorboard" and importlib.util.find_spec("tensorboardX")):
             _need(name, f"report_to={name!r}")
 
@@ -338,5 +339,5 @@ def _need(package: str, what: str) -> None:
 
 
 def install(package: str) -> str:
-    """The command that installs an optional package."""
+    """Return the command that installs an optional package."""
     return PACKAGES.get(package, f"pip install {package}")

@@ -1,4 +1,4 @@
-"""Datasets as files, folders and repositories on the Hub hold them; a file that is broken is named with its line."""
+"""Load datasets from files, folders and the Hub; an error about a broken file names the file and the line."""
 
 import bz2
 import gzip
@@ -21,10 +21,10 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def load_splits(name: str) -> DatasetDict:
-    """The splits of a file, a folder or a repository on the Hub; a file is one split, called train.
+    """Load the splits of a file, a folder or a dataset on the Hub; a file is one split, called train.
 
     Raises:
-        ValueError: a file is broken or empty; the message names it and, where it has lines, the line.
+        ValueError: a file is broken or empty; the message names it and, if it is a text file, the line.
         OSError: a file can't be opened, or the Hub has no such dataset or can't be reached.
     """
     path = Path(name)
@@ -41,7 +41,7 @@ def load_splits(name: str) -> DatasetDict:
         else:  # a bare json, csv or text names a format there, and all files below the working directory are read
             splits = load_dataset(str(path.absolute()))
         for split in splits.values():
-            split.data.table.validate(full=True)  # nothing else sees text that is not UTF-8 before it is tokenised
+            split.data.table.validate(full=True)  # finds text that is not UTF-8 before it is tokenised
         return _as_splits(splits)
 
 
@@ -51,18 +51,18 @@ def _as_splits(found: Any) -> DatasetDict:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn what the datasets library raises over a file into one line."""
+    """Inside the block, turn any error of the datasets library about a file into a one-line ValueError."""
     try:
         yield
     except (PermissionError, ImportError, DatasetNotFoundError):
         raise
-    except Exception as error:  # of pyarrow, pandas, json, gzip, and a bare StopIteration for an empty file
+    except Exception as error:  # by pyarrow, pandas, json or gzip; StopIteration for an empty file
         raise ValueError(f"dataset_name: {_broken(path, error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The datasets library logs what it also raises."""
+    """Inside the block, silence the datasets library, which logs the errors that it also raises."""
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -73,12 +73,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _broken(path: Path, error: Exception) -> str:
-    """What is wrong with a file, or with the first file of a folder that can't be read alone."""
+    """Say what is wrong with a file, or with the first unreadable file of a folder."""
     if path.is_file():
         return _broken_file(path) or f"{str(path)!r} can't be read as {data_kind(path)}: {_innermost(error)}"
     files = sorted(file for file in path.rglob("*") if file.is_file() and data_kind(file) is not None)
     if not files:
-        return f"the folder {str(path)!r} holds no file that can be read (.jsonl, .json, .csv or .parquet)"
+        return f"the folder {str(path)!r} holds no .jsonl, .json, .csv or .parquet file"
     for file in files:
         if found := _broken_file(file):
             return found
@@ -96,7 +96,7 @@ def _innermost(error: BaseException) -> str:
 
 
 def _broken_file(path: Path) -> str | None:
-    """The first fault of a JSON file, or that a file is empty; None where there is neither."""
+    """Describe the first fault of a JSON file, or say that a file is empty; None if there is no such fault."""
     opener: Any = OPENERS.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
@@ -111,7 +111,7 @@ def _broken_file(path: Path) -> str | None:
 def _broken_json(path: Path, file: IO[bytes]) -> str | None:
     first = file.read(1)
     file.seek(0)
-    if first == b"[":  # one list of rows over many lines
+    if first == b"[":  # the whole file is one list of rows
         try:
             json.loads(file.read())
         except json.JSONDecodeError as error:

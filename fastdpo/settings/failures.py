@@ -1,4 +1,4 @@
-"""What a user can mend, in one line; and how a run that was stopped goes on."""
+"""One-line messages for failures that a user can mend, and the handling of Ctrl-C and SIGTERM."""
 
 import errno
 import json
@@ -27,10 +27,10 @@ NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded", ". 
 
 
 def one_line(error: BaseException) -> str | None:
-    """What an expected failure says, in one line; None for a bug, whose traceback must be seen to be mended.
+    """Return the message of an expected failure in one line; None for a bug, whose traceback is needed.
 
-    A ValueError is expected where a `raise` statement made it. One that the interpreter or a C library made, as in
-    unpacking too many values, says nothing to a user.
+    A ValueError is expected if a `raise` statement raised it. A ValueError of the interpreter or a C library, such as
+    "too many values to unpack", tells a user nothing.
     """
     chain = [error, *_causes(error)]
     if full := next((each for each in chain if _is_disk_full(each)), None):
@@ -70,11 +70,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(words in str(error) for words in NO_SPACE)  # safetensors and torch raise types of their own
+    return any(words in str(error) for words in NO_SPACE)  # safetensors and torch raise errors of their own
 
 
 def _was_raised(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame stopped at a `raise` statement."""
+    """Return whether the error came from a `raise` statement in the innermost frame."""
     if traceback is None:
         return True
     while traceback.tb_next is not None:
@@ -83,7 +83,7 @@ def _was_raised(traceback: TracebackType | None) -> bool:
 
 
 def _missing(error: ImportError) -> str | None:
-    """The command that installs what is missing; None where a module lacks something, which is no user's fault."""
+    """Return a message with the command that installs a missing package; None if the error is not about a package."""
     text = _flat(error)
     if "pip install" in text:
         return text
@@ -92,7 +92,7 @@ def _missing(error: ImportError) -> str | None:
         if package.replace("_", "") in named:
             return f"{text.rstrip('.')}: {install(package)}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("fastdpo"):
-        return f"{text.rstrip('.')}; install the package that provides it"  # whose name may be another
+        return f"{text.rstrip('.')}; install the package that provides it"  # its name on PyPI may differ
     return text if error.name is None and _was_raised(error.__traceback__) else None
 
 
@@ -101,7 +101,7 @@ def _missing(error: ImportError) -> str | None:
 
 @contextmanager
 def loading(setting: str, name: str) -> Iterator[None]:
-    """Inside the block, what can't be loaded is named with the reason, in one line.
+    """Inside the block, an error of loading `name` becomes one line with the setting, the name and the reason.
 
     Raises:
         OSError: there is no such folder or repository, the Hub can't be reached, or a file is broken.
@@ -119,13 +119,13 @@ def loading(setting: str, name: str) -> Iterator[None]:
 
 
 class _Patience(logging.Filter):
-    """Says once that the Hub is asked again, where huggingface_hub has a line for each try."""
+    """Log once that requests to the Hub are repeated, in place of huggingface_hub's line for each try."""
 
     said = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not self.said:
-            logger.info("the Hub does not answer; it is asked again for up to a minute")
+            logger.info("the Hub does not answer; trying again for up to a minute")
         self.said = True
         return False
 
@@ -138,15 +138,15 @@ def _reason(name: str, error: Exception) -> str | None:
     if "GatedRepoError" in types:
         return "is a gated repository: accept its terms on its page on the Hub, and run `hf auth login`"
     if types & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return f"is neither a folder here nor a repository on the Hub that you may read{sibling(Path(name))}"
+        return f"is neither a local folder nor a repository on the Hub that you may read{sibling(Path(name))}"
     if "RevisionNotFoundError" in types:
         return "has no such revision on the Hub"
     if "HFValidationError" in types:
-        return f"is no folder here, and no name that a repository on the Hub can have{sibling(Path(name))}"
+        return f"is not a local folder, and no repository on the Hub can have this name{sibling(Path(name))}"
     if types & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutError"}:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached; check the connection"
-        return f"is neither a folder here nor in the cache, and {why}{sibling(Path(name))}"
+        return f"is neither a local folder nor in the cache, and {why}{sibling(Path(name))}"
     return None
 
 
@@ -158,9 +158,9 @@ def _broken_file(folder: Path, types: set[str], error: Exception) -> str | None:
             except ValueError as found:
                 return f"holds a broken {path.name}: {found}"
     if "SafetensorError" in types:
-        return f"holds weights that can't be read, perhaps cut off in a copy: {_flat(error)}"
+        return f"holds weights that can't be read, perhaps because they were copied incompletely: {_flat(error)}"
     if "no file named" in str(error) and "model.safetensors" in str(error):
-        return "holds no weights (model.safetensors); give it as config_name to start from random ones"
+        return "holds no weights (model.safetensors); give it as config_name to start from random weights"
     if "backend tokenizer" in str(error):
         return "holds no tokenizer that can be loaded; save one there with tokenizer.save_pretrained"
     return None
@@ -170,14 +170,14 @@ def _broken_file(folder: Path, types: set[str], error: Exception) -> str | None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; raised in the main thread."""
+    """Ctrl-C or SIGTERM came; raised in the main thread."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {name_of(signum)}")
 
 
 def name_of(signum: int) -> str:
-    """A signal as a user knows it."""
+    """Return a signal's name as a user knows it."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
@@ -186,7 +186,8 @@ def signals_raise() -> Iterator[list[int]]:
     """Inside the block, Ctrl-C and SIGTERM raise `Interrupted` once; a second signal ends the process at once.
 
     Yields:
-        The numbers of the signals that came, for code between here and there may turn one exception into another.
+        The numbers of the signals that came, by which the caller knows of a signal even if code inside the block turned
+        `Interrupted` into another exception.
     """
     before = {signum: signal.signal(signum, _on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     _came.clear()
@@ -201,7 +202,7 @@ _came: list[int] = []
 
 
 def stopped_by() -> str | None:
-    """What stopped the block of `signals_raise`, whatever exception it became; None where no signal came."""
+    """Return which signal stopped the block of `signals_raise`, as "stopped by Ctrl-C"; None if none did."""
     return f"stopped by {name_of(_came[0])}" if _came else None
 
 
@@ -209,13 +210,13 @@ def _on_signal(signum: int, _: FrameType | None) -> NoReturn:
     if _came:
         os._exit(128 + signum)
     _came.append(signum)
-    if callable(signal.getsignal(signal.SIGCHLD)):  # torch's, which would raise for each worker that the signal ended
+    if callable(signal.getsignal(signal.SIGCHLD)):  # torch's handler would raise for each worker that the signal ended
         signal.signal(signal.SIGCHLD, lambda *_: None)
     raise Interrupted(signum)
 
 
 def _leave_signals_to_the_parent() -> None:
-    """Workers that load data get the terminal's Ctrl-C too, but it is the parent that ends them."""
+    """Ignore Ctrl-C in data-loading workers: the terminal sends it to them too, but the parent ends them."""
     if signal.getsignal(signal.SIGTERM) is _on_signal:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
 """The settings of a run, read from the source of their dataclasses.
 
-Importing transformers and torch takes many seconds. A mistyped name and `--help` are answered from here in a fraction
-of one, because nothing but the standard library is imported.
+Importing transformers and torch takes many seconds. This module imports only the standard library, so `--help` and
+errors about mistyped names appear in a fraction of a second.
 """
 
 import ast
@@ -21,17 +21,17 @@ class Setting(NamedTuple):
 
     name: str
     types: frozenset[str]
-    """Names of the types it may have, `None` among them."""
+    """Names of the types that its values may have, including `None`."""
     default: str | None
-    """Its source; None for a field that must be given."""
+    """Source text of its default; None for a field without one."""
     help: str
     group: str
-    """The comment above its part of the class, or the name of transformers' class."""
+    """Its heading in the help: the comment above its part of the class, or the name of transformers' class."""
 
 
 @functools.cache
 def settings() -> dict[str, Setting]:
-    """All fields of `RunConfig` and `DPOConfig` by name, those of `transformers.TrainingArguments` last."""
+    """Return all fields of `RunConfig` and `DPOConfig` by name; those of `transformers.TrainingArguments` come last."""
     here = Path(__file__).parent.parent
     found: dict[str, Setting] = {}
     for path, name in ((here / "run.py", "RunConfig"), (here / "config.py", "DPOConfig"), _training_arguments()):
@@ -41,7 +41,7 @@ def settings() -> dict[str, Setting]:
 
 
 def _training_arguments() -> tuple[Path, str]:
-    spec = importlib.util.find_spec("transformers")  # its submodule's would import transformers
+    spec = importlib.util.find_spec("transformers")  # finding a submodule would import transformers
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("transformers is not installed; run pip install fastdpo", name="transformers")
     return Path(spec.origin).parent / "training_args.py", "TrainingArguments"
@@ -66,7 +66,7 @@ def _fields(path: Path, class_name: str) -> Iterator[Setting]:
 
 
 def _options(value: ast.expr | None) -> dict[str, ast.expr]:
-    """Of a call of `field`."""
+    """Return the keyword arguments of a call of `dataclasses.field`."""
     if not isinstance(value, ast.Call):
         return {}
     return {keyword.arg: keyword.value for keyword in value.keywords if keyword.arg}
@@ -96,7 +96,7 @@ def _literal(value: ast.expr | None) -> object:
 
 
 def _types(annotation: ast.expr) -> Iterator[str]:
-    """`list[str] | None` has the types `list` and `None`."""
+    """Yield the names of the types in an annotation: `list[str] | None` has `list` and `None`."""
     if isinstance(annotation, ast.BinOp):
         yield from _types(annotation.left)
         yield from _types(annotation.right)

@@ -1,4 +1,4 @@
-"""Where fastdpo keeps files of its own, and how it writes a file."""
+"""The folder of fastdpo's caches, and the function that writes a file atomically."""
 
 import contextlib
 import os
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def cache_home() -> Path:
-    """The folder of all that later runs find again: $FASTDPO_CACHE, else ~/.cache/fastdpo."""
+    """Return the folder of all caches that later runs use: $FASTDPO_CACHE, else ~/.cache/fastdpo."""
     return Path(os.environ.get("FASTDPO_CACHE", Path.home() / ".cache" / "fastdpo"))
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is as it was, whatever stops the process.
+    """Write a file atomically: if the process is stopped, `path` holds all of `data` or is unchanged.
 
     Raises:
-        OSError: it could not be written; nothing is left beside `path`.
+        OSError: the file could not be written; no temporary file is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes may write the same file at once
     try:
@@ -25,7 +25,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

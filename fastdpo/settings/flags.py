@@ -1,4 +1,4 @@
-"""Words of the command line: settings as flags, and the help that lists them all."""
+"""Parsing of settings on the command line, and the help text that lists them all."""
 
 import shlex
 import textwrap
@@ -12,11 +12,11 @@ from fastdpo.settings.fields import Setting, settings
 
 INDENT: dict[str, Any] = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
 TRANSFORMERS_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-"""Values of transformers' setting `debug`, whose flag is also ours."""
+"""Values of transformers' setting `debug`, which tell its flag `--debug` from fastdpo's own."""
 
 
 def without_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words without our own `--debug`, which shows tracebacks, and whether it was there."""
+    """Return the words without fastdpo's own `--debug`, which shows tracebacks, and whether it was there."""
     kept, debug = [], False
     for word, following in zip_longest(words, words[1:]):
         if word == "--debug" and following not in TRANSFORMERS_DEBUG:
@@ -27,10 +27,10 @@ def without_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def overrides_of(rest: list[str], own: dict[str, Setting]) -> dict[str, Any]:
-    """Settings behind the config file as a dict; values are read as YAML, so that flags mean what the file would.
+    """Return the settings behind the config file as a dict; values are read as YAML, as in the file.
 
-    `--key value` and `--key=value`; `--key a b c` where a list is meant; `--key` and `--no_key` for booleans.
-    Where a key is given twice the last one wins, so that a script can append to its command.
+    A setting is written as `--key value` or `--key=value`, a list as `--key a b c`, a boolean as `--key` or `--no_key`.
+    If a key is given twice, the last value is used, so that a script can append to a command.
     """
     known = settings() | own
     values: dict[str, Any] = {}
@@ -66,11 +66,11 @@ def _value(word: str) -> Any:
     try:
         return yaml.safe_load(word)
     except (yaml.YAMLError, ValueError):
-        return word  # text such as `[`, or what looks like a date and is none
+        return word  # text such as `[`, or that looks like a date but is not one
 
 
 def without_flag(words: list[str], name: str) -> list[str]:
-    """The words of a command line without a setting and its value."""
+    """Return the words of a command line without one setting and its value."""
     kept, skip = [], False
     for word in words:
         if word.startswith("--"):
@@ -81,7 +81,7 @@ def without_flag(words: list[str], name: str) -> list[str]:
 
 
 def settings_help(command: str, summary: str, own: dict[str, Setting], end: str) -> str:
-    """All settings of a command by group, with their types, their defaults and what they do."""
+    """Return the help of a command: all settings by group, with types, descriptions and defaults."""
     lines = [f"usage: fastdpo {command} CONFIG.yaml [--any_setting value ...] [--debug]", "", summary]
     group = None
     for setting in (*own.values(), *settings().values()):

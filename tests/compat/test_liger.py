@@ -96,7 +96,7 @@ def test_what_the_user_chose_is_kept_but_for_the_head(
         "fused_linear_cross_entropy": False,
         "cross_entropy": False,
     }
-    assert "liger_kernel_config: fused_linear_cross_entropy is switched off, for fastdpo" in caplog.text
+    assert "liger_kernel_config: fused_linear_cross_entropy is switched off: fastdpo" in caplog.text
     trainer.train()
     assert not CALLS
     assert config["fused_linear_cross_entropy"]

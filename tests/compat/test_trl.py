@@ -72,7 +72,7 @@ def test_transformers_own_arguments_keep_their_defaults(tmp_path: Path, caplog: 
         config = read(TrainingArguments(str(tmp_path), **SETTINGS))
     assert (config.learning_rate, config.logging_steps, config.gradient_checkpointing) == (5e-5, 500, False)
     assert config.beta == DPOConfig.beta
-    assert "args is a transformers.TrainingArguments and read as a fastdpo.DPOConfig" in caplog.text
+    assert "args is a transformers.TrainingArguments and is read as a fastdpo.DPOConfig" in caplog.text
     assert "learning_rate=5e-05, logging_steps=500" in caplog.text
 
 
@@ -111,7 +111,7 @@ def test_what_only_padding_reads_is_ignored(tmp_path: Path) -> None:
 
 
 def test_another_trainer_s_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="args is a SFTConfig of TRL, whose settings mean another training"):
+    with pytest.raises(ValueError, match="args is TRL's SFTConfig, which is for another kind of training"):
         read(trl.SFTConfig(str(tmp_path), **SETTINGS))
     with pytest.raises(ValueError, match=r"args must be a fastdpo.DPOConfig, got dict"):
         read({"beta": 0.1})

@@ -61,7 +61,7 @@ def test_what_random_weights_cannot_have_is_named(saved: str, tmp_path: Path) ->
 
 
 def test_two_dtypes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype='float16' beside another dtype"):
+    with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype='float16' and another dtype"):
         config(tmp_path, {"torch_dtype": "float16", "dtype": "float32"})
 
 
@@ -97,7 +97,7 @@ def remove_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_weights, "holds weights that can't be read, perhaps cut off in a copy"),
+        (break_weights, "holds weights that can't be read, perhaps because they were copied incompletely"),
         (break_config, "holds a broken config.json: Expecting property name"),
         (remove_weights, r"holds no weights \(model.safetensors\); give it as config_name"),
     ],

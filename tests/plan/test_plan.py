@@ -140,7 +140,7 @@ def test_padded_batches_avoid_and_share_nothing(tmp_path: Path) -> None:
 def test_a_bad_row_stops_the_plan_as_it_stops_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 5: `chosen` is empty"):
         token_stats(Dataset.from_list(ROWS), TOKENIZER, settings(tmp_path), VOCAB)
-    with pytest.raises(ValueError, match="a stream has no known end"):
+    with pytest.raises(ValueError, match="whose length is unknown"):
         token_stats(Dataset.from_list(ROWS).to_iterable_dataset(), TOKENIZER, settings(tmp_path), VOCAB)
 
 
@@ -324,7 +324,7 @@ def test_a_plan_reads_what_the_trainer_would_load(tmp_path: Path, monkeypatch: p
     assert (referred["has_reference"], referred["reference_config"].num_hidden_layers) == (True, 4)
     adapted = planned(adapter)
     assert (adapted["has_reference"], adapted["peft_config"].r) == (False, 4)
-    with pytest.raises(ValueError, match=r"use_peft=True would put an adapter on .*adapter, which is one already"):
+    with pytest.raises(ValueError, match=r"use_peft=True would add an adapter to .*adapter, which is an adapter"):
         planned(adapter, {"use_peft": True})
 
 
@@ -336,7 +336,7 @@ def test_padded_batches_have_no_memory_model(tmp_path: Path, caplog: pytest.LogC
     made = plan.make_plan(run, settings(tmp_path, max_length=10), Dataset.from_list(ROWS[:2]), TOKENIZER, gpu_memory=4)
     assert (made.memory, made.fits) == ({}, {})
     text = plan.tables(made)
-    assert "there is no memory model for padded batches" in text
+    assert "memory: not computed, because batches are padded" in text
     assert "peak" not in text
 
 

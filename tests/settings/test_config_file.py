@@ -39,7 +39,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("optim_args: {a: 1,\n  a: 2}\n", "a is set twice, in line 1 and in line 2"),
         ("seed: !!python/name:os.system\n", "not valid YAML: could not determine a constructor"),
-        ("beta: 0.1\n", "must set dataset_name"),
+        ("beta: 0.1\n", "dataset_name is not set; set it in"),
         ("run_name: 2026-13-40\n", "holds a value that YAML can't read, month must be in 1..12; put it in quotes"),
     ],
     ids=range(10),
@@ -144,7 +144,7 @@ def make(folder: Path, files: dict[str, str]) -> None:
         ),
         ({"m.bin": "x"}, {"model_name_or_path": "m.bin"}, "must be a folder or a repository on the Hub"),
         ({"d.jsonl": ""}, {"dataset_name": "d.jsonl"}, "the file 'd.jsonl' is empty"),
-        ({"d.xml": "x"}, {"dataset_name": "d.xml"}, "'d.xml' has no suffix that is read; those are .jsonl, .json"),
+        ({"d.xml": "x"}, {"dataset_name": "d.xml"}, "'d.xml' has none of the suffixes that can be read: .jsonl, .json"),
         ({"d/sub/x": ""}, {"dataset_name": "d/sub/y.jsonl"}, "there is no 'd/sub/y.jsonl'"),
         ({"c/x": ""}, {"resume_from_checkpoint": "c"}, "'c' holds no trainer_state.json, so no checkpoint"),
         (
@@ -152,7 +152,7 @@ def make(folder: Path, files: dict[str, str]) -> None:
             {"resume_from_checkpoint": "c"},
             "did you mean 'c/checkpoint-20'",
         ),
-        ({"out/checkpoint-3/x": ""}, {"resume_from_checkpoint": True}, "no whole checkpoint in output_dir 'out'"),
+        ({"out/checkpoint-3/x": ""}, {"resume_from_checkpoint": True}, "no complete checkpoint in output_dir 'out'"),
         ({"out": "a file"}, {}, "output_dir 'out' can't be made: .*out' is a file"),
     ],
     ids=range(10),
@@ -225,7 +225,8 @@ def test_a_missing_package_comes_with_its_command(
 
 
 def test_a_place_to_report_to_that_does_not_exist_is_no_package_to_install(good: Path) -> None:
-    with pytest.raises(ValueError, match=r"report_to must be all, none or of .* got 'wandbb'; did you mean 'wandb'\?"):
+    expected = r"report_to must be all, none or among .* got 'wandbb'; did you mean 'wandb'\?"
+    with pytest.raises(ValueError, match=expected):
         read_settings(good, {"report_to": "wandbb"})
 
 

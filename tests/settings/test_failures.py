@@ -137,7 +137,7 @@ class LocalEntryNotFoundError(OSError):
 @pytest.mark.parametrize(
     ("error", "offline", "reason"),
     [
-        (RepositoryNotFoundError(), "", "'o/r' is neither a folder here nor a repository on the Hub that you may read"),
+        (RepositoryNotFoundError(), "", "'o/r' is neither a local folder nor a repository on the Hub that you may"),
         (GatedRepoError(), "", "'o/r' is a gated repository: accept its terms"),
         (LocalEntryNotFoundError(), "", "nor in the cache, and the Hub can't be reached; check the connection"),
         (LocalEntryNotFoundError(), "1", "nor in the cache, and HF_HUB_OFFLINE is set"),
@@ -172,7 +172,7 @@ def test_tries_to_reach_the_hub_are_one_line(caplog: pytest.LogCaptureFixture) -
         with loading("model", "o/r"):
             for n in range(5):
                 http.warning("Retrying in %ds", n)
-        assert caplog.messages == ["the Hub does not answer; it is asked again for up to a minute"]
+        assert caplog.messages == ["the Hub does not answer; trying again for up to a minute"]
         http.warning("after it")
     assert caplog.messages[1:] == ["after it"]
 

@@ -1,6 +1,7 @@
 """fastdpo.settings.fields: what is read from the source of the configs is what the configs have."""
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from fastdpo.config import DPOConfig
+from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.run import RunConfig
 from fastdpo.settings.fields import TRANSFORMERS, Setting, _fields, settings
 
@@ -55,6 +57,10 @@ def test_groups_are_the_comments_of_the_config() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert all(found[name].group == TRANSFORMERS for name in ("seed", "optim", "save_steps"))
     assert all(setting.name in theirs for setting in found.values() if setting.group == TRANSFORMERS)
+
+
+def test_the_help_of_loss_type_names_every_objective() -> None:
+    assert OBJECTIVES.keys() <= set(re.findall(r"\w+", settings()["loss_type"].help))
 
 
 def test_source_is_read_as_python_means_it(tmp_path: Path) -> None:

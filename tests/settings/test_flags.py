@@ -92,7 +92,8 @@ def test_help_shows_every_setting_with_type_default_and_group() -> None:
     text = settings_help("train", "Summary.", {}, "the end")
     assert re.findall(r"^  --(\w+)", text, re.MULTILINE) == list(settings())
     assert "\nThe reference:\n" in text
-    assert "  --ref_model_mixup_alpha float\n      TR-DPO: the policy's share in the new reference, in (0, 1]." in text
+    shown = "  --ref_model_mixup_alpha float\n      TR-DPO: weight of the policy in each new reference, in (0, 1]."
+    assert shown in text
     assert "(default: 0.6)" in text
     assert text.index("\nThe objective:") < text.index("\ntransformers.TrainingArguments:")
     assert text.endswith("\n\nthe end")
