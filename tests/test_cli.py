@@ -264,7 +264,7 @@ def test_version(run: Run) -> None:
 def test_help_of_a_command_lists_its_own_options_first(run: Run) -> None:
     text = run("plan", "--help").out
     assert "Count the tokens of a run" in text
-    assert text.index("The GPUs:\n  --gpu_memory float") < text.index("The run:\n  --dataset_name str")
+    assert text.index("The plan:\n  --gpu_memory float") < text.index("The run:\n  --dataset_name str")
     assert "--gpu_memory" not in run("train", "--help").out
 
 

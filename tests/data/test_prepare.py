@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare as prepare_module
 from fastdpo.data import rows as rows_module
-from tests.helpers.byte_tokenizer import TEMPLATE, VOCAB, byte_tokenizer, messages
-
-TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
+from tests.helpers.byte_tokenizer import VOCAB, byte_tokenizer, messages
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ VOCAB = 259
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

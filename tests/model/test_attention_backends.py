@@ -138,7 +138,7 @@ def install(monkeypatch, varlen=None, flash=None):
 
 
 def force(monkeypatch, name):
-    monkeypatch.setattr(backends, "choose", lambda *args, **kwargs: (name, ""))
+    monkeypatch.setattr(backends, "choose_backend", lambda *args, **kwargs: (name, ""))
     monkeypatch.setattr(backends, "_grid", None)
 
 

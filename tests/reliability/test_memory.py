@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdpo.head.impl.interface import Transform
 from fastdpo.kernels import dlogits_rows, fold_logits, linear_logprobs_forward, row_lists
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.logits_tile import Config
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent.parent
 N, V, D, R = 37, 69, 21, 3  # several tiles of each, the last one smaller, and an odd number of cells
 TILE = 16
 CONFIG = Config(16, TILE, 16, 4, 2)
-TRANSFORM = (0.7, 8.0, 1.3)
+TRANSFORM = Transform.of(0.7, 8.0, 1.3)
 GUARD = 256 << 20  # a wrong offset may be far away
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
