@@ -47,12 +47,13 @@ def training(log_history: LogHistory, first_loss: float | None = math.log(2)) ->
         first_loss: the loss while the policy is its reference; None if that is not known.
     """
     start = None if first_loss is None else (first_loss, f"{_tick(round(first_loss, 3))}: policy = reference")
+    if not _points(log_history, "loss"):  # the run was shorter than logging_steps
+        log_history = [e | {"loss": e["train_loss"]} if "train_loss" in e else e for e in map(dict, log_history)]
     curve = partial(_draw, log_history)
-    loss = {"loss" if _points(log_history, "loss") else "train_loss": ""}  # a run may be shorter than logging_steps
     margin, accuracy = {"rewards/margins": ""}, {"rewards/accuracies": ""}
     logps = {"logps/chosen": "chosen", "logps/rejected": "rejected"}
     return _figures(
-        partial(curve, loss, "Loss", "nats per example", line=start, low=0.0),
+        partial(curve, {"loss": ""}, "Loss", "nats per example", line=start, low=0.0),
         partial(curve, margin, f"Reward margin, chosen {MINUS} rejected", "nats", line=(0, "no preference")),
         partial(curve, accuracy, "Reward accuracy", "pairs with margin > 0", line=(0.5, "chance"), percent=True),
         partial(curve, logps, "Log-probability of the responses", "nats per response"),

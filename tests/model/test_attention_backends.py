@@ -436,7 +436,6 @@ def test_nothing_waits_for_the_device(softcap, backend, monkeypatch):
             monkeypatch, varlen=lambda q, k, v, *bounds, **options: q + k.sum(0).repeat(2, 1) + v.sum(0).repeat(2, 1)
         )
         force(monkeypatch, backend)
-    monkeypatch.setattr(registered, "_autocast_dtype", lambda query: query.dtype)  # meta has none
     batch = shared_prefix_batch(PAIRS)
     qkv = [x.detach().to("meta").requires_grad_() for x in make_qkv(batch, sinks=softcap is not None)]
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
