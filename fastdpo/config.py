@@ -17,6 +17,7 @@ from fastdpo.settings.config_file import check_dtype
 AT_LEAST_ONE = (
     *("max_prompt_length", "max_completion_length", "tokens_per_batch"),
     *("ref_model_sync_steps", "precompute_ref_batch_size"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")

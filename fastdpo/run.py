@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from fastdpo.config import DPOConfig
 from fastdpo.model.policy import build_policy, load_policy
+from fastdpo.settings.config_file import nearest
 from fastdpo.settings.dataset_files import load_splits
 from fastdpo.settings.failures import loading
 
@@ -146,12 +147,15 @@ def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Load the split to train on and the split to evaluate on, or None if the dataset lacks that one.
 
     Raises:
-        ValueError: the dataset can't be read, or has no split named `dataset_train_split`.
+        ValueError: the dataset can't be read, or has no split of a name that was set.
     """
     with loading("dataset_name", run.dataset_name):
         splits = load_splits(run.dataset_name)
-    if run.dataset_train_split not in splits:
-        raise ValueError(f"{run.dataset_name} has no split {run.dataset_train_split!r}; it has {list(splits)}")
+    for setting in ("dataset_train_split", "dataset_test_split"):
+        split = getattr(run, setting)
+        if split not in splits and (setting == "dataset_train_split" or split != RunConfig.dataset_test_split):
+            has = f"it has {', '.join(splits)}{nearest(split, splits)}"
+            raise ValueError(f"{setting}: {run.dataset_name} has no split {split!r}; {has}")
     if run.dataset_test_split not in splits:
         logger.warning("%s has no split %r, so nothing is evaluated", run.dataset_name, run.dataset_test_split)
     return splits[run.dataset_train_split], splits.get(run.dataset_test_split)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastdpo.config import DPOConfig
-from fastdpo.run import RunConfig, make_configs
+from fastdpo.run import RunConfig, load_datasets, make_configs
 from fastdpo.settings.config_file import read_settings
 
 MINIMAL = "dataset_name: data\nconfig_name: model\nreport_to: none\n"
@@ -67,6 +67,7 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"ref_model_sync_steps": 64}, "ref_model_sync_steps=64 has no effect without sync_ref_model=True"),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be at least 1, got 0"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1, got 0"),
         ({"self_check": "off"}, "self_check must be one of fallback, error"),
         ({"loss_type": "ipso"}, "loss_type 'ipso' is unknown"),
         ({"head_impl": "cuda"}, "head_impl must be one of auto, eager, torch, triton, blas, got 'cuda'"),
@@ -159,3 +160,12 @@ def test_copies_from_pinned_memory_do_not_wait(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     args._resolve_loading(given)
     assert args.accelerator_config.non_blocking is expected
+
+
+def test_a_split_that_is_set_must_exist(tmp_path: Path) -> None:
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(row)
+    run = RunConfig(dataset_name=str(tmp_path), config_name="x", dataset_test_split="tets")
+    with pytest.raises(ValueError, match=r"dataset_test_split: .* has no split 'tets'; .* did you mean 'test'"):
+        load_datasets(run)

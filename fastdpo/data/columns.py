@@ -45,17 +45,20 @@ _SYNONYMS = {
 _SYSTEM = ("system", "system_prompt")
 
 
-def describe_columns(columns: Collection[str], kind: str) -> str:
+def describe_columns(columns: Collection[str], kind: str, *, is_chat: bool = True) -> str:
     """Return one line that says which columns of a dataset are used, for what, and which are not used.
 
     Args:
         columns: names of the dataset's columns.
         kind: kind of its rows.
+        is_chat: whether the rows hold messages, which a chat template renders.
     """
-    if "prompt_ids" in columns:
-        read, uses = TOKEN_COLUMNS[kind], {c: use for c, use in _USES.items() if use != "for the chat template"}
-    else:
-        read, uses = ("prompt", *RAW_COLUMNS[kind]), {c: use for c, use in _USES.items() if c != "kl_ids"}
+    is_tokenised = "prompt_ids" in columns
+    read = TOKEN_COLUMNS[kind] if is_tokenised else ("prompt", *RAW_COLUMNS[kind])
+    unread = set() if is_tokenised else {"kl_ids"}
+    if is_tokenised or not is_chat:
+        unread |= {column for column, use in _USES.items() if use == "for the chat template"}
+    uses = {column: use for column, use in _USES.items() if column not in unread}
     used = [column for column in dict.fromkeys(read) if column in columns]
     extra = [f"{column} ({uses[column]})" for column in columns if column in uses and column not in used]
     unused = [column for column in columns if column not in used and column not in uses]

@@ -31,6 +31,12 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 # Reading
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_OTHER_ROLES = {role: role for role in _ROLES} | {
+    **{"gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant"},
+    **{"model": "assistant", "human": "user", "prompter": "user"},
+}
+"""What other data sets call a role, by the name that chat templates know."""
 _LIKE_JSON = re.compile(r"\s*\[?\s*\{")
 _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:\s*["']""")
 
@@ -65,6 +71,10 @@ def _messages_in(text: str, field: str) -> list[Any] | None:
             found = parse(text.strip())
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
+        if isinstance(found, dict) and (found.get("role") not in _ROLES or isinstance(found.get("messages"), list)):
+            if isinstance(found.get("messages"), list):
+                raise BadRow(f"`{field}` is JSON of an object with `messages`; give the list of messages itself")
+            return None  # an answer may well be an object with a `role` of its own
         items = found if isinstance(found, list) else [found]
         is_chat = all(isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & m.keys() for m in items)
         if items and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in items):
@@ -80,6 +90,8 @@ def _read_message(given: Any, field: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         hint = "; rename `from` to `role`, `value` to `content`" if isinstance(given, dict) and "from" in given else ""
         raise BadRow(f"`{field}` must hold messages with `role` and `content`, found {given!r:.80}{hint}")
+    if (better := _OTHER_ROLES.get(message["role"].lower())) and message["role"] not in _ROLES:
+        raise BadRow(f"`{field}` has a message of role {message['role']!r}, which chat templates call {better!r}")
     if not message.get("tool_calls", True):
         del message["tool_calls"]
     if "tool_calls" in message:

@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from fastdpo.data.columns import NUMBERS, RAW_COLUMNS, TOKEN_COLUMNS, unread_pro
 from fastdpo.data.columns import REFERENCES as REFERENCES
 from fastdpo.data.columns import check_reference_columns as check_reference_columns
 from fastdpo.data.columns import find_kind as find_kind
-from fastdpo.data.messages import BadRow
+from fastdpo.data.messages import BadRow, read_value
 from fastdpo.data.rows import read_ids, response_names, tokenize
 from fastdpo.data.summary import CUTS, Reporter, report_streamed
 
@@ -127,6 +127,7 @@ def prepare_dataset(
         name=name,
         columns=list(first),
         kind=found,
+        is_chat=_is_chat(first, found),
         limits=limits,
         tokenizer=tokenizer,
         on_bad_row=on_bad_row,
@@ -151,6 +152,15 @@ def prepare_dataset(
     if with_kl and kind == "unpaired" and "kl_ids" not in rows.column_names:
         rows = _add_kl(rows, name, max_length)
     return rows
+
+
+def _is_chat(row: Mapping[str, Any], kind: str) -> bool:
+    """Return whether the responses of a row are messages, also where these are written as text."""
+    response = row.get({"preference": "chosen", "ranked": "responses", "unpaired": "completion"}[kind])
+    try:
+        return isinstance(read_value(response[0] if kind == "ranked" and response else response, "chosen"), list)
+    except BadRow:
+        return True  # the row is named in any case
 
 
 def _is_silent() -> bool:

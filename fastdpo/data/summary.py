@@ -42,6 +42,8 @@ class Reporter:
     """Names of the columns it was given with."""
     kind: str
     """Kind of its rows."""
+    is_chat: bool
+    """Whether its rows hold messages, which a chat template renders."""
     limits: Mapping[str, int | None]
     """Lengths that rows are cut to, by name of the setting."""
     tokenizer: PreTrainedTokenizerBase
@@ -123,7 +125,7 @@ class Reporter:
         return lines
 
     def _columns(self) -> list[str]:
-        return [f"  columns    {describe_columns(self.columns, self.kind)}"]
+        return [f"  columns    {describe_columns(self.columns, self.kind, is_chat=self.is_chat)}"]
 
     def _example(self, row: Mapping[str, Any]) -> list[str]:
         """Return the lines that show one row, decoded from its token ids."""

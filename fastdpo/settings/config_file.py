@@ -307,6 +307,12 @@ def _check_output(values: dict[str, Any]) -> None:
 def _check_packages(values: Mapping[str, Any]) -> None:
     if values.get("use_peft"):
         _need("peft", "use_peft")
+    elif of_adapter := [name for name in values if name.startswith("lora_")]:
+        raise ValueError(
+            f"{of_adapter[0]} has no effect without use_peft: true; set that, or leave {of_adapter[0]} out"
+        )
+    if values.get("deepspeed"):
+        raise ValueError("deepspeed is not supported yet; leave it out, and use one process per GPU (DDP) or FSDP2")
     if values.get("use_liger_kernel"):
         _need("liger_kernel", "use_liger_kernel")
     if values.get("attention_backend") == "flash":

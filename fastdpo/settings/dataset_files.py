@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from fastdpo.settings.config_file import data_kind
 
 FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
+_TEXTS = ("prompt", "chosen", "rejected", "completion")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -37,12 +38,28 @@ def load_splits(name: str) -> DatasetDict:
             return _as_splits(load_from_disk(name))
     with _naming(path), _quiet():
         if path.is_file():
-            splits = load_dataset(data_kind(path), data_files=name)
+            splits = load_dataset(data_kind(path), data_files=name, **_options(path))
         else:  # a bare json, csv or text names a format there, and all files below the working directory are read
-            splits = load_dataset(str(path.absolute()))
+            splits = load_dataset(str(path.absolute()), **_options(_one_kind(path)))
         for split in splits.values():
             split.data.table.validate(full=True)  # finds text that is not UTF-8 before it is tokenised
         return _as_splits(splits)
+
+
+def _one_kind(folder: Path) -> Path:
+    """Return a data file of a folder, whose data files must be of one kind: the datasets library reads only one."""
+    kinds = {data_kind(file): file for file in sorted(folder.rglob("*")) if file.is_file() and data_kind(file)}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(repr(file.name) for file in kinds.values()))
+        raise ValueError(f"the folder {str(folder)!r} holds files of several kinds, such as {names}; keep one kind")
+    return next(iter(kinds.values()), folder)
+
+
+def _options(file: Path) -> dict[str, Any]:
+    """Return options for reading a file: a CSV file's texts stay texts, even "100" and "None"."""
+    if data_kind(file) != "csv":
+        return {}
+    return {"converters": dict.fromkeys(_TEXTS, str), "keep_default_na": False}
 
 
 def _as_splits(found: Any) -> DatasetDict:

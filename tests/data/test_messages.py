@@ -515,3 +515,20 @@ def test_a_missing_prompt_by_another_name_is_named() -> None:
         prepare.prepare_dataset(
             Dataset.from_list([{"question": "a", "completion": "b", "label": True}]), kind="unpaired", **OPTIONS
         )
+
+
+@pytest.mark.parametrize(("role", "better"), [("gpt", "assistant"), ("Assistant", "assistant"), ("human", "user")])
+def test_a_role_of_another_data_set_is_named(role: str, better: str) -> None:
+    turn = [{"role": role, "content": "It is off."}]
+    row = pair(turn if better == "user" else user(ASK), NO if better == "user" else turn, NO)
+    assert f"has a message of role '{role}', which chat templates call '{better}'" in problem(row)
+
+
+def test_an_answer_may_be_an_object_with_a_role() -> None:
+    row = {"prompt": "Ada as JSON:", "chosen": '{"role": "engineer", "content": "steam"}', "rejected": "Ada"}
+    assert texts(row)[1].startswith('{"role": "engineer"')
+
+
+def test_a_whole_conversation_as_json_is_named() -> None:
+    row = {"prompt": "Hi there, you.", "chosen": '{"messages": [{"role": "user", "content": "Hi"}]}', "rejected": "b"}
+    assert "`chosen` is JSON of an object with `messages`" in problem(row)

@@ -162,9 +162,7 @@ def test_an_implicit_prompt_that_is_a_whole_response_is_named(tokenizer: PreTrai
 
 def test_errors_name_the_rows_and_the_way_out(prepare: Callable[..., Any]) -> None:
     rows = [GOOD, {**GOOD, "chosen": ""}, GOOD, *[{**GOOD, "rejected": ""}] * 6]
-    with pytest.raises(
-        ValueError, match=r"7 of 9 rows are malformed\. row 1: `chosen` is empty; rows 3, 4, 5, 6: "
-    ):
+    with pytest.raises(ValueError, match=r"7 of 9 rows are malformed\. row 1: `chosen` is empty; rows 3, 4, 5, 6: "):
         prepare(rows)
     assert prepare(rows, on_bad_row="drop")["pair_index"] == [0, 2]
 

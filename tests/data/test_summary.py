@@ -181,3 +181,8 @@ def test_the_trainer_logs_it_for_every_dataset(show: bool, tmp_path: Path, caplo
     summaries = [message for message in caplog.messages if " at most" in message]
     assert [message.splitlines()[0] for message in summaries] == ["train dataset: 1 row", "held dataset: 2 rows"]
     assert ["chosen     ⟦ Ida<eos>⟧" in message for message in summaries] == [show, show]
+
+
+def test_tools_beside_text_are_not_used(logged: Callable[..., list[tuple[str, str]]]) -> None:
+    ((_, summary),) = logged([PAIR | {"tools": "[]"}])
+    assert summary.splitlines()[4] == "  columns    prompt, chosen, rejected; not used: tools"

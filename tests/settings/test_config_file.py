@@ -234,3 +234,15 @@ def test_places_to_report_to_are_those_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(INTEGRATION_TO_CALLBACK) == set(REPORTS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lora_alpha": 8}, "lora_alpha has no effect without use_peft: true"),
+        ({"deepspeed": "zero.json"}, "deepspeed is not supported yet"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_named(good: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings(good, overrides)

@@ -109,3 +109,21 @@ def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
 def test_a_file_format_is_no_dataset() -> None:
     with pytest.raises(ValueError, match="'parquet' is a file format; give the file or the folder to read"):
         load_splits("parquet")
+
+
+def test_the_text_of_a_csv_file_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "sums.csv").write_text("prompt,chosen,rejected,weight\n4*25=,100,None,0.5\nIs it null?,null,007,2\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.csv").write_text((tmp_path / "sums.csv").read_text())
+    for name in ("sums.csv", "folder"):
+        rows = load_splits(str(tmp_path / name))["train"].to_list()
+        assert [row["chosen"] for row in rows] == ["100", "null"]
+        assert [row["rejected"] for row in rows] == ["None", "007"]
+        assert [row["weight"] for row in rows] == [0.5, 2.0]
+
+
+def test_a_folder_of_several_kinds_of_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "more.csv").write_text("prompt,chosen\na,b\n")
+    with pytest.raises(ValueError, match=r"holds files of several kinds, such as 'more.csv' and 'train.jsonl'"):
+        load_splits(str(tmp_path))
