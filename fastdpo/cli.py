@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
-from fastdpo.settings.config_file import UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.settings.config_file import OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
 from fastdpo.settings.failures import one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
 from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
@@ -26,8 +26,6 @@ exit codes:
   2    a command or setting that does not exist, or that lacks its value
   130  stopped by Ctrl-C
   143  stopped by SIGTERM"""
-OUTPUT_DIR = "trainer_output"
-"""Where transformers writes if output_dir is not set."""
 
 # what the final tables show: metric, label, format
 HELD_OUT = (

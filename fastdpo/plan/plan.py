@@ -108,7 +108,7 @@ def make_plan(
     stats = token_stats(dataset, tokenizer, args, models[0].get_input_embeddings().weight.shape[0], layout)
     batches = epoch(stats, args, processes)
 
-    precision = _precision(run, args, config, on_gpu=gpu_memory is not None)
+    precision = _precision(args, config, on_gpu=gpu_memory is not None)
     needs_reference = from_config(args).needs_reference
     runs_reference = needs_reference and not args.precompute_ref_log_probs
     has_reference = runs_reference and bool(adapter is None or own_reference)
@@ -178,11 +178,10 @@ def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
     return Usable(args.attention_backend, refused)
 
 
-def _precision(run: RunConfig, args: DPOConfig, config: Any, *, on_gpu: bool) -> Precision:
+def _precision(args: DPOConfig, config: Any, *, on_gpu: bool) -> Precision:
     """Return the dtypes that the trainer will choose on a GPU, where bf16 is the default; here there may be none."""
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    # with config_name, the config's dtype is assumed
-    weights: Any = options.get("torch_dtype", options.get("dtype", "float32" if run.model_name_or_path else "auto"))
+    weights: Any = options.get("dtype", "float32")
     weights = (config.dtype or "float32") if weights == "auto" else weights
     weights = getattr(torch, weights) if isinstance(weights, str) else weights
     autocast = torch.float16 if args.fp16 else torch.bfloat16

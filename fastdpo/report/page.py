@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
+from fastdpo.checks import LN_2_AT_FIRST
 from fastdpo.report import plots
 from fastdpo.report.facts import without_secrets
 from fastdpo.settings.files import write_file
@@ -76,8 +77,6 @@ TILES = (
     ("tokens_per_second", "tokens per second", None),
     ("peak_memory_gib", "peak memory, GiB", None),
 )
-STARTS_AT_LN_2 = ("sigmoid", "robust", "sigmoid_norm")
-"""Objectives whose loss is ln 2 if the policy is its reference, for every beta and label_smoothing."""
 _MOVES_THE_START = ("loss_weights", "use_weighting", "rpo_alpha", "reference_free")
 
 
@@ -215,7 +214,7 @@ def _draw_all(
 def _first_loss(config: Mapping[str, Any]) -> float | None:
     """Return ln 2 if that is the objective's loss while the policy is its reference; else None."""
     names = config.get("loss_type", ["sigmoid"])
-    known = len(names) == 1 and names[0] in STARTS_AT_LN_2 and not any(map(config.get, _MOVES_THE_START))
+    known = len(names) == 1 and names[0] in LN_2_AT_FIRST and not any(map(config.get, _MOVES_THE_START))
     return math.log(2) if known else None
 
 

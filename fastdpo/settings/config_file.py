@@ -16,6 +16,8 @@ import yaml
 
 from fastdpo.settings.fields import Setting, settings
 
+OUTPUT_DIR = "trainer_output"
+"""The default of transformers."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """From the suffix of a file to the builder of the datasets library that reads it."""
@@ -279,7 +281,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _check_output(values: dict[str, Any]) -> None:
     """Refuse an output folder that can't be written, and a `resume_from_checkpoint` that is not a checkpoint."""
-    output = Path(values.get("output_dir") or "trainer_output")
+    output = Path(values.get("output_dir") or OUTPUT_DIR)
     nearest_there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest_there.is_dir():
         raise ValueError(f"output_dir {str(output)!r} can't be made: {str(nearest_there)!r} is a file")
