@@ -252,7 +252,7 @@ def _eager(
 def _as_autocast(hidden: Tensor, *others: Tensor | None) -> list[Any]:
     """Cast the tensors as `F.linear` would under autocast."""
     dtype = autocast_dtype(hidden)
-    return [t if t is None or dtype == hidden.dtype else t.to(dtype) for t in (hidden, *others)]
+    return [t if t is None or dtype is None else t.to(dtype) for t in (hidden, *others)]
 
 
 def _check_tensors(

@@ -84,7 +84,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     rows = query.shape[2]
-    dtype = autocast_dtype(query)
+    dtype = autocast_dtype(query) or query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": None, "softcap": softcap, "sinks": s_aux}
     name, _against = backends.choose_backend(memory_backends, query, value, **options)

@@ -121,12 +121,12 @@ class Needs(NamedTuple):
     weight2: bool = False
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast would multiply `x`: that of `x` if autocast is off or `x` is float64."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast multiplies `x`, or None where it leaves `x` alone: if off, or for float64."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def result_dtype(hidden: Tensor) -> torch.dtype:

@@ -163,7 +163,7 @@ def attention(
         )
 
     # from here on they are [T, heads, D], under autocast already in autocast's dtype
-    dtype = autocast_dtype(query)
+    dtype = autocast_dtype(query) or query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     options: dict[str, Any] = {"scaling": scaling, "window": attention_mask, "softcap": softcap, "sinks": s_aux}
     name, against = backends.choose_backend(tree_backends, query, value, **options)
