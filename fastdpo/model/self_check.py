@@ -55,8 +55,8 @@ class SelfCheck(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"on the first rows its log-probs are within {self.head_error:.1e} nats of the model's own forward, and "
-            f"within {self.layout_error:.1e} of padded batches (allowed: {self.bound:.1e})"
+            f"on the first rows the log-probs differ by at most {self.head_error:.1e} nats from the model's own "
+            f"forward, and by {self.layout_error:.1e} from padded batches (up to {self.bound:.1e} is allowed)"
         )
 
 
@@ -96,7 +96,7 @@ def checked_layout(
         batch = shared_prefix_batch(examples, layout=layout)
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         checked = self_check(model, batch, layout=layout, fallback=fallback)
-        logger.info("self-check of the %s: %s", which, checked)
+        logger.info("self-check of the %s passed: %s", which, checked)
         layout = checked.layout
     return layout
 

@@ -45,7 +45,7 @@ def test_passes_what_is_exact(family, layout):
     assert result.layout == layout
     assert max(result.head_error, result.layout_error) < 1e-5 < result.bound < 1e-2
     assert result.attention_layers == 2
-    assert f"{result.head_error:.1e} nats of the model's own forward" in str(result)
+    assert f"{result.head_error:.1e} nats from the model's own forward" in str(result)
 
 
 def test_passes_in_bfloat16_with_a_bound_of_its_rounding():
