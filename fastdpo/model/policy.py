@@ -33,10 +33,13 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     if not isinstance(model, str):
         if args.model_init_kwargs and not vars(model).get(_BUILT):
             raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
+        _keep_differentiable(model)
         return model
     with loading(setting, model):
         try:
-            return _from_pretrained(model, args)
+            policy = _from_pretrained(model, args)
+            _keep_differentiable(policy)
+            return policy
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in _options(args):
@@ -58,6 +61,25 @@ def _from_pretrained(model: str, args: Any) -> Any:
             logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
         return policy
     return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting 4-bit weights for inference, which stops every gradient behind them.
+
+    On some CPUs it does so at the first evaluation, and training goes on with gradients that are silently 0.
+
+    Raises:
+        ValueError: it has done so already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"the 4-bit weights of {name} were rewritten for inference when the model was evaluated, and can't be "
+                "trained; load the model again"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(model: Any, args: Any) -> Any:

@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastdpo.config import DPOConfig
-from fastdpo.model.policy import load_policy
+from fastdpo.model.policy import _keep_differentiable, load_policy
 from fastdpo.run import RunConfig, load_model, lora
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import tiny_llama
@@ -121,3 +123,18 @@ def test_all_linear_is_the_word_of_peft() -> None:
     run = RunConfig(dataset_name="none", use_peft=True, lora_target_modules=["all-linear"])
     adapter: Any = lora(run)
     assert adapter.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_4_bit_weights_stay_differentiable(rewritten: bool) -> None:
+    """bitsandbytes rewrites them for inference at the first evaluation, by this flag of its layers."""
+    layer: Any = nn.Linear(2, 2)
+    layer.support_avx512bf16_for_cpu = True
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=rewritten)
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    if rewritten:
+        with pytest.raises(ValueError, match="4-bit weights of 1 were rewritten for inference"):
+            _keep_differentiable(model)
+    else:
+        _keep_differentiable(model)
+        assert layer.support_avx512bf16_for_cpu is False
