@@ -52,9 +52,11 @@ class RunConfig:
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
-    dataset_test_split: str = field(
+    dataset_test_split: str | None = field(
         default="test",
-        metadata={"help": "The split to evaluate on. If the dataset has no such split, nothing is evaluated."},
+        metadata={
+            "help": "The split to evaluate on, or none. If the dataset has no split called test, nothing is evaluated."
+        },
     )
     use_peft: bool = field(
         default=False,
@@ -151,14 +153,16 @@ def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
     """
     with loading("dataset_name", run.dataset_name):
         splits = load_splits(run.dataset_name)
-    for setting in ("dataset_train_split", "dataset_test_split"):
-        split = getattr(run, setting)
-        if split not in splits and (setting == "dataset_train_split" or split != RunConfig.dataset_test_split):
-            has = f"it has {', '.join(splits)}{nearest(split, splits)}"
-            raise ValueError(f"{setting}: {run.dataset_name} has no split {split!r}; {has}")
-    if run.dataset_test_split not in splits:
-        logger.warning("%s has no split %r, so nothing is evaluated", run.dataset_name, run.dataset_test_split)
-    return splits[run.dataset_train_split], splits.get(run.dataset_test_split)
+    held_out = None if run.dataset_test_split == "none" else run.dataset_test_split
+    for setting, split in (("dataset_train_split", run.dataset_train_split), ("dataset_test_split", held_out)):
+        if split is None or split in splits:
+            continue
+        if setting == "dataset_test_split" and split == RunConfig.dataset_test_split:
+            logger.warning("%s has no split %r, so nothing is evaluated", run.dataset_name, split)
+            continue
+        has = f"it has {', '.join(splits)}{nearest(split, splits)}"
+        raise ValueError(f"{setting}: {run.dataset_name} has no split {split!r}; {has}")
+    return splits[run.dataset_train_split], None if held_out is None else splits.get(held_out)
 
 
 def lora(run: RunConfig) -> Any | None:

@@ -191,7 +191,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             "with a reference: set ref_model_name_or_path to the model from which its training",
         ),
         (("train", "examples/quickstat.yaml"), 1, "did you mean 'examples/quickstart.yaml'?"),
-        (("train", QUICKSTART, "--dataset_train_split", "trian"), 1, "has no split 'trian'; it has ['train', 'test']"),
+        (
+            ("train", QUICKSTART, "--dataset_train_split", "trian"),
+            1,
+            "split 'trian'; it has train, test; did you mean 'train'?",
+        ),
         (("train", QUICKSTART, "--dataset_name", "nobody/has-this"), 1, "dataset_name: 'nobody/has-this' is neither a"),
         (("train", QUICKSTART, "--config_name", "nobody/has-this"), 1, "config_name: 'nobody/has-this' is neither a"),
         (

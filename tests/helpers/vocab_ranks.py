@@ -44,7 +44,9 @@ def main(out: Path) -> None:
     except ValueError as error:
         results["refusal"] = str(error)
     torch.save(results, out / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # without the end of Python, in which a thread of gloo's may still run and abort the process
 
 
 if __name__ == "__main__":
