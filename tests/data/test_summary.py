@@ -178,7 +178,7 @@ def test_the_trainer_logs_it_for_every_dataset(show: bool, tmp_path: Path, caplo
             eval_dataset={"held": Dataset.from_list([PAIR] * 2)},
             processing_class=TOKENIZER,
         )
-    summaries = [message for message in caplog.messages if " at most" in message]
+    summaries = [message for message in caplog.messages if "tokens on average" in message]
     assert [message.splitlines()[0] for message in summaries] == ["train dataset: 1 row", "held dataset: 2 rows"]
     assert ["chosen     ⟦ Ida<eos>⟧" in message for message in summaries] == [show, show]
 
