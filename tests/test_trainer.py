@@ -283,7 +283,7 @@ def test_evaluation_amid_training_does_not_count_as_time_of_training(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1.0
-    monkeypatch.setattr("fastdpo.trainer.time.perf_counter", lambda: now)
+    monkeypatch.setattr("fastdpo.trainer.packed_trainer.time.perf_counter", lambda: now)
     settings = {"max_steps": 6, "logging_steps": 3}
     rates = []
     for evaluates in ({}, {"eval_dataset": rows(4, 5), "eval_strategy": "steps", "eval_steps": 2}):

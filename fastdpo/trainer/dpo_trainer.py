@@ -1,0 +1,223 @@
+"""`DPOTrainer`: transformers' Trainer with packed batches, the fused head and the DPO objectives."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from fastdpo import checks
+from fastdpo.compat import liger, trl
+from fastdpo.config import DPOConfig
+from fastdpo.data import prepare
+from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.loss.options import ObjectiveSettings, from_config
+from fastdpo.model import adapters
+from fastdpo.model.attention.backends import usable
+from fastdpo.model.layout import Layout, choose_layout, unwrap
+from fastdpo.model.policy import disable_dropout, load_policy, load_tokenizer, smallest_vocab
+from fastdpo.model.router import coefficient
+from fastdpo.model.scoring_forward import patch_forward
+from fastdpo.model.self_check import agreed_layout
+from fastdpo.reference import columns as reference_columns
+from fastdpo.reference.resolve import prepare_reference, resolve_reference
+from fastdpo.reference.sync import sync_reference
+from fastdpo.report import console, log_output
+from fastdpo.trainer.packed_trainer import EvalDataset, PackedTrainer
+
+logger = logging.getLogger("fastdpo")
+
+
+class DPOTrainer(PackedTrainer):
+    """Direct Preference Optimization of a causal language model, https://arxiv.org/abs/2305.18290.
+
+    Args:
+        model: a causal LM, a PEFT model, or a name or path for `from_pretrained` (float32 unless
+            `args.model_init_kwargs` says otherwise).
+        ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
+            adapter, or with a copy of the adapter that it came with; otherwise a copy of the policy as passed.
+        args: settings; None means `DPOConfig()`. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
+        data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`.
+        train_dataset: preference rows, see `fastdpo.data.prepare`.
+        eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
+        processing_class: the tokenizer; None loads the one at the model's path.
+        compute_metrics: not supported; it is here because TRL's arguments are read in TRL's order.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
+        quantization_config: not supported; see `model_init_kwargs`.
+        peft_config: PEFT's config of a new adapter to train on `model`.
+        others: `tokenizer`, the old name of `processing_class`; all other old arguments of TRL are refused by name.
+
+    Raises:
+        ValueError: a dataset row, column or setting makes no sense, or the model's head or attention can't be computed
+            exactly; the message names it and the fix. It is raised before anything is trained.
+        FloatingPointError: a loss or gradient was not finite, and training stopped there.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: str | PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: None = None,
+        peft_config: Any | None = None,
+        **others: Any,
+    ) -> None:
+        log_output.show()
+        others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
+        args, processing_class = trl.resolve(args, processing_class, others)
+        liger.prepare(args)
+        if train_dataset is None:
+            raise ValueError("train_dataset is required")
+        settings = from_config(args)
+        usable(args.attention_backend, args.device)  # else the self-check would fall back to padded batches
+        adapters.check_adapter(peft_config)
+        set_seed(args.seed)  # adapters start from random weights
+        model, ref_model, keeps_reference = _prepare_models(model, ref_model, peft_config, args, settings)
+        if processing_class is None:
+            processing_class = load_tokenizer(model, args)
+        vocab_size = smallest_vocab(model, ref_model)
+        train_dataset, eval_dataset = self._prepare_data(
+            train_dataset, eval_dataset, processing_class, vocab_size, args, settings
+        )
+        columns = prepare.columns_of(train_dataset, eval_dataset)
+        has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
+        is_own_reference = keeps_reference and not any(has_logps)
+        # before the models are patched, for a copy of the policy must not share its patch
+        ref_model = resolve_reference(
+            model,
+            ref_model,
+            ref_adapter_name=args.ref_adapter_name,
+            needs_reference=settings.needs_reference,
+            copies=not args.precompute_ref_log_probs and not all(has_logps),
+        )
+        if args.sync_ref_model:
+            self._sync = sync_reference(model, ref_model, args, has_logps=has_logps[0])
+            callbacks = [*(callbacks or ()), self._sync]
+        layout = _patch(model, ref_model, args)
+
+        super().__init__(
+            settings=settings,
+            layout=layout,
+            aux_coef=coefficient(unwrap(model), args.router_aux_loss_coef),
+            model=model,
+            args=args,
+            data_collator=data_collator or shared_prefix_batch,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        console.replace_callback(self.callback_handler.callbacks)
+        checks.check_parallelism(self)
+        if data_collator is None:
+            if self.is_fsdp_enabled:
+                logger.warning("no self-check of the model, because its weights will be sharded")
+            else:
+                self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
+            self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
+        self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
+        is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
+        self._first_loss_is_known = not is_random and checks.first_loss_is_known(
+            settings.loss_type,
+            ref_is_policy=is_own_reference,
+            loss_weights=settings.loss_weights,
+            columns=sorted(columns[0]),
+            use_weighting=args.use_weighting,
+        )
+
+    # Parts of __init__
+
+    def _prepare_data(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
+        tokenizer: Any,
+        vocab_size: int,
+        args: DPOConfig,
+        settings: ObjectiveSettings,
+    ) -> tuple[Any, Any]:
+        """Tokenise and check the datasets; make `_prepare_dataset`, with which `evaluate` tokenises another one."""
+        self._prepare_dataset = prepare.preparer(args, settings, tokenizer, vocab_size)
+        with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
+            train_dataset = self._prepare_dataset(train_dataset)
+            eval_dataset = prepare.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
+        for names in prepare.columns_of(train_dataset, eval_dataset):
+            settings.check_columns(names)
+            prepare.check_reference_columns(names, settings.kind, args.ld_alpha)
+        return train_dataset, eval_dataset
+
+    def _prepare_reference(self, ref_model: Any, *, may_use_cache: bool) -> None:
+        """Compute the reference's log-probs now, find them in the cache, or put the reference on its device."""
+        self.ref_model = None
+        precompute = self.args.precompute_ref_log_probs
+        if precompute is None and may_use_cache:
+            precompute = reference_columns.is_complete(self)
+            ref_model = None if precompute else ref_model  # the copy's log-probs are in the cache
+        if precompute:
+            reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
+        elif ref_model is not None:
+            self.ref_model = prepare_reference(self.accelerator, ref_model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            self._sync.load(resume_from_checkpoint)
+
+    def evaluate(
+        self,
+        eval_dataset: EvalDataset | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate; a dataset passed here is tokenised like those passed to the constructor."""
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):
+            eval_dataset = self._prepare_dataset(eval_dataset, name=metric_key_prefix)
+        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return result
+
+
+def _prepare_models(
+    model: Any, ref_model: Any, peft_config: Any, args: DPOConfig, settings: ObjectiveSettings
+) -> tuple[Any, Any, bool]:
+    """Load the policy with its adapter and the given reference; say whether the policy is its own reference."""
+    model = load_policy(model, args)
+    if isinstance(ref_model, str):
+        ref_model = load_policy(ref_model, args)
+    own_adapter = args.ref_adapter_name or adapters.has_ref_adapter(model)
+    keeps_reference = settings.needs_reference and ref_model is None and not own_adapter
+    model = adapters.wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
+    for each in filter(None, (model, ref_model)):
+        liger.apply(each, args)
+    return model, ref_model, keeps_reference
+
+
+def _patch(model: Any, ref_model: Any, args: DPOConfig) -> Layout:
+    """Let the models score packed batches, and return a batch layout that is exact on all of them."""
+    models = [each for each in (model, ref_model) if each is not None]
+    for each in models:
+        if args.disable_dropout:
+            disable_dropout(each)
+        patch_forward(each, impl=args.head_impl, backward=args.head_backward, attention_backend=args.attention_backend)
+    return choose_layout(models, args.prefix_sharing)
