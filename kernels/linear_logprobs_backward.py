@@ -59,7 +59,7 @@ def default_configs(vectors: bool, has_softcap: bool, has_entropy: bool) -> tupl
     return SOFTCAP_CONFIGS if has_softcap else CONFIGS, FALLBACK
 
 
-@triton.jit(do_not_specialize=["N", "V"])  # they change from batch to batch: compile once for all
+@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is stored in vectors
 def _linear_logprobs_backward_kernel(
     dlogits_ptr,  # [N, V], out
     hidden_ptr,  # [N, D]

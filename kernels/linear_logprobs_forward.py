@@ -46,7 +46,7 @@ from fastdpo.kernels.logits_tile import (
     processors,
     raw_logits_tile,
 )
-from fastdpo.kernels.online_logsumexp import empty_state, fold_tile, load_targets, merge, store_state
+from fastdpo.kernels.online_logsumexp import empty_state, exponent, fold_tile, load_targets, merge, store_state
 from fastdpo.kernels.row_lists import TILE
 
 MAX_SPLITS = 256  # shares of the vocabulary; enough to fill any chip with a single row block
@@ -70,17 +70,22 @@ def default_configs(
 
 @cache
 def default_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """Choose the number of vocabulary shares.
+    """Choose the number of vocabulary shares: the one whose busiest processor ends first.
 
-    The smallest candidate fills the chip with at most GROUP_N row blocks at a time, the largest is four times as many.
-    The best one is that whose last wave of programs ends first.
+    The smallest candidate fills the chip with at most GROUP_N row blocks at a time, the largest is eight times as many.
     """
     fewest = min(triton.cdiv(processors, max(1, min(row_blocks, GROUP_N))), tiles, MAX_SPLITS)
-    most = min(4 * fewest, tiles, MAX_SPLITS)
-    return min(
-        range(fewest, most + 1),
-        key=lambda splits: triton.cdiv(row_blocks * splits, processors) * triton.cdiv(tiles, splits),
-    )
+    most = min(8 * fewest, tiles, MAX_SPLITS)
+    return min(range(fewest, most + 1), key=lambda splits: busiest(row_blocks, tiles, processors, splits))
+
+
+def busiest(row_blocks: int, tiles: int, processors: int, splits: int) -> int:
+    """Return the tiles of the busiest of the processors, when they take pairs in turn as the TMA kernel does."""
+    pairs = torch.arange(row_blocks * splits)
+    first = pairs // (GROUP_N * splits) * GROUP_N
+    share = (pairs - first * splits) // (row_blocks - first).clamp(max=GROUP_N)
+    of_pair = (share + 1) * tiles // splits - share * tiles // splits
+    return int(torch.zeros(processors, dtype=torch.int64).index_add_(0, pairs % processors, of_pair).max())
 
 
 @triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: compile once for all
@@ -103,8 +108,9 @@ def _linear_logprobs_forward_kernel(
     R,
     S,
     scale: tl.float64,  # without the annotation, a Python float is rounded to float32
-    cap: tl.float64,
+    c: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
+    IS_NEGATIVE: tl.constexpr,
     HAS_STATS: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -118,7 +124,7 @@ def _linear_logprobs_forward_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     targets = load_targets(targets_ptr, offs_n, N, V)
     scale = tl.full((), scale, ACC)
-    cap = tl.full((), cap, ACC)
+    c = tl.full((), c, ACC)
 
     state = empty_state(HAS_STATS, ACC, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V)
@@ -130,8 +136,8 @@ def _linear_logprobs_forward_kernel(
         )  # fmt: skip
         z = add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
         state = fold_tile(
-            state, z, masses_ptr, targets, offs_n, tile * BLOCK_V, N, V, scale, cap,
-            HAS_SOFTCAP, HAS_STATS, TILE, BLOCK_N, BLOCK_V,
+            state, z, masses_ptr, targets, offs_n, tile * BLOCK_V, N, V, scale, c,
+            HAS_SOFTCAP, IS_NEGATIVE, HAS_STATS, TILE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS)
 
@@ -197,10 +203,10 @@ def linear_logprobs_forward(
         kernel[(min(row_blocks * splits, processors(hidden)) if use_tma else row_blocks * splits,)](
             partials, masses, *operands, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), *(() if use_tma else (*hidden.stride(), *weight.stride())),
-            N, V, D, R, splits, scale, cap or 0.0,
-            HAS_SOFTCAP=cap is not None, HAS_STATS=stats, UPCAST=interpreted(kernel),
-            ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, GROUP_N=GROUP_N,
-            enable_fp_fusion=True, **config._asdict(),
+            N, V, D, R, splits, scale, exponent(scale, cap)[1],
+            HAS_SOFTCAP=cap is not None, IS_NEGATIVE=cap is None and scale < 0, HAS_STATS=stats,
+            UPCAST=interpreted(kernel), ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE,
+            GROUP_N=GROUP_N, enable_fp_fusion=True, **config._asdict(),
         )  # fmt: skip
-    merged = merge(partials, (targets >= 0) & (targets < V))
+    merged = merge(partials, (targets >= 0) & (targets < V), scale, cap)
     return ForwardOutput(*merged, None if masses is None else masses.T)

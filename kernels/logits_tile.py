@@ -170,7 +170,7 @@ def add_low_rank(
 @triton.jit
 def tanh_and_slope(y):
     """Return tanh(y) and 1 - tanh(y)^2, both computed without cancellation."""
-    e = tl.exp(-2 * tl.abs(y))
+    e = tl.exp2(-2.8853900817779268 * tl.abs(y))  # exp(-2 |y|)
     t = (1 - e) / (1 + e)
     t = tl.where(y < 0, -t, t)
     if y.dtype == tl.float32:
@@ -203,20 +203,21 @@ def store_dlogits_tile(
 ):
     """Store the gradient of z in dlogits[offs_n, v_start:v_start + BLOCK_V]; see `linear_logprobs_backward`."""
     offs_v = v_start + tl.arange(0, BLOCK_V)
-    x = scale * z
-    slope = scale
+    LOG2E: tl.constexpr = 1.4426950408889634
+    factor, slope = scale, scale
     if HAS_SOFTCAP:
-        t, slope = tanh_and_slope(x)
-        x = cap * t
+        z, slope = tanh_and_slope(scale * z)
+        factor = cap
         slope *= cap * scale
-    log_q = x - tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))[:, None]
-    q = tl.exp(log_q)
+    others = tl.load(others_ptr + offs_n, mask=mask_n, other=float("inf"))
+    log2_q = (factor * LOG2E) * z - (others * LOG2E)[:, None]  # one fused multiply-add: hardware raises 2 to a power
+    q = tl.exp2(log2_q)
     dx = q * tl.load(dothers_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + offs_n, mask=mask_n, other=0.0)
         entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
         # An impossible token has log q = -inf, but q log q = 0
-        dx -= dentropy[:, None] * (q * (tl.where(q == 0, 0.0, log_q) + entropy[:, None]))
+        dx -= dentropy[:, None] * (q * (tl.where(q == 0, 0.0, log2_q / LOG2E) + entropy[:, None]))
     targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
     # Few tiles hold a target; the others skip the comparisons
     if tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0:

@@ -1,17 +1,24 @@
 """The running log-sum-exp of a row: fold a tile of logits into it, and merge the results of S shares of a vocabulary.
 
-x are the transformed logits of `logits_tile`, [N, V]. A row's state is a running maximum m and sum s (online softmax,
-Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, Algorithm 3), over the *other* tokens, v != targets[n]. The
-target's logit t is kept apart (0 if it is in another share). With others = log sum_{v != target} exp(x) and
-d = t - others,
+x are the transformed logits of `logits_tile`, [N, V], and u what they are before the last multiplication,
+x = factor * u with a positive factor: u is z, or -z if the scale is negative, or tanh(scale * z) with a soft-cap. A
+row's state is a running maximum m of u and a sum s (online softmax, Milakov & Gimelshein,
+https://arxiv.org/abs/1805.02867, Algorithm 3) over the *other* tokens, v != targets[n]:
+
+    s = sum_{v != target} 2^(c * u - c * m)        c = factor * log2(e)
+
+The hardware raises 2 to a power, so that an element costs one fused multiply-add, one power and one addition. Its
+product c * u is not rounded, and c * m is rounded once and in the same way wherever it is used. The target's u is kept
+apart as t (0 if it is in another share). With others = log sum_{v != target} exp(x) and d = factor * t - others,
 
     logps = -log(1 + exp(-d))
 
 is at most 0 by construction. It is exact to 1e-6 of itself even where p -> 1 and t - lse, the difference of two large
 numbers, has no digit left.
 
-With statistics, the state also holds sum e * (x - m) and sum e^2 over the other tokens, with e = exp(x - m), the sum of
-x over all tokens, and `before`, the maximum of x before the target. The target is the argmax if t >= m and t > before.
+With statistics, the state also holds sum e * c * (u - m) and sum e^2 over the other tokens, with e the power above, the
+sum of u over all tokens, and `before`, the maximum of u before the target. The target is the argmax if t >= m and
+t > before.
 
 The S partial results of a row are merged by a few PyTorch operations on [S, N], without atomics or locks, so every run
 gives the same bits.
@@ -24,6 +31,8 @@ with slope = 1 or, with a soft-cap, 1 - tanh^2. A mass 87 below the row's runnin
 
 Shapes: N rows, V vocabulary, S shares.
 """
+
+from math import log
 
 import torch
 import triton
@@ -42,7 +51,7 @@ def load_targets(targets_ptr, offs_n, N, V):
 
 @triton.jit
 def empty_state(HAS_STATS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the state before the first tile: m, s, t and, with statistics, sum_ex, sum_ee, sum_x, before."""
+    """Return the state before the first tile: m, s, t and, with statistics, sum_ex, sum_ee, sum_u, before."""
     lowest = tl.full((BLOCK_N,), float("-inf"), ACC)
     zeros = tl.zeros((BLOCK_N,), ACC)
     if HAS_STATS:
@@ -61,9 +70,10 @@ def fold_tile(
     v_start,
     N,
     V,
-    scale,
-    cap,
+    scale,  # of tanh's argument; read only with a soft-cap
+    c,
     HAS_SOFTCAP: tl.constexpr,
+    IS_NEGATIVE: tl.constexpr,
     HAS_STATS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,32 +82,34 @@ def fold_tile(
     """Return `state` with the tokens [v_start, v_start + BLOCK_V) folded in; store their masses."""
     m, s, t = state[0], state[1], state[2]
     offs_v = v_start + tl.arange(0, BLOCK_V)
-    x = scale * z
+    u = z
     if HAS_SOFTCAP:
-        tanh, slope = tanh_and_slope(x)
-        x = cap * tanh
+        u, slope = tanh_and_slope(scale * z)
+    elif IS_NEGATIVE:
+        u = -z
 
     # Few tiles hold a target or the end of the vocabulary; the others skip the comparisons
     holds_target = tl.max(((targets >= v_start) & (targets < v_start + BLOCK_V)).to(tl.int32), axis=0) > 0
     if HAS_STATS:
-        sum_ex, sum_ee, sum_x, before = state[3], state[4], state[5], state[6]
+        sum_ex, sum_ee, sum_u, before = state[3], state[4], state[5], state[6]
     if HAS_STATS | holds_target | (v_start + BLOCK_V > V):
         in_vocab = (offs_v < V)[None, :]
-        t += tl.sum(tl.where(offs_v[None, :] == targets[:, None], x, 0.0), axis=1)
+        t += tl.sum(tl.where(offs_v[None, :] == targets[:, None], u, 0.0), axis=1)
         if HAS_STATS:
-            sum_x += tl.sum(tl.where(in_vocab, x, 0.0), axis=1)
+            sum_u += tl.sum(tl.where(in_vocab, u, 0.0), axis=1)
             is_before = offs_v[None, :] < targets[:, None]
-            before = tl.maximum(before, tl.max(tl.where(is_before, x, float("-inf")), axis=1))
-        x = tl.where(in_vocab & (offs_v[None, :] != targets[:, None]), x, float("-inf"))
+            before = tl.maximum(before, tl.max(tl.where(is_before, u, float("-inf")), axis=1))
+        u = tl.where(in_vocab & (offs_v[None, :] != targets[:, None]), u, float("-inf"))
 
-    m_new = tl.maximum(m, tl.max(x, axis=1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # avoids -inf - -inf
-    e = tl.exp(x - shift[:, None])
-    rescale = tl.exp(m - shift)
+    m_new = tl.maximum(m, tl.max(u, axis=1))
+    shift = c * tl.where(m_new == float("-inf"), 0.0, m_new)  # avoids -inf - -inf
+    power = c * u - shift[:, None]
+    e = tl.exp2(power)
+    drop = c * m - shift
+    rescale = tl.exp2(drop)
     if HAS_STATS:
-        sum_ex += s * tl.where(m == float("-inf"), 0.0, m - shift)
-        x = tl.where(x == float("-inf"), 0.0, x - shift[:, None])
-        sum_ex = rescale * sum_ex + tl.sum(e * x, axis=1)
+        sum_ex += s * tl.where(m == float("-inf"), 0.0, drop)
+        sum_ex = rescale * sum_ex + tl.sum(e * tl.where(u == float("-inf"), 0.0, power), axis=1)
         sum_ee = rescale * rescale * sum_ee + tl.sum(e * e, axis=1)
     s = rescale * s + tl.sum(e, axis=1)
 
@@ -107,14 +119,15 @@ def fold_tile(
         TILES: tl.constexpr = BLOCK_V // TILE
         sums = tl.sum(tl.reshape(e, (BLOCK_N, TILES, TILE)), axis=2)
         empty = sums == 0
-        masses = tl.where(empty, float("-inf"), shift[:, None] + tl.log(tl.where(empty, 1.0, sums)))
+        LN2: tl.constexpr = 0.6931471805599453
+        masses = tl.where(empty, float("-inf"), (shift[:, None] + tl.log2(tl.where(empty, 1.0, sums))) * LN2)
         offs_j = v_start // TILE + tl.arange(0, TILES)
         # int64, because J * N passes 2^31 at V=262144 from 2^20 rows on
         masses_ptrs = masses_ptr + offs_j.to(tl.int64)[None, :] * N + offs_n[:, None]
         tl.store(masses_ptrs, masses.to(tl.float32), mask=(offs_n < N)[:, None] & (offs_j < tl.cdiv(V, TILE))[None, :])
 
     if HAS_STATS:
-        return m_new, s, t, sum_ex, sum_ee, sum_x, before
+        return m_new, s, t, sum_ex, sum_ee, sum_u, before
     else:
         return m_new, s, t
 
@@ -129,26 +142,38 @@ def store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS: tl.constexpr):
         tl.store(partials_ptrs + k * N, state[k], mask=mask_n)
 
 
-def merge(partials: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+def exponent(scale: float, cap: float | None) -> tuple[float, float]:
+    """Return the positive factor of the transform's last multiplication, and c, the same in powers of 2."""
+    factor = abs(scale) if cap is None else cap
+    return factor, factor / log(2)
+
+
+def merge(
+    partials: Tensor, valid: Tensor, scale: float, cap: float | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
     """Merge `partials [S, 3 or 7, N]` into the target's logit (-inf where not `valid [N]`), others and statistics.
 
     With q = exp(x - others), the distribution of the other tokens, the statistics are -sum q log q, log sum q^2, the
     sum of x over all tokens, the maximum of x before the target, and that of all others; -inf if there is none.
     """
+    factor, c = exponent(scale, cap)
     m, s, t, *sums = partials.unbind(1)
     lowest = torch.finfo(m.dtype).min
-    target_logits = t.sum(0).where(valid, -torch.inf)
+    t = t.sum(0)
     top = m.amax(0)
-    shift = top.where(top > -torch.inf, target_logits.clamp(min=lowest))  # finite even if there is no other token
-    drop = (m - shift).clamp(min=lowest)  # finite for an empty share, so that 0 * drop is 0
-    rescale = drop.exp()
+    shift = (c * top.where(top > -torch.inf, t)).clamp(min=lowest)  # finite even if there is no other token
+    drop = (c * m - shift).clamp(min=lowest)  # finite for an empty share, so that 0 * drop is 0
+    rescale = drop.exp2()
     total = (rescale * s).sum(0)
-    others = shift + total.log()
+    # in float64, so that the change of the base adds no rounding of its own
+    others = ((shift.double() + total.double().log2()) * log(2)).to(m.dtype)
+    target_logits = (factor * t).where(valid, -torch.inf)
     if not sums:
         return target_logits, others, None
 
-    ex, ee, x, before = sums
+    ex, ee, u, before = sums
     alone = total == 0  # there is no other token
-    entropy = (total.log() - (rescale * (ex + s * drop)).sum(0) / total).masked_fill(alone, 0)
-    log_sum_sq = ((rescale.square() * ee).sum(0).log() - 2 * total.log()).masked_fill(alone, 0)
-    return target_logits, others, (entropy, log_sum_sq, x.sum(0), before.amax(0), top)
+    entropy = total.log() - log(2) * (rescale * (ex + s * drop)).sum(0) / total
+    log_sum_sq = (rescale.square() * ee).sum(0).log() - 2 * total.log()
+    statistics = entropy.masked_fill(alone, 0), log_sum_sq.masked_fill(alone, 0)
+    return target_logits, others, (*statistics, factor * u.sum(0), factor * before.amax(0), factor * top)

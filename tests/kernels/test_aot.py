@@ -129,6 +129,7 @@ def compile_kernel(job: Job) -> Compiled:
 
     constants: dict[str, Any] = {
         "HAS_SOFTCAP": "softcap" in has,
+        "IS_NEGATIVE": False,
         "HAS_STATS": "stats" in has,
         "ACCUMULATE": True,
         "ACC": getattr(tl, acc.replace("fp", "float")),
@@ -149,7 +150,7 @@ def compile_kernel(job: Job) -> Compiled:
     inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
     types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
     types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
-    types |= dict.fromkeys(("scale", "cap", "beta"), "fp64")
+    types |= dict.fromkeys(("scale", "cap", "c", "beta"), "fp64")
     if job.kernel == "forward-tma":
         for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
             types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"

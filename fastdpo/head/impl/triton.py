@@ -71,9 +71,11 @@ def forward(
     """Compute the `Forward` of arguments that have been checked."""
     N, V = hidden.shape[0], head.weight.shape[0]
     kept = kept_like(hidden, head, keep, workspace)
-    rows = N if kept.shares is None else max(1, workspace // 2 // (4 * -(-V // TILE)))  # whose masses fit
+    rows = N
+    if kept.shares is not None:  # masses of a slice fit in half of the workspace; 2048 rows fill any chip
+        rows = workspace // 2 // (4 * -(-V // TILE)) // 2048 * 2048
     parts = []
-    for rs in slices(N, max(1, rows)):
+    for rs in slices(N, max(2048, rows)):
         part = linear_logprobs_forward(
             hidden[rs], head.weight, targets[rs], head.bias, *head.transform, stats,
             tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
