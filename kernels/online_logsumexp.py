@@ -109,7 +109,7 @@ def fold_tile(
     rescale = tl.exp2(drop)
     if HAS_STATS:
         sum_ex += s * tl.where(m == float("-inf"), 0.0, drop)
-        sum_ex = rescale * sum_ex + tl.sum(e * tl.where(u == float("-inf"), 0.0, power), axis=1)
+        sum_ex = rescale * sum_ex + tl.sum(e * tl.maximum(power, -1e30), axis=1)  # 0 where u is -inf
         sum_ee = rescale * rescale * sum_ee + tl.sum(e * e, axis=1)
     s = rescale * s + tl.sum(e, axis=1)
 

@@ -6,20 +6,23 @@ with the smallest sum of median times wins. Its name, the verdict, goes to `choi
 processes find it. The first round does not count, because it compiles.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.head.impl.interface import Needs
+from fastdpo.head.impl.interface import Needs, is_captured
 from fastdpo.settings.files import cache_home, write_file
 
 logger = logging.getLogger("fastdpo")
@@ -58,18 +61,20 @@ def pick(key: str, candidates: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def timed(key: str, impl: str, phase: str) -> Iterator[None]:
-    """Time the block, a forward or backward, if it is part of a trial.
+def timed(key: str, impl: str, phase: str, x: Tensor) -> Iterator[None]:
+    """Time the block, a forward or backward on the device of `x`, if it is part of a trial.
 
     A candidate that has its ROUNDS timings is not timed again, because new events would delay the verdict.
     """
-    if not key or key in _read() or len(_events.get(key, {}).get((impl, phase), ())) == ROUNDS:
+    known = key in _read() or len(_events.get(key, {}).get((impl, phase), ())) == ROUNDS
+    if not key or known or is_captured(x):
         yield
         return
-    start, end = Event(enable_timing=True), Event(enable_timing=True)
-    start.record()
-    yield
-    end.record()
+    with torch.cuda.device_of(x):  # an event is recorded on a stream of the current device
+        start, end = Event(enable_timing=True), Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
     _events.setdefault(key, {}).setdefault((impl, phase), []).append((start, end))
 
 
@@ -108,6 +113,21 @@ def _write(key: str, verdict: str) -> None:
         )
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several of a job: they would decide apart, and their results differ in bits."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@cache
+def version_of_kernels() -> str:
+    """Return a short name of what is timed: it changes with Triton's version and with the code of the head."""
+    code = hashlib.sha256(import_module("triton").__version__.encode())
+    folders = Path(__file__).parent / "impl", Path(__file__).parent.parent / "kernels"
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        code.update(path.read_bytes())
+    return code.hexdigest()[:8]
+
+
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed; logs a warning once if it is not."""
@@ -122,10 +142,13 @@ def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sp
     measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
     if not measures or not has_triton():
         return impl, ""
+    if is_captured(hidden) or several_ranks():
+        return "triton", ""
     wants = Needs(*needs)
     key = [
         torch.cuda.get_device_name(hidden.device),
         f"torch {torch.__version__}",
+        f"kernels {version_of_kernels()}",
         str(hidden.dtype).removeprefix("torch."),
         f"D={weight.shape[1]}",
         f"V={weight.shape[0]}",

@@ -21,7 +21,7 @@ from fastdpo.head import eager, vocab_parallel
 from fastdpo.head.autotune import choose_impl
 from fastdpo.head.eager import Stats
 from fastdpo.head.impl import sparsity
-from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, autocast_dtype, result_dtype
+from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, autocast_dtype, is_captured, result_dtype
 from fastdpo.head.op import check_targets, density_key, linear_logprobs_op, results_of
 
 logger = logging.getLogger("fastdpo")
@@ -178,7 +178,7 @@ def _compute(
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, hidden2, weight2)]
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
     if sparse and not torch.compiler.is_compiling():  # compiled code keeps the same tensors in every call
-        sparse = not sparsity.expect_dense(density_key(hidden, weight))
+        sparse = is_captured(hidden) or not sparsity.expect_dense(density_key(hidden, weight))
         if not sparse and backward == "sparse":
             _say_dense()
     impl, trial = choose_impl(impl, hidden, weight, needs, sparse)

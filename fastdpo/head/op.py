@@ -109,7 +109,7 @@ def linear_logprobs_op(*args: Any) -> tuple[Tensor, ...]:
     """Return target, others, the fields of `OtherStats` and of `Kept`; those not asked for are empty tensors."""
     a = Arguments(*args)
     check_targets(a.targets, a.vocab_size)
-    with autotune.timed(a.trial, a.impl, "forward"):
+    with autotune.timed(a.trial, a.impl, "forward", a.hidden):
         target, others, stats, kept = a.module.forward(
             a.hidden, a.hidden2, a.local_targets, a.head, a.stats, a.keep, a.workspace
         )
@@ -149,7 +149,7 @@ def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
         sparsity.remember(density_key(a.hidden, a.weight), selection)
         if sparsity.too_dense(selection):
             selection = None
-    with autotune.timed(a.trial, a.impl, "backward"):
+    with autotune.timed(a.trial, a.impl, "backward", a.hidden):
         grads = a.module.backward(
             Grads(dtarget, dothers, dentropy), a.hidden, a.hidden2, a.local_targets, a.head, result, Needs(*a.needs),
             selection, a.exact_weight, a.workspace,

@@ -4,14 +4,17 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastdpo.head import autotune
 
 KEY = "some device, some shape"
 COST = {"triton": 3.0, "blas": 2.0}
+HIDDEN = torch.empty(0)
 
 
 class FakeEvent:
@@ -56,7 +59,7 @@ def call(candidates: tuple[str, ...] = ("triton", "blas"), cost: dict[str, float
     impl = autotune.pick(KEY, candidates)
     first = not autotune._events.get(KEY, {}).get((impl, "forward"))
     for phase in ("forward", "backward"):
-        with autotune.timed(KEY, impl, phase):
+        with autotune.timed(KEY, impl, phase, HIDDEN):
             FakeEvent.now += cost[impl] * (50 if first and impl == "blas" else 1)
     return impl
 
@@ -126,13 +129,66 @@ def test_forward_alone_counts_too(cache: Path) -> None:
     """A reference model has no backward."""
     for _ in range(2 * autotune.ROUNDS):
         impl: Any = autotune.pick(KEY, ("triton", "blas"))
-        with autotune.timed(KEY, impl, "forward"):
+        with autotune.timed(KEY, impl, "forward", HIDDEN):
             FakeEvent.now += COST[impl]
     FakeEvent.reached = FakeEvent.now
     assert autotune.pick(KEY, ("triton", "blas")) == "blas"
 
 
 def test_calls_that_are_no_trial_are_not_timed() -> None:
-    with autotune.timed("", "triton", "forward"):
+    with autotune.timed("", "triton", "forward", HIDDEN):
         pass
     assert not autotune._events
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "is_captured", lambda x: x is HIDDEN)
+    with autotune.timed(KEY, "triton", "forward", HIDDEN):
+        pass
+    assert not autotune._events
+    with autotune.timed(KEY, "triton", "forward", torch.empty(0)):
+        pass
+    assert autotune._events
+
+
+class OnDevice:
+    """Stands for hidden states on a GPU."""
+
+    device, dtype, shape, is_cuda = torch.device("cuda"), torch.bfloat16, (5, 4), True
+
+
+@pytest.fixture
+def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some device")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "has_triton", lambda: True)
+
+
+def choose() -> tuple[str, str]:
+    hidden: Any = OnDevice()
+    return autotune.choose_impl("auto", hidden, torch.empty(7, 4), [True, False, False, False, False], True)
+
+
+@pytest.mark.usefixtures("device_of_its_own")
+def test_other_kernels_are_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = choose()
+    assert before[1]
+    monkeypatch.setattr(autotune, "version_of_kernels", lambda: "another")
+    assert choose()[1] not in ("", before[1])
+
+
+@pytest.mark.usefixtures("device_of_its_own")
+@pytest.mark.parametrize("state", ["is_captured", "several_ranks"])
+def test_no_trial_where_it_may_not_be_timed_or_ranks_would_differ(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, state, lambda *_: True)
+    assert [choose() for _ in range(3)] == [("triton", "")] * 3
+
+
+def test_the_version_of_the_kernels_follows_triton_and_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def now() -> str:
+        return autotune.version_of_kernels.__wrapped__()
+
+    before = now()
+    assert now() == before
+    monkeypatch.setattr(autotune, "import_module", lambda name: SimpleNamespace(__version__="0.0.1"))
+    assert now() != before

@@ -75,6 +75,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     instructions: list[str]
     barriers: int
+    stores: list[str]
 
 
 JOBS = [Job(k, arch, "bf16", v) for k in POINTERS for arch, v in product((80, 90, 100), VARIANTS[k])]
@@ -188,6 +189,7 @@ def compile_kernel(job: Job) -> Compiled:
         launch, int(registers[0]), sum(map(int, spilled)), compiled.metadata.shared,
         [name for name, text in instructions.items() if text in assembly],
         sum(bool(re.search(rf"\.loc\s+1 {line} .*\n\s*{barrier}", assembly)) for line in barriers),
+        sorted(set(re.findall(r"\bst\.global\S*", assembly))),
     )  # fmt: skip
 
 
@@ -214,6 +216,12 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
     if job.dtype == "bf16" and job.kernel in MATMULS:
         assert TENSOR_CORE[job.arch] in compiled.instructions
     assert compiled.barriers == (job.kernel == "sparse-dhidden")
+    if (
+        job.kernel in ("backward", "sparse-dlogits")
+        and job.dtype == "bf16"
+        and not {"odd", "ragged"} & {*job.variant.split()}
+    ):
+        assert job.arch == AMD or compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
     assert ("cp.async.bulk.tensor" in compiled.instructions) == (job.kernel == "forward-tma")
 
 

@@ -132,3 +132,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def result_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of results and of sums."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether work on `x` is being captured in a CUDA graph, where nothing may be timed, asked or waited for."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.head.impl.interface import LinearHead, result_dtype
+from fastdpo.head.impl.interface import LinearHead, is_captured, result_dtype
 from fastdpo.head.impl.tiles import Rows, addmm, cell_means, side_by_side, slices
 
 MAX_ROW_MASS, MAX_CELL_MASS = 0.005, 2.0**-12
@@ -146,13 +146,16 @@ def too_dense(selection: Selection) -> bool:
 
 
 def remember(key: Key, selection: Selection) -> None:
-    """Note the density of a head, for `expect_dense`."""
+    """Note the density of a head, for `expect_dense`; not while a CUDA graph is captured, which would repeat it."""
+    if is_captured(selection.active):
+        return
     density = selection.active.mean()
     if density.is_cuda:
         host = torch.empty((), pin_memory=True)
         host.copy_(density, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
+        with torch.cuda.device_of(density):  # an event is recorded on a stream of the current device
+            ready = torch.cuda.Event()
+            ready.record()
         _note(key, host, ready)
     else:
         _densities[key] = [(density, None), (density, None)]
