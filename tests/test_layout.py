@@ -129,11 +129,13 @@ def test_kernels_is_never_a_top_level_package() -> None:
 IMPORTS = "import fastdpo, fastdpo.trainer, transformers.integrations.hub_kernels, transformers.models.llama"
 
 
+@pytest.mark.slow
 def test_lives_with_transformers_and_hugging_face_kernels_from_the_repository_root() -> None:
     code = f"{IMPORTS}; import kernels; assert kernels.__file__, 'our folder was taken for the package'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_lives_with_transformers_without_hugging_face_kernels(tmp_path: Path) -> None:
     sites = [Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     for entry in (entry for site in reversed(sites) for entry in site.iterdir()):
@@ -166,9 +168,15 @@ def test_everything_public_is_documented() -> None:
         assert len(getattr(fastdpo, name).__doc__ or "") > 60, name
 
 
-def test_the_test_command_is_the_one_in_the_readme() -> None:
-    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert command in (ROOT / "README.md").read_text().splitlines()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_ci_runs_the_test_commands_of_a_page(page: str) -> None:
+    """All tests, by two commands: which a page shows one under the other, and nothing else."""
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
+    assert [command.partition(" -m pytest ")[2] for command in commands] == [
+        '-n auto --dist worksteal -m "not slow"',
+        "-n auto --dist worksteal -m slow",
+    ]
+    assert "\n".join(["```bash", *commands, "```"]) in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
