@@ -1,5 +1,6 @@
 """The installed package: `kernels/` arrives as fastdpo.kernels and never as `kernels`."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ MODULES = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may come first
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
