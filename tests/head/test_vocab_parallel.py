@@ -40,16 +40,20 @@ RANKS = 3  # the first, one in between, the last
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(once: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank computed."""
-    out = tmp_path_factory.mktemp("ranks")
+    out = Path(once("vocab-ranks", lambda: str(run_ranks(tmp_path_factory.mktemp("ranks")))))
+    return [torch.load(out / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def run_ranks(out: Path) -> Path:
     torch.save({**make_inputs(), "cases": CASES}, out / "inputs.pt")
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m"]
     command = [sys.executable, *command, "tests.helpers.vocab_ranks", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
-    return [torch.load(out / f"{rank}.pt") for rank in range(RANKS)]
+    return out
 
 
 @pytest.mark.slow
