@@ -190,6 +190,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
             "training started"
         )
 
+    from fastdpo.data.prepare import limits_of
     from fastdpo.model.policy import load_policy
     from fastdpo.reference.precompute import options_of
     from fastdpo.report.page import summary_table
@@ -208,13 +209,11 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
         train_dataset if eval_dataset is None else eval_dataset,
         tokenizer=tokenizer,
         beta=args.beta,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
         on_bad_row=args.on_bad_row,
         output=output,
         ref_adapter_name=args.ref_adapter_name,
         cache_dir=args.reference_cache_dir,
+        **limits_of(args),
         **options,
     )
     rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdpo.config import DPOConfig
+from fastdpo.model.adapters import lora_config
 from fastdpo.model.policy import build_policy, load_policy
 from fastdpo.settings.config_file import nearest
 from fastdpo.settings.dataset_files import load_splits
@@ -169,15 +170,9 @@ def lora(run: RunConfig) -> Any | None:
     """Return the `peft.LoraConfig` of a run, or None without `use_peft`."""
     if not run.use_peft:
         return None
-    from peft import LoraConfig
-
-    modules: Any = run.lora_target_modules
-    return LoraConfig(
+    return lora_config(
         r=run.lora_r,
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
-        target_modules="all-linear"
-        if modules == ["all-linear"]
-        else modules,  # PEFT reads this word as all linear layers but the head
-        task_type="CAUSAL_LM",
+        target_modules=run.lora_target_modules,
     )

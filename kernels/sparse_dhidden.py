@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo.kernels.logits_tile import FALLBACK, SMALL, Config, Configs, default_config, interpreted, loads_vectors
+from fastdpo.kernels.logits_tile import (
+    FALLBACK,
+    SMALL,
+    Config,
+    Configs,
+    default_config,
+    interpreted,
+    loads_vectors,
+    processors,
+)
 from fastdpo.kernels.row_lists import TILE
 
 PROGRAMS = 4  # per multiprocessor: while one program waits for its gathers, others work
@@ -118,8 +127,8 @@ def sparse_dhidden(
     assert rows.shape == (triton.cdiv(V, config.BLOCK_V), N)
     slices = triton.cdiv(D, config.BLOCK_D)
     if ranges is None:
-        processors = torch.cuda.get_device_properties(dlogits.device).multi_processor_count if dlogits.is_cuda else 1
-        ranges = max(1, min(triton.cdiv(PROGRAMS * processors, slices), triton.cdiv(N, config.BLOCK_N)))
+        programs = PROGRAMS * processors(dlogits)
+        ranges = max(1, min(triton.cdiv(programs, slices), triton.cdiv(N, config.BLOCK_N)))
     places = torch.arange(N, dtype=torch.int32, device=rows.device)
     edges = torch.arange(ranges + 1, dtype=torch.int32, device=rows.device) * triton.cdiv(N, ranges)
     edges.clamp_(max=N)  # N marks entries past the end of a list

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: runs in a process of their own, mistakes in this one."""
+"""The command line as a user meets it: whole runs in a process of their own, all else in this one."""
 
 import errno
 import json
@@ -55,39 +55,43 @@ def test_the_quickstart_learns_what_it_promises(tmp_path: Path) -> None:
 SHORT = ("--max_steps", 2, "--logging_steps", 1)
 
 
-def test_any_field_can_be_overridden(tmp_path: Path) -> None:
-    done = fastdpo("train", QUICKSTART, *SHORT, "--output_dir", tmp_path, "--use-peft", "true", "--lora_r=4")
+def test_any_field_can_be_overridden(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("train", QUICKSTART, *SHORT, "--output_dir", tmp_path, "--use-peft", "true", "--lora_r=4")
+    assert done.code == 0
     assert (tmp_path / "adapter_config.json").exists()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
-    assert "reward accuracy" in done.stdout
+    assert "reward accuracy" in done.out
 
 
-def test_a_single_file_trains_without_a_held_out_split(tmp_path: Path) -> None:
+def test_a_single_file_trains_without_a_held_out_split(
+    run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(f'{{"prompt": "{i}+1=", "chosen": "{i + 1}", "rejected": "{i}"}}\n' for i in range(8)))
-    done = fastdpo("train", QUICKSTART, *SHORT, "--output_dir", tmp_path / "out", "--dataset_name", data)
-    assert "has no split 'test', so nothing is evaluated" in done.stderr
-    assert "held out" not in done.stdout
+    done = run("train", QUICKSTART, *SHORT, "--output_dir", tmp_path / "out", "--dataset_name", data)
+    assert done.code == 0
+    assert "has no split 'test', so nothing is evaluated" in caplog.text
+    assert "held out" not in done.out
     assert (tmp_path / "out" / "model.safetensors").exists()
     common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
-    fastdpo("precompute", QUICKSTART, *common)
+    assert run("precompute", QUICKSTART, *common).code == 0
     assert sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_plan_tells_what_will_happen_without_doing_it(tmp_path: Path) -> None:
-    done = fastdpo("plan", QUICKSTART, "--output_dir", tmp_path, "--gpu_memory", 80)
+def test_plan_tells_what_will_happen_without_doing_it(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("plan", QUICKSTART, "--output_dir", tmp_path, "--gpu_memory", 80)
     for words in ("padding avoided", "rows of the dataset", "576", "computed, not measured", "tokens_per_batch in 80"):
-        assert words in done.stdout
+        assert words in done.out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
 
 
 @pytest.mark.slow
-def test_precompute_then_train_then_score(tmp_path: Path) -> None:
-    """What precompute kept, training finds; what was trained is scored against its start."""
+def test_precompute_then_train_then_score(run: Callable[..., Any], tmp_path: Path) -> None:
+    """What precompute kept, training in another process finds; what was trained is scored against its start."""
     common = ("--reference_cache_dir", tmp_path / "cache")
-    fastdpo("precompute", QUICKSTART, *common, "--output_dir", tmp_path / "none")
+    assert run("precompute", QUICKSTART, *common, "--output_dir", tmp_path / "none").code == 0
     shards = sorted((tmp_path / "cache").rglob("*.safetensors"))
     assert shards
     trained = (*SHORT, *common, "--precompute_ref_log_probs", "true", "--output_dir", tmp_path / "out")
@@ -101,16 +105,17 @@ def test_precompute_then_train_then_score(tmp_path: Path) -> None:
     assert "precompute_ref_log_probs" in page
 
     # its start, made again: random weights of the same seed
-    fastdpo("train", QUICKSTART, "--num_train_epochs", 0, "--output_dir", tmp_path / "start")
+    assert run("train", QUICKSTART, "--num_train_epochs", 0, "--output_dir", tmp_path / "start").code == 0
     models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out")
     reference = ("--ref_model_name_or_path", tmp_path / "start")
-    done = fastdpo("score", QUICKSTART, *models, *reference, "--output_dir", tmp_path / "scores")
+    scored = run("score", QUICKSTART, *models, *reference, "--output_dir", tmp_path / "scores")
+    assert scored.code == 0
     rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(160))
     last = next(entry for entry in reversed(history) if "eval_loss" in entry)
     margin = sum(chosen - rejected for chosen, rejected in (row["rewards"] for row in rows)) / len(rows)
     assert margin == pytest.approx(last["eval_rewards/margins"], abs=1e-4)
-    assert f"{last['eval_rewards/accuracies']:.3f}" in done.stdout
+    assert f"{last['eval_rewards/accuracies']:.3f}" in scored.out
 
 
 def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -72,6 +72,37 @@ def test_files_and_folders_stay_small() -> None:
         assert len(files) <= MAX_FILES, f"{folder.name} has {len(files)} modules: {sorted(files)}"
 
 
+PEFT_KNOWN_BY = {f"model/{name}.py" for name in ("adapters", "adapted_layers", "policy")}
+PEFT_NAMES = {  # of its models, its configs and its layers
+    *("active_adapter", "active_adapters", "active_peft_config", "add_adapter", "delete_adapter", "disable_adapter"),
+    *("disable_adapters", "get_base_model", "get_nb_trainable_parameters", "load_adapter", "merge_and_unload"),
+    *("peft_type", "set_adapter", "is_prompt_learning"),
+    *("base_layer", "get_base_layer", "lora_A", "lora_B", "lora_variant", "modules_to_save", "original_module"),
+    *("token_adapter", "trainable_tokens_delta", "adapter_layer_names", "other_param_names"),
+    *("get_peft_model", "is_peft_available", "PeftModel", "PeftConfig", "LoraConfig"),
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_three_modules_know_peft(path: Path) -> None:
+    """The others ask `fastdpo.model.adapters`; `peft_config` and `use_peft` are names of our own arguments."""
+    if str(path.relative_to(ROOT / "fastdpo")) in PEFT_KNOWN_BY:
+        return
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import():
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            case ast.ImportFrom() if not (node.module or "").startswith("fastdpo."):
+                used |= {str(node.module).split(".")[0], *(alias.name for alias in node.names)}
+            case ast.Attribute(value=owner) if not (isinstance(owner, ast.Name) and owner.id == "adapters"):
+                used.add(node.attr)
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=name), *_]):
+                used.add(str(name))
+    of_peft = used & (PEFT_NAMES | {"peft"})
+    assert not of_peft
+
+
 def test_no_test_is_imported_by_another() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -98,11 +129,13 @@ def test_kernels_is_never_a_top_level_package() -> None:
 IMPORTS = "import fastdpo, fastdpo.trainer, transformers.integrations.hub_kernels, transformers.models.llama"
 
 
+@pytest.mark.slow
 def test_lives_with_transformers_and_hugging_face_kernels_from_the_repository_root() -> None:
     code = f"{IMPORTS}; import kernels; assert kernels.__file__, 'our folder was taken for the package'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_lives_with_transformers_without_hugging_face_kernels(tmp_path: Path) -> None:
     sites = [Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     for entry in (entry for site in reversed(sites) for entry in site.iterdir()):
@@ -135,9 +168,15 @@ def test_everything_public_is_documented() -> None:
         assert len(getattr(fastdpo, name).__doc__ or "") > 60, name
 
 
-def test_the_test_command_is_the_one_in_the_readme() -> None:
-    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert command in (ROOT / "README.md").read_text().splitlines()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_ci_runs_the_test_commands_of_a_page(page: str) -> None:
+    """All tests, by two commands: which a page shows one under the other, and nothing else."""
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
+    assert [command.partition(" -m pytest ")[2] for command in commands] == [
+        '-n auto --dist worksteal -m "not slow"',
+        "-n auto --dist worksteal -m slow",
+    ]
+    assert "\n".join(["```bash", *commands, "```"]) in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])

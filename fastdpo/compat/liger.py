@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 from transformers.integrations import liger
-from transformers.utils import is_liger_kernel_available, is_peft_available
+from transformers.utils import is_liger_kernel_available
 
 from fastdpo.config import DPOConfig
-from fastdpo.model.layout import unwrap
+from fastdpo.model.adapted_layers import adapted_modules, unwrap
 
 logger = logging.getLogger("fastdpo")
 
@@ -77,10 +77,4 @@ def _is_replaced(module: nn.Module) -> bool:
 
 def _inside_an_adapter(model: nn.Module) -> str | None:
     """Return the name of a PEFT module that is, or contains, a module whose forward Liger replaced; else None."""
-    if not is_peft_available():
-        return None
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    return next((name for name, wrapper in wrappers if any(map(_is_replaced, wrapper.modules()))), None)
+    return next((name for name, each in adapted_modules(model) if any(map(_is_replaced, each.modules()))), None)

@@ -37,6 +37,7 @@ logger = logging.getLogger("fastdpo")
 RULES = 4
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
 """Columns that either all rows of a stream must have, or none of them."""
 _LOOKED_AT = 20
@@ -368,16 +369,19 @@ def preparer(args: Any, settings: Any, tokenizer: Any, vocab_size: int) -> Calla
     return functools.partial(
         prepare_dataset,
         tokenizer=tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
         kind=settings.kind,
         with_kl=settings.needs_kl,
         vocab_size=vocab_size,
         on_bad_row=args.on_bad_row,
         num_proc=args.dataset_num_proc,
         show_example=args.show_example,
+        **limits_of(args),
     )
+
+
+def limits_of(args: Any) -> dict[str, Any]:
+    """Return the settings of a run that limit the tokens of a row, by the names of `prepare_dataset`'s arguments."""
+    return {name: getattr(args, name) for name in LIMITS}
 
 
 def each(datasets: Any, function: Callable[[Any, str], Any]) -> Any:

@@ -205,25 +205,17 @@ def rebatch(
     *,
     layout: str,
     tokens_per_batch: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    epochs: int = 1,
     rank: int = 0,
-    world_size: int = 1,
-    longest_first: bool = False,
+    **options: Any,
 ) -> DataLoader[Any]:
     """Return a copy of a `transformers.Trainer`'s loader that takes its batches from a `BudgetSampler`.
 
     Args:
         loader: what `Trainer.get_train_dataloader` returned.
         layout: as in `fastdpo.shared_prefix_batch`.
-        tokens_per_batch: this and all arguments below are as in `BudgetSampler`.
-        batch_size: as in `BudgetSampler`.
-        seed: as in `BudgetSampler`.
-        epochs: as in `BudgetSampler`.
-        rank: as in `BudgetSampler`.
-        world_size: as in `BudgetSampler`.
-        longest_first: as in `BudgetSampler`.
+        tokens_per_batch: this and all arguments below are those of `BudgetSampler`.
+        rank: number of this process.
+        options: the others.
 
     Raises:
         ValueError: the dataset is a stream, or `BudgetSampler` refuses its arguments.
@@ -237,19 +229,10 @@ def rebatch(
     sizes = example_sizes(dataset, layout)
     if tokens_per_batch is not None and rank == 0:
         _warn_of_large_examples(dataset, sizes.prod(1), tokens_per_batch)
-    sampler = BudgetSampler(
-        sizes,
-        tokens_per_batch=tokens_per_batch,
-        batch_size=batch_size,
-        seed=seed,
-        epochs=epochs,
-        rank=rank,
-        world_size=world_size,
-        longest_first=longest_first,
-    )
-    options = set(inspect.signature(DataLoader).parameters)
-    options -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
-    plain = DataLoader(dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in options})
+    sampler = BudgetSampler(sizes, tokens_per_batch=tokens_per_batch, rank=rank, **options)
+    kept = set(inspect.signature(DataLoader).parameters)
+    kept -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
+    plain = DataLoader(dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in kept})
     # accelerate must not deal batches out to processes, as the sampler has done so; it is told of one process
     device = getattr(loader, "device", None)
     result: DataLoader[Any] = prepare_data_loader(

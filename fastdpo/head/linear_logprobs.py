@@ -10,7 +10,7 @@ Shapes: N rows, D hidden size, V vocabulary, R rank of the low-rank part.
 import logging
 import math
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,35 @@ Backward = Literal["auto", "exact", "sparse"]
 IMPLS = ("auto", "eager", "torch", "triton", "blas")
 BACKWARDS = ("auto", "exact", "sparse")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Options(NamedTuple):
+    """What the public functions are given besides tensors, checked."""
+
+    transform: Transform
+    impl: str
+    backward: str
+    workspace: int
+
+    @classmethod
+    def checked(
+        cls, logit_scale: float, softcap: float | None, temperature: float, impl: str, backward: str, workspace: int
+    ) -> "_Options":
+        """Check each value, and fold the first three into one transform."""
+        if not math.isfinite(logit_scale) or logit_scale == 0:
+            raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be None, or finite and above 0, got {softcap}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+        if backward not in BACKWARDS:
+            raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
+        if workspace < 2**20:
+            raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")
+        transform = Transform.of(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+        return cls(transform, impl, backward, workspace)
 
 
 def linear_logprobs(
@@ -88,20 +117,8 @@ def linear_logprobs(
         ValueError: an argument breaks a rule above. On CUDA, where checking targets would wait for the device, a target
             outside [0, V) raises no error: its row, and every gradient it takes part in, becomes NaN.
     """
-    logps, _ = _compute(
-        hidden,
-        weight,
-        targets,
-        bias,
-        low_rank=low_rank,
-        transform=_checked_transform(logit_scale, softcap, temperature),
-        impl=impl,
-        backward=backward,
-        workspace=workspace_bytes,
-        shard=shard,
-        with_stats=False,
-    )
-    return logps
+    options = _Options.checked(logit_scale, softcap, temperature, impl, backward, workspace_bytes)
+    return _compute(hidden, weight, targets, bias, low_rank, options, shard=shard, with_stats=False)[0]
 
 
 def linear_logprobs_with_stats(
@@ -127,19 +144,8 @@ def linear_logprobs_with_stats(
         log-probabilities, is_top1 bool; density and bound are None if the backward is dense. The log-probabilities
         and the entropy are differentiable, the other fields are not. A backward through the entropy is exact.
     """
-    logps, stats = _compute(
-        hidden,
-        weight,
-        targets,
-        bias,
-        low_rank=low_rank,
-        transform=_checked_transform(logit_scale, softcap, temperature),
-        impl=impl,
-        backward=backward,
-        workspace=workspace_bytes,
-        shard=None,
-        with_stats=True,
-    )
+    options = _Options.checked(logit_scale, softcap, temperature, impl, backward, workspace_bytes)
+    logps, stats = _compute(hidden, weight, targets, bias, low_rank, options, shard=None, with_stats=True)
     assert stats is not None
     return logps, stats
 
@@ -149,20 +155,17 @@ def _compute(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    *,
     low_rank: tuple[Tensor, Tensor] | None,
-    transform: Transform,
-    impl: str,
-    backward: str,
-    workspace: int,
+    options: _Options,
+    *,
     shard: tuple[ProcessGroup, int, int] | None,
     with_stats: bool,
 ) -> tuple[Tensor, Stats | None]:
-    """Check the arguments, run the op, and combine the target's logit with the other tokens' log-sum-exp."""
+    """Check the tensors, run the op, and combine the target's logit with the other tokens' log-sum-exp."""
     hidden2, weight2 = low_rank or (None, None)
     hidden, weight, bias, hidden2, weight2 = _as_autocast(hidden, weight, bias, hidden2, weight2)
     _check_tensors(hidden, weight, targets, bias, hidden2, weight2)
-    _check_options(impl, backward, workspace)
+    transform, impl, backward, workspace = options
     if impl == "eager":
         if shard is not None or low_rank is not None:
             raise ValueError("impl must be other than 'eager' with shard or low_rank, got 'eager'")
@@ -292,22 +295,3 @@ def _check_tensors(
             raise ValueError(f"low_rank[1] must have the V of weight and the R of low_rank[0], {expected}, got {shape}")
     if V == 0:
         raise ValueError(f"weight must have at least one vocabulary entry, got shape {tuple(weight.shape)}")
-
-
-def _checked_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
-    if not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None, or finite and above 0, got {softcap}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-    return Transform.of(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
-
-
-def _check_options(impl: str, backward: str, workspace: int) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
-    if workspace < 2**20:
-        raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")

@@ -43,6 +43,17 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
     return add_adapter(model, peft_config, keeps_reference=keeps_reference)
 
 
+def lora_config(*, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None) -> Any:
+    """Return the `peft.LoraConfig` of a new adapter of a causal LM; `target_modules` None leaves them to PEFT."""
+    from peft import LoraConfig
+
+    # PEFT reads this word, outside of a list, as all linear layers but the head
+    modules: Any = "all-linear" if target_modules == ["all-linear"] else target_modules
+    return LoraConfig(
+        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=modules, task_type="CAUSAL_LM"
+    )
+
+
 def is_peft_model(model: Any) -> bool:
     """Whether `model` is wrapped by PEFT."""
     if not is_peft_available():
@@ -118,14 +129,11 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
     Raises:
         ValueError: PEFT cannot add the adapter, or nothing can serve as the reference.
     """
-    from peft import get_peft_model
-
     check_adapter(config)
     is_plain = _is_lora(config) and config.init_lora_weights in (True, "gaussian")
     base = None if is_plain or not can_probe(model) else _logits(model)
     try:
-        with peft_is_older():
-            model = get_peft_model(model, config)
+        model = with_adapter(model, config)
     except (AttributeError, KeyError, TypeError) as error:  # what PEFT raises for settings that don't fit the model
         raise ValueError(f"PEFT cannot add {type(config).__name__} to {type(model).__name__}: {error}") from error
     trained, total = model.get_nb_trainable_parameters()
@@ -137,6 +145,14 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
         if not starts_at_base[0]:
             keep_ref_adapter(model)
     return model
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """Return the model in PEFT's wrapper with a new adapter, unchecked."""
+    from peft import get_peft_model
+
+    with peft_is_older():
+        return get_peft_model(model, config)
 
 
 @contextmanager

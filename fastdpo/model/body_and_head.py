@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import is_peft_available
 
 from fastdpo.head.eager import Stats
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
+from fastdpo.model.adapted_layers import base_linear, linears_of_head, low_rank
 
 CHUNK_BYTES = 2**27
 """Most bytes of float32 logits that the model's own head computes in one chunk of rows."""
@@ -89,28 +89,16 @@ def _linears(lm_head: Any) -> tuple[tuple[nn.Module, ...], str | None]:
     """Return the Linears whose call the fused op can replace, or why there are none."""
     if lm_head is None:
         return (), "its get_output_embeddings() returns none"
-    linears: list[Any] = [lm_head]
-    found: tuple[nn.Module, ...] | None = None
-    if not isinstance(lm_head, nn.Linear) and is_peft_available():
-        from peft.tuners import lora
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-
-        if isinstance(lm_head, lora.Linear) and not lm_head.lora_variant and not any(lm_head.lora_bias.values()):
-            linears, found = [lm_head.get_base_layer()], (lm_head,)
-        elif isinstance(lm_head, BaseTunerLayer):
-            name = type(lm_head).__name__
-            return (), f"its output embeddings have an adapter ({name}) that is neither plain LoRA nor trained tokens"
-        elif isinstance(lm_head, TrainableTokensWrapper):  # tied to embeddings of which some rows are trained
-            linears, found = [lm_head.original_module], (lm_head.token_adapter,)
-        elif isinstance(lm_head, ModulesToSaveWrapper):
-            linears = [lm_head.original_module, *lm_head.modules_to_save.values()]
+    try:
+        called, linears = linears_of_head(lm_head)
+    except ValueError as error:
+        return (), str(error)
     for linear in linears:
         # quantized Linears are subclasses with a forward of their own; FSDP's subclasses keep that of nn.Linear
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not plain or "forward" in vars(linear):
             return (), f"its output embeddings are {type(linear).__name__}, not a plain nn.Linear"
-    return found or tuple(linears), None
+    return called, None
 
 
 def _transform(config: Any) -> tuple[float, float | None, int | None]:
@@ -143,13 +131,13 @@ def fused_scores(head: Head, hidden: Tensor, targets: Tensor, with_stats: bool, 
         return x if x is None or head.vocab is None else x[: head.vocab]
 
     def compute(linear: Any, hidden: Tensor) -> Any:
-        base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
+        base = base_linear(linear)
         weight, bias = cut(base.weight), cut(base.bias)
         hidden = hidden.to(weight.dtype)  # Mamba's residual is float32
-        low_rank = _low_rank(linear, hidden)
-        if low_rank is not None:
-            low_rank = low_rank[0], cut(low_rank[1])
-        return op(hidden, weight, targets, bias, low_rank=low_rank, **options)
+        added = low_rank(linear, hidden)
+        if added is not None:
+            added = added[0], cut(added[1])
+        return op(hidden, weight, targets, bias, low_rank=added, **options)
 
     assert head.lm_head is not None
     with _computing(head.linears, compute):
@@ -252,7 +240,7 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
         on hidden states alone. Either is None if it does not apply.
     """
     text = model.config.get_text_config()
-    weight = next((x.weight for x in _leaves(head.linears) if head.own is None), None)
+    weight = next((base_linear(x).weight for x in head.linears), None)
     first = next(x for x in model.parameters() if x.is_floating_point())  # the others are quantised
     device, dtype = (first.device, first.dtype) if weight is None else (weight.device, weight.dtype)
     D = weight.shape[1] if weight is not None else getattr(text, "hidden_size", None)
@@ -314,42 +302,3 @@ def _computing(modules: tuple[nn.Module, ...], forward: Callable[..., Any]) -> I
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = own
-
-
-def _leaves(linears: tuple[Any, ...]) -> Iterator[Any]:
-    for linear in linears:
-        yield linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
-
-
-def _low_rank(linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return what active adapters add to the head: `hidden2 [N, R]` and `weight2 [V, R]` in the dtype of `hidden`."""
-    if isinstance(linear, nn.Linear) or linear.disable_adapters or linear.merged:
-        return None
-    add, names = (_lora, "lora_A") if hasattr(linear, "lora_A") else (_trained_tokens, "trainable_tokens_delta")
-    parts = [add(linear, name, hidden) for name in linear.active_adapters if name in getattr(linear, names)]
-    if not parts:
-        return None
-    hidden2, weight2 = (torch.cat(factors, 1).to(hidden.dtype) for factors in zip(*parts, strict=True))
-    return hidden2, weight2
-
-
-def _lora(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `scaling * A(dropout(hidden))` and `B`."""
-    a = linear.lora_A[name]
-    return linear.scaling[name] * a(linear.lora_dropout[name](hidden.to(a.weight.dtype))), linear.lora_B[name].weight
-
-
-def _trained_tokens(linear: Any, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the new rows of some tokens add to their logits, and which tokens these are.
-
-    What is added comes as its rounded value and the rounding error, so that in 16 bits the logits of these tokens are
-    as exact as the others.
-    """
-    weight, new = linear.get_base_layer().weight, linear.trainable_tokens_delta[name]
-    tokens = torch.tensor(linear.token_indices[name]).to(weight.device, non_blocking=True)
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    added = hidden.to(exact) @ (new.to(exact) - weight[tokens].to(exact)).T
-    rounded = added.to(hidden.dtype)
-    rest = (added - rounded.to(exact)).to(hidden.dtype)
-    which = hidden.new_zeros(len(weight), len(tokens)).scatter_(0, tokens[None], 1.0)
-    return torch.cat([rounded, rest], 1), torch.cat([which, which], 1)

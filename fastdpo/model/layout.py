@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastdpo.data.packing import LAYOUTS
+from fastdpo.model.adapted_layers import puts_prompts_first, unwrap
 
 logger = logging.getLogger("fastdpo")
 
@@ -70,7 +71,7 @@ def layout_of(model: Any) -> tuple[Layout, str]:
 
 def checked_model(model: Any) -> Any:
     """Return the causal LM inside PEFT's wrapper, or raise a ValueError if no layout can be exact on it."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if puts_prompts_first(model):
         raise refusal(model, "it puts trained prompts before the tokens; use an adapter of its layers")
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
@@ -78,11 +79,6 @@ def checked_model(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         raise refusal(model, "it is an encoder and a decoder")
     return model
-
-
-def unwrap(model: Any) -> Any:
-    """Return the causal LM inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def refusal(model: Any, reason: str) -> ValueError:

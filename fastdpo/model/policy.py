@@ -63,6 +63,18 @@ def _from_pretrained(model: str, args: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
+def configs_of(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
+    """Return the config of the model that `load_policy` would load, and its adapter's config or None."""
+    adapter = None
+    if (Path(path or "") / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(path)
+        adapter.inference_mode = False
+        path = adapter.base_model_name_or_path
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
+
+
 def _keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from rewriting 4-bit weights for inference, which stops every gradient behind them.
 

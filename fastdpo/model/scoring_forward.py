@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from fastdpo.head.eager import Stats
 from fastdpo.model import body_and_head, router
+from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
-from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit, unwrap
+from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)

@@ -26,8 +26,9 @@ from transformers import AttentionInterface, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.registered import NAME
-from fastdpo.model.layout import Layout, unwrap
+from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8

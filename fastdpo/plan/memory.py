@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fastdpo.head.impl.interface import WORKSPACE_BYTES
-from fastdpo.model.adapters import peft_is_older
+from fastdpo.model.adapted_layers import base_linear
+from fastdpo.model.adapters import with_adapter
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.stand_ins import NAME, HeadMemory
@@ -151,10 +152,8 @@ def memory_model(
     find_head(model)
     weights = _bytes([*model.parameters(), *model.buffers()])
     if peft_config is not None:
-        from peft import get_peft_model
-
-        with torch.device("meta"), peft_is_older():
-            model = get_peft_model(model, peft_config)
+        with torch.device("meta"):
+            model = with_adapter(model, peft_config)
     model.train()
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -284,11 +283,10 @@ def _trace(model: Any, reference: Any | None, rows: int, setting: _Setting) -> t
         ids = torch.zeros(1, rows, dtype=torch.int64)
         index = torch.zeros(round(rows * ratios.targets), dtype=torch.int64)
 
-        def body(scored: Any) -> tuple[Tensor, nn.Linear]:
+        def body(scored: Any) -> tuple[Tensor, Any]:
             head, mask = find_head(scored), torch.ones_like(ids)
-            linear: Any = head.linears[-1]  # with PEFT's modules_to_save, the trained copy
             out = head.decoder(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, **layer)
-            return out[0][0], linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
+            return out[0][0], base_linear(head.linears[-1])  # the last one is the copy that is trained, if there is one
 
         with torch.autocast("cpu", precision.autocast) if precision.autocast else nullcontext():
             hidden, lm_head = body(model)

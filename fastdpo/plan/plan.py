@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
 from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.layout import choose_layout
-from fastdpo.model.policy import disable_dropout
+from fastdpo.model.policy import configs_of, disable_dropout
 from fastdpo.plan.memory import Memory, Precision, Ratios, memory_model, meta_model
 from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
 from fastdpo.report.page import summary_table
@@ -95,11 +94,11 @@ def make_plan(
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
-    config, adapter = _described(run.model_name_or_path or run.config_name, code)
+    config, adapter = configs_of(run.model_name_or_path or run.config_name, code)
     if adapter is not None and run.use_peft:
         raise ValueError(f"use_peft=True would add an adapter to {run.model_name_or_path}, which is an adapter already")
     adapter = adapter or lora(run)
-    own_reference = run.ref_model_name_or_path and _described(run.ref_model_name_or_path, code)[0]
+    own_reference = run.ref_model_name_or_path and configs_of(run.ref_model_name_or_path, code)[0]
     models = [meta_model(each, trust_remote_code=code) for each in (config, own_reference) if each]
     if args.disable_dropout:
         for model in models:
@@ -153,18 +152,6 @@ def ratios(batches: Batches) -> Ratios:
     """Return what batches hold for each of their rows: the 95th percentile, which one batch in twenty exceeds."""
     parts = (batches.paths, batches.targets, batches.grid)
     return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
-
-
-def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
-    """Return the config of the model that `load_policy` would load, and its adapter's config or None."""
-    adapter = None
-    if (Path(path or "") / "adapter_config.json").is_file():
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(path)
-        adapter.inference_mode = False
-        path = adapter.base_model_name_or_path
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
 
 
 def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:

@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
 from fastdpo.data.packing import kind_of
-from fastdpo.data.prepare import find_kind, prepare_dataset, tokenize_row, unformatted
+from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
 from fastdpo.data.sampler import BudgetSampler, example_sizes
 from fastdpo.loss.options import from_config
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 _RESPONSES = {
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
@@ -101,7 +100,7 @@ def token_stats(
     if not isinstance(dataset, Dataset):
         raise ValueError(f"a plan needs a datasets.Dataset, got {type(dataset).__name__}, whose length is unknown")
     dataset = unformatted(dataset)
-    limits: dict[str, Any] = {name: getattr(args, name) for name in LIMITS}
+    limits = limits_of(args)
     unlimited: dict[str, Any] = dict.fromkeys(LIMITS)
     settings = from_config(args)
     options: dict[str, Any] = {

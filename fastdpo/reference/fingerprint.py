@@ -7,14 +7,11 @@ on things that a model in memory does not show, above all the versions of librar
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.utils import is_peft_available
 
-from fastdpo.model.layout import unwrap
+from fastdpo.model.adapted_layers import tensors_in_use, unwrap
 from fastdpo.reference.cache import FORMAT
 
 _COSMETIC = {
@@ -42,10 +39,10 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
         64 hex digits, and the description whose SHA-256 they are.
     """
     base = unwrap(model)
-    skipped, renamed, scalings = _adapters(base)
+    tensors, factors = tensors_in_use(base)
     weights = hashlib.sha256()
     device = "cpu"
-    for name, tensor in sorted(_tensors(base, skipped, renamed)):
+    for name, tensor in tensors:
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         device = tensor.device.type
@@ -53,7 +50,7 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
         "format": FORMAT,
         "class": type(base).__qualname__,
         "weights": weights.hexdigest(),
-        "adapters": scalings,
+        "adapters": factors,
         "config": _numerics(base.config.to_dict()),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "device": device,
@@ -79,60 +76,3 @@ def _matmul_precision(device: str) -> str:
     backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     precision = str(backend.matmul.fp32_precision)
     return "ieee" if precision == "none" else precision
-
-
-def _tensors(base: Any, skipped: set[str], renamed: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers that take part, by the name they would have in a model without adapters."""
-    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
-        if any(name.startswith(prefix) for prefix in skipped):
-            continue
-        for prefix, replacement in renamed.items():
-            if name.startswith(prefix):
-                name = replacement + name.removeprefix(prefix)
-                break
-        yield name, tensor
-
-
-def _adapters(base: Any) -> tuple[set[str], dict[str, str], dict[str, float]]:
-    """Return the prefixes of tensors that take no part, new prefixes of others, and the factors of active adapters."""
-    skipped: set[str] = set()
-    renamed: dict[str, str] = {}
-    scalings: dict[str, float] = {}
-    if not is_peft_available():
-        return skipped, renamed, scalings
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for path, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            active = [] if module.disable_adapters or module.merged else list(module.active_adapters)
-            # trained tokens are a layer inside of PEFT's wrapper of the embeddings
-            renamed[f"{path}.base_layer."] = path.removesuffix(".token_adapter") + "."
-            for part in (*module.adapter_layer_names, *module.other_param_names):
-                for adapter in _names(getattr(module, part, None)):
-                    prefix = f"{path}.{part}.{adapter}"
-                    if adapter in active:
-                        renamed[prefix] = f"{path}.{part}.{active.index(adapter)}"
-                    else:
-                        skipped.add(prefix)
-            for i, adapter in enumerate(active):
-                if adapter in getattr(module, "scaling", {}):
-                    scalings[f"{path}.{i}"] = float(module.scaling[adapter])
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            active = [] if module.disable_adapters else list(module.active_adapters)
-            kept = [adapter for adapter in _names(getattr(module, "modules_to_save", None)) if adapter in active]
-            for adapter in _names(getattr(module, "modules_to_save", None)):
-                prefix = f"{path}.modules_to_save.{adapter}."
-                if adapter in kept:
-                    renamed[prefix] = f"{path}."
-                else:
-                    skipped.add(prefix)
-            if kept:
-                skipped.add(f"{path}.original_module.")
-            else:
-                renamed[f"{path}.original_module."] = f"{path}."
-    return skipped, renamed, scalings
-
-
-def _names(container: Any) -> list[str]:
-    return list(container.keys()) if hasattr(container, "keys") else []

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from fastdpo.model.layout import unwrap
+from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.scoring_forward import evaluating
 
 logger = logging.getLogger("fastdpo")

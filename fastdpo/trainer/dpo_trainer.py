@@ -23,8 +23,9 @@ from fastdpo.data import prepare
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
+from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import Layout, choose_layout, unwrap
+from fastdpo.model.layout import Layout, choose_layout
 from fastdpo.model.policy import disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward

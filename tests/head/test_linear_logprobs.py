@@ -295,9 +295,10 @@ def test_gradcheck_of_low_rank_and_entropy(impl: Any, options: dict[str, Any], d
         return logps, stats.entropy
 
     leaves = (head.hidden, head.weight, head.bias, *low_rank)
-    assert torch.autograd.gradcheck(compute, leaves)
+    fast = {"fast_mode": impl != "torch"}  # one random direction: the interpreter takes seconds for all of them
+    assert torch.autograd.gradcheck(compute, leaves, **fast)
     frozen = tuple(leaf.detach() if i in (1, 2, 4) else leaf for i, leaf in enumerate(leaves) if leaf is not None)
-    assert torch.autograd.gradcheck(compute, frozen)
+    assert torch.autograd.gradcheck(compute, frozen, **fast)
 
 
 def test_trainable_token_rows(head: Head) -> None:

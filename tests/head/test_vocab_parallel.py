@@ -36,19 +36,27 @@ def make_inputs() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of so many ranks computed."""
-    out = tmp_path_factory.mktemp("ranks")
+RANKS = 3  # the first, one in between, the last
+
+
+@pytest.fixture(scope="module")
+def ranks(once: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank computed."""
+    out = Path(once("vocab-ranks", lambda: str(run_ranks(tmp_path_factory.mktemp("ranks")))))
+    return [torch.load(out / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def run_ranks(out: Path) -> Path:
     torch.save({**make_inputs(), "cases": CASES}, out / "inputs.pt")
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}", "-m"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m"]
     command = [sys.executable, *command, "tests.helpers.vocab_ranks", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
-    return [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
+    return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_compute_what_one_process_does(case: str, ranks: list[dict[str, Any]]) -> None:
     inputs, options = make_inputs(), dict(CASES[case])
@@ -70,6 +78,7 @@ def test_ranks_compute_what_one_process_does(case: str, ranks: list[dict[str, An
         assert torch.equal(dhidden, ranks[0][case][1]), "hidden's gradient differs between ranks"
 
 
+@pytest.mark.slow
 def test_the_whole_vocabulary_bounds_the_targets(ranks: list[dict[str, Any]]) -> None:
     for results in ranks:
         assert "targets must be in [0, V) = [0, 203)" in results["refusal"]

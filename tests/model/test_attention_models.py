@@ -13,13 +13,11 @@ from transformers import DynamicCache
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.attention import registered
 from fastdpo.model.scoring_forward import patch_forward
+from tests.helpers.packed import assert_equals_separate_sequences, make_patched
 from tests.helpers.tiny import (
     PAIRS,
     WINDOW,
-    assert_same_gradients,
-    gradients,
     make_model,
-    sequences,
     stock,
     stock_logps,
 )
@@ -28,22 +26,6 @@ ODD = {
     "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
     "gpt-oss": {},
 }
-
-
-def make_patched(family, **overrides):
-    model = make_model(family, **overrides)
-    reference = stock(model)
-    patch_forward(model)
-    return model, reference
-
-
-def scored_hidden(model, **inputs):
-    """What the head is given."""
-    seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(**inputs)
-    hook.remove()
-    return seen[0]
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "reentrant", "checkpointed"])
@@ -56,15 +38,7 @@ def test_equals_separate_sequences(family, checkpointing):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": checkpointing})
     batch = shared_prefix_batch(PAIRS)
-    hidden = scored_hidden(model, **batch)
-    expected = [
-        scored_hidden(reference, input_ids=torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
-        for prompt, response in sequences(PAIRS)
-    ]
-    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
-    logps, expected = model(**batch).logps, stock_logps(reference, PAIRS)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
-    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+    assert_equals_separate_sequences(model, reference, batch)
 
 
 @pytest.mark.parametrize("family", list(ODD))

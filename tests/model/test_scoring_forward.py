@@ -14,7 +14,15 @@ from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import fused_scores
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import TokenScores, find_head, patch_forward
-from tests.helpers.packed import LORA, make_adapted, pack, score
+from tests.helpers.packed import (
+    LORA,
+    assert_equals_separate_sequences,
+    make_adapted,
+    make_patched,
+    pack,
+    score,
+    scored_hidden,
+)
 from tests.helpers.tiny import (
     PAIRS,
     VOCAB,
@@ -28,24 +36,6 @@ from tests.helpers.tiny import (
     stock_logps,
 )
 
-
-def scored_hidden(model, **inputs):
-    """What the head is given."""
-    seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(**inputs)
-    hook.remove()
-    return seen[0]
-
-
-def make_patched(family="llama", **overrides):
-    """A patched model and a stock copy of it."""
-    model = make_model(family, **overrides)
-    reference = stock(model)
-    patch_forward(model)
-    return model, reference
-
-
 # Exactness
 
 
@@ -57,16 +47,7 @@ def test_equals_separate_sequences(family, tied, layout):
     assert max(len(prompt) + len(response) for prompt, response in sequences(PAIRS)) > 2 * WINDOW
     batch = pack(layout=layout)
 
-    hidden = scored_hidden(model, **batch)
-    expected = [
-        scored_hidden(reference, input_ids=torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
-        for prompt, response in sequences(PAIRS)
-    ]
-    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
-
-    logps, expected = model(**batch).logps, stock_logps(reference, PAIRS)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
-    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+    assert_equals_separate_sequences(model, reference, batch)
 
 
 @pytest.mark.parametrize(
@@ -104,15 +85,7 @@ def test_equals_separate_sequences_in_the_layout_of_its_family(family, layout):
     reference = copy.deepcopy(model)
     patch_forward(model)
     batch = pack(layout=layout)
-    hidden = scored_hidden(model, **batch)
-    expected = [
-        scored_hidden(reference, input_ids=torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1]
-        for prompt, response in sequences(PAIRS)
-    ]
-    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
-    logps, expected = model(**batch).logps, stock_logps(reference, PAIRS)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
-    assert_same_gradients(gradients(model, logps), gradients(reference, expected))
+    assert_equals_separate_sequences(model, reference, batch)
 
 
 def test_equals_separate_sequences_beyond_one_tile_of_attention():

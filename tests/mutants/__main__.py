@@ -1,26 +1,29 @@
 """Plant the faults one at a time, and see whether the tests catch them: `python -m tests.mutants`.
 
 The sources are copied to a temporary folder and changed there. The tests of every fault pass without it, which is
-checked first.
+checked first. PyTorch and pytest are imported once; each fault is planted for a fork of this process.
 """
 
 import argparse
 import os
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.mutants.faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("fastdpo", "kernels", "tests")
+SECONDS = 600
+"""After them, tests that still run are stopped, which is an error."""
 BAR = 0.95
 """Least share of the faults to be caught."""
+Planted = tuple[str, Fault] | None
+"""A file of the sources and what to change in it; None for no change."""
 
 
 def copy_sources(source: Path, folder: Path) -> None:
@@ -30,32 +33,74 @@ def copy_sources(source: Path, folder: Path) -> None:
     shutil.copy(source / "pyproject.toml", folder)
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the sources in `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def import_once() -> None:
+    """Import what the tests of all faults need, as `tests/conftest.py` does."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import pytest  # noqa: F401
+    import torch.distributed.run
+    import triton.language
+    import triton.runtime.interpreter  # noqa: F401
 
 
-def outcome_of(folder: Path, tests: str) -> str:
-    """Say whether tests "survived" what is in `folder`, or "caught" it; "error" if they cannot be run."""
+def run_tests(folder: Path, tests: str) -> int:
+    """Run tests on the sources in `folder`, in this process, and return pytest's exit code."""
+    import pytest
+
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)  # of processes that the tests start
+    sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    import fastdpo
+
+    assert str(fastdpo.__file__).startswith(str(folder)), f"not the copy is imported, but {fastdpo.__file__}"
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
+
+
+def start(source: Path, folder: Path, planted: Planted, tests: str) -> int:
+    """Plant a fault in a copy of `source` in `folder`, run tests on it in a fork, and return the fork's id."""
+    copy_sources(source, folder)
+    if planted is not None:
+        file, fault = planted
+        (folder / file).write_text((folder / file).read_text().replace(fault.old, fault.new))
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 9
     try:
-        returncode = run(folder, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)).returncode
-    except subprocess.TimeoutExpired:
-        return "error"
-    return {0: "survived", 1: "caught"}.get(returncode, "error")
+        signal.alarm(SECONDS)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        code = run_tests(folder, tests)
+    finally:
+        os._exit(code)
 
 
-def plant(source: Path, file: str, fault: Fault) -> str:
-    """Return the outcome of a fault."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_sources(source, folder)
-        text = (folder / file).read_text()
-        if text.count(fault.old) != 1:
-            return "error"
-        (folder / file).write_text(text.replace(fault.old, fault.new))
-        return outcome_of(folder, fault.tests)
+def outcomes(source: Path, work: Iterable[tuple[Planted, str]], jobs: int) -> Iterator[str]:
+    """Yield, in order, whether tests "survived" what is planted, or "caught" it; "error" if they cannot be run."""
+    waiting, running, found = list(enumerate(work)), {}, {}
+    following, count = 0, len(waiting)
+    while following < count:
+        while waiting and len(running) < jobs:
+            index, (planted, tests) = waiting.pop(0)
+            if planted is not None and (source / planted[0]).read_text().count(planted[1].old) != 1:
+                found[index] = "error"
+                continue
+            folder = tempfile.TemporaryDirectory()
+            running[start(source, Path(folder.name).resolve(), planted, tests)] = index, folder
+        if running:
+            pid, status = os.wait()
+            index, folder = running.pop(pid)
+            folder.cleanup()
+            found[index] = {0: "survived", 1: "caught"}.get(os.waitstatus_to_exitcode(status), "error")
+        while following in found:
+            yield found[following]
+            following += 1
 
 
 def main() -> int:
@@ -64,21 +109,18 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     options = parser.parse_args()
     faults = [(file, f) for file, some in FAULTS.items() for f in some if not options.only or f.name in options.only]
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+    import_once()
+    with tempfile.TemporaryDirectory() as name:
         source = Path(name).resolve()  # what is edited meanwhile does not matter
         copy_sources(ROOT, source)
-        imported = run(source, "-c", "import fastdpo.head.op; print(fastdpo.head.op.__file__)").stdout
-        if not imported.startswith(str(source)):
-            print(f"not a copy is imported, but {imported}")  # noqa: T201
-            return 1
         tests = sorted({fault.tests for _, fault in faults})
-        for some, outcome in zip(tests, pool.map(partial(outcome_of, source), tests), strict=True):
+        for some, outcome in zip(tests, outcomes(source, [(None, some) for some in tests], options.jobs), strict=True):
             if outcome != "survived":
                 print(f"fails without a fault: {some}")  # noqa: T201
                 return 1
         caught = 0
-        outcomes = pool.map(lambda pair: plant(source, *pair), faults)
-        for (file, fault), outcome in zip(faults, outcomes, strict=True):
+        found = outcomes(source, [(planted, planted[1].tests) for planted in faults], options.jobs)
+        for (file, fault), outcome in zip(faults, found, strict=True):
             caught += outcome == "caught"
             print(f"{outcome:9}{fault.name:23}{file:41}{fault.description}", flush=True)  # noqa: T201
     print(f"{caught} of {len(faults)} caught")  # noqa: T201

@@ -216,6 +216,7 @@ def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
     assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.slow
 def test_memory_of_other_setups() -> None:
     ratios = Ratios(1.4, 0.5, 1.6)
     plain = memory_module.memory_model(CONFIG, ratios)
@@ -269,6 +270,7 @@ def test_memory_knows_which_attention_a_layer_can_have() -> None:
         memory(capped, "varlen")
 
 
+@pytest.mark.slow
 def test_memory_with_another_model_as_reference() -> None:
     from peft import LoraConfig
 

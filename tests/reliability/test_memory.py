@@ -254,11 +254,13 @@ def exit_codes(once: Any) -> dict[str, int]:
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["start", "end"])
 def test_no_kernel_leaves_its_tensors(side: str, exit_codes: dict[str, int]) -> None:
     assert exit_codes[side] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["before", "after"])
 def test_guards_catch_one_stray_element(planted: str, exit_codes: dict[str, int]) -> None:
     assert exit_codes[f"stray {planted}"] == -signal.SIGSEGV

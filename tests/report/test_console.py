@@ -275,6 +275,7 @@ fastdpo.DPOTrainer(tiny_llama(), args=args, train_dataset=rows(4), processing_cl
 """
 
 
+@pytest.mark.slow
 def test_a_script_says_how_its_batches_are_computed_and_nothing_else(tmp_path: Path) -> None:
     """No warning of a library's among it, and no line twice."""
     environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT), "CI": "1", "OMP_NUM_THREADS": "1"}

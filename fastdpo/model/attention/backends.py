@@ -177,52 +177,30 @@ def attend(
         key, value = (gather(x, paths.kv_index, paths.order, paths.bounds) for x in (key, value))
     # here the window's left side does not count the query itself
     window_size = (window - 1 if window else -1, 0)
-    return (_varlen if name == "varlen" else _flash)(query, key, value, paths[1:5], scaling, window_size, softcap)
+    if name == "varlen":
+        assert softcap is None
+        out = _varlen_attn(query, key, value, *paths[1:5], **_varlen_options(scaling, window_size))
+    else:
+        out = _flash_attn(query, key, value, *paths[1:5], **_flash_options(scaling, window_size, softcap))
+    assert isinstance(out, Tensor)  # it is a tuple only if an option asks for more
+    return out
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: tuple[Any, ...],
-    scaling: float | None,
-    window_size: tuple[int, int],
-    softcap: float | None,
-) -> Tensor:
+def _varlen_options(scaling: float | None, window_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the arguments that the installed `varlen_attn` takes."""
     assert _VARLEN is not None
-    assert softcap is None
     options: dict[str, Any] = {"window_size": window_size} if "window_size" in _VARLEN else {"is_causal": True}
     if "scale" in _VARLEN:
         options["scale"] = scaling
     if "enable_gqa" in _VARLEN:  # versions without it accept fewer key-value heads as they are
         options["enable_gqa"] = True
-    out = _varlen_attn(query, key, value, *bounds, **options)
-    assert isinstance(out, Tensor)  # it is a tuple only if return_aux asks for more
-    return out
+    return options
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: tuple[Any, ...],
-    scaling: float | None,
-    window_size: tuple[int, int],
-    softcap: float | None,
-) -> Tensor:
+def _flash_options(scaling: float | None, window_size: tuple[int, int], softcap: float | None) -> dict[str, Any]:
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
-    out: Tensor = _flash_attn(
-        query,
-        key,
-        value,
-        *bounds,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=window_size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **options,
-    )
-    return out
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return options | {"softmax_scale": scaling, "causal": True, "window_size": window_size}
 
 
 def _grid(
