@@ -74,7 +74,7 @@ class DPOConfig(TrainingArguments):
         default=0.1,
         metadata={
             "help": "How strongly the policy is held near the reference: larger is nearer. 0.1 to 0.5 is usual. "
-            "With 0 nothing is learnt. It is tau in `ipo` and lambda in `orpo`."
+            "With 0, a loss that it scales trains nothing. It is tau in `ipo` and lambda in `orpo`."
         },
     )
     label_smoothing: float = field(

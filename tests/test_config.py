@@ -60,7 +60,10 @@ def test_overrides_win(yaml_file: Path) -> None:
         ),
         ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\]"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode must be one of keep_start, keep_end, got 'keep_middle'"),
-        ({"truncation_mode": "keep_end", "loss_type": "kto"}, "truncation_mode='keep_end' is not possible with loss_type"),
+        (
+            {"truncation_mode": "keep_end", "loss_type": "kto"},
+            "truncation_mode='keep_end' is not possible with loss_type",
+        ),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be at least 1, got 0"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, got 0"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1, got 0"),

@@ -228,9 +228,7 @@ def tokenize_row(
         if max_length is not None and truncation_mode == "keep_end":
             longest = min(max(map(len, responses)), max_completion_length or math.inf)
             if longest >= max_length:
-                raise BadRow(
-                    f"truncation_mode='keep_end' cuts its completion at the start: {longest} tokens fill max_length"
-                )
+                raise BadRow(f"its completion of {longest} tokens fills max_length, so 'keep_end' would cut it")
             max_prompt_length = min(max_prompt_length or max_length, int(max_length - longest))
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
             keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models need it

@@ -55,7 +55,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, math.nan]}, "loss_weights must be a finite number, got"),
     ({"loss_weights": "0.5"}, "loss_weights must be a finite number, got '0.5'"),
     ({"loss_type": ["sigmoid", "sft"], "loss_weights": 0.5}, "got 1 for 2: [0.5] for ['sigmoid', 'sft']"),
-    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.5]}, "loss_weights must not be negative, got [1.0, -0.5]"),
+    (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.5]},
+        "loss_weights must not be negative, got [1.0, -0.5]",
+    ),
     # no effect
     (
         {"loss_type": "hinge", "label_smoothing": 0.1},
