@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -48,6 +49,8 @@ def resolve(
         ValueError: an argument is not supported; the message names it, and what to use instead.
         TypeError: an argument is unknown, or of the wrong type.
     """
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(f"model must be a language model, or its name or path as text, got {type(model).__name__}")
     if (tokenizer := others.pop("tokenizer", None)) is not None:
         if processing_class is not None:
             raise ValueError("both tokenizer and processing_class are given, which mean the same; leave one out")

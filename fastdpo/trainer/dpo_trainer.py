@@ -33,6 +33,7 @@ from fastdpo.reference import columns as reference_columns
 from fastdpo.reference.resolve import prepare_reference, resolve_reference
 from fastdpo.reference.sync import sync_reference
 from fastdpo.report import console, log_output
+from fastdpo.settings.failures import loading
 from fastdpo.trainer.packed_trainer import EvalDataset, PackedTrainer
 
 logger = logging.getLogger("fastdpo")
@@ -97,7 +98,8 @@ class DPOTrainer(PackedTrainer):
         set_seed(args.seed)  # adapters start from random weights
         model, ref_model, keeps_reference = _prepare_models(model, ref_model, peft_config, args, settings)
         if processing_class is None:
-            processing_class = load_tokenizer(model, args)
+            with loading("processing_class", model.config._name_or_path):
+                processing_class = load_tokenizer(model, args)
         trl.set_pad_token(processing_class, args.pad_token)
         vocab_size = smallest_vocab(model, ref_model)
         train_dataset, eval_dataset = self._prepare_data(

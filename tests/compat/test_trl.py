@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import re
@@ -22,7 +23,7 @@ from fastdpo.compat.trl import resolve, set_pad_token
 from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import OLD_NAMES
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.trainers import NoTokenizer, losses, rows, tiny_llama
+from tests.helpers.trainers import NoTokenizer, lora, losses, rows, tiny_llama
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # TRL's own, of its default
@@ -246,6 +247,25 @@ def test_a_quantization_config_reaches_from_pretrained() -> None:
         resolve(tiny_llama(), given, NoTokenizer(), quantization_config=quantized)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_given_by_name_is_trained_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    trainer = fastdpo.DPOTrainer(
+        str(tmp_path / "model"),
+        args=DPOConfig(str(tmp_path), max_steps=2, logging_steps=1, save_strategy="no", learning_rate=1e-2, **SETTINGS),
+        train_dataset=rows(8),
+        processing_class=NoTokenizer(),
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32"),
+        peft_config=lora(),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(trainer)[1] != losses(trainer)[0]
+    assert json.loads(trainer.args.to_json_string())["model_init_kwargs"]["quantization_config"]["load_in_4bit"]
+
+
 def test_no_config_means_a_folder_named_after_the_model() -> None:
     assert resolve("some/tiny-model", None, None)[0].output_dir == "tiny-model-DPO"
     assert resolve(tiny_llama(), None, NoTokenizer())[0].output_dir == DPOConfig(use_cpu=True).output_dir
@@ -270,6 +290,18 @@ def test_a_processor_and_a_name_are_no_tokenizer() -> None:
         resolve("model", None, {"input_ids": []})
     with pytest.raises(ValueError, match="processing_class is None, and the model was not loaded from a folder"):
         resolve(tiny_llama(), None, None)
+
+
+def test_a_model_is_a_module_or_its_name() -> None:
+    with pytest.raises(TypeError, match=r"^model must be a language model, or its name .* got PosixPath$"):
+        resolve(Path("runs/model"), None, None)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = DPOConfig(str(tmp_path / "out"), **SETTINGS)
+    with pytest.raises(OSError, match=f"^processing_class: '{tmp_path}' holds no tokenizer that can be loaded"):
+        fastdpo.DPOTrainer(str(tmp_path), args=config, train_dataset=rows(2))
 
 
 def test_a_pad_token_must_be_known() -> None:

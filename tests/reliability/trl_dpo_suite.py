@@ -1,6 +1,6 @@
 """Run the tests of TRL's `DPOTrainer` on fastdpo's, with the import swapped, and count how each of them ends.
 
-    python -m tests.reliability.trl_dpo_suite CHECKOUT [--ref v1.16.0] [-k EXPRESSION] [--json FILE]
+    python -m tests.reliability.trl_dpo_suite CHECKOUT [--ref TAG] [-k EXPRESSION] [--json FILE]
 
 CHECKOUT is a clone of https://github.com/huggingface/trl, bare or not. The script takes TRL's test file from it,
 imports `DPOConfig` and `DPOTrainer` from fastdpo instead, and puts tiny models with random weights and made-up rows of
@@ -31,6 +31,7 @@ OWN = "from trl import DPOConfig, DPOTrainer"
 VISION = ("Gemma3", "Gemma4", "Llava", "LlavaNext", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5", "Qwen3_5Moe")
 SUFFIXES = {"Qwen3_5": "-NoThink", "Qwen3_5Moe": "-3.6"}
 TEMPLATE = (
+    "{%- if tools -%}<tools>{{ tools | tojson }}</tools>{%- endif -%}"
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.thinking or '' }}{{ m.content or '' }}"
     "{%- for call in m.tool_calls or [] -%}<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor -%}"
     "<|im_end|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
