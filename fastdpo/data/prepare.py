@@ -37,7 +37,7 @@ logger = logging.getLogger("fastdpo")
 RULES = 4
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
-LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode")
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)
 """Columns that either all rows of a stream must have, or none of them."""
 _LOOKED_AT = 20
@@ -52,6 +52,7 @@ def prepare_dataset(
     vocab_size: int,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: str | None = None,
     kind: str = "preference",
     with_kl: bool = False,
     on_bad_row: str = "error",
@@ -64,10 +65,11 @@ def prepare_dataset(
     Args:
         dataset: rows as `fastdpo.data.rows` describes them, or rows with the token columns above.
         tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
-        max_length: most tokens of prompt + completion; longer ones are cut at the end. None: no limit.
+        max_length: most tokens of prompt + completion; see truncation_mode for longer ones. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.
         max_prompt_length: most tokens of a prompt; longer ones are cut at the start, after a BOS token. None: no limit.
         max_completion_length: most tokens of a completion; longer ones are cut at the end. None: no limit.
+        truncation_mode: "keep_end" cuts prompts at the start; "keep_start" and None cut completions at the end.
         kind: the kind of rows that the objective needs: `preference`, `ranked` or `unpaired`. Preferences serve all
             three: each is also a ranking of two responses, and two unpaired rows.
         with_kl: give every unpaired row `kl_ids`, the completion of the next row with another prompt; after the last
@@ -108,6 +110,7 @@ def prepare_dataset(
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
+        "truncation_mode": truncation_mode,
     }
     arguments: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -189,6 +192,7 @@ def tokenize_row(
     vocab_size: int,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: str | None = None,
     kind: str = "preference",
     as_ranked: bool = False,
     columns: tuple[str, ...] | None = None,
@@ -222,6 +226,11 @@ def tokenize_row(
         if bos is not None and prompt[:2] == [bos] * 2:
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
 
+        if max_length is not None and truncation_mode == "keep_end":
+            longest = min(max(map(len, responses)), max_completion_length or math.inf)
+            if longest >= max_length:
+                raise BadRow(f"its completion of {longest} tokens fills max_length, so 'keep_end' would cut it")
+            max_prompt_length = min(max_prompt_length or max_length, int(max_length - longest))
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
             keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models need it
             prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]

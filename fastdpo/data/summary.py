@@ -44,7 +44,7 @@ class Reporter:
     """Kind of its rows."""
     is_chat: bool
     """Whether its rows hold messages, which a chat template renders."""
-    limits: Mapping[str, int | None]
+    limits: Mapping[str, int | str | None]
     """Lengths that rows are cut to, by name of the setting."""
     tokenizer: PreTrainedTokenizerBase
     on_bad_row: str
@@ -145,7 +145,7 @@ class Reporter:
         return lines
 
     def _limits(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.limits.items() if value is not None)
+        return ", ".join(f"{name}={value}" for name, value in self.limits.items() if value not in (None, "keep_start"))
 
 
 def report_streamed(row: Mapping[str, Any], name: str, on_bad_row: str, said: set[str]) -> bool:

@@ -27,12 +27,12 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     `args.ref_adapter_name`) as a folder of its own. That adapter is loaded too, and frozen.
 
     Raises:
-        ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown.
+        ValueError: one of `model_init_kwargs` is unknown.
         OSError: there is no such model, or a file of it is broken; the message begins with `setting`.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs and not vars(model).get(_BUILT):
-            raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
+            logger.warning("model_init_kwargs has no effect on a model that is already loaded")
         _keep_differentiable(model)
         return model
     with loading(setting, model):

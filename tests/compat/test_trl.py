@@ -1,7 +1,11 @@
 """A script written for TRL's `DPOTrainer`, of which only the import has changed."""
 
+import dataclasses
 import inspect
+import json
 import math
+import pickle
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,8 +19,11 @@ from transformers import ProcessorMixin, TrainingArguments
 import fastdpo
 from fastdpo import DPOConfig
 from fastdpo.compat import trl as trl_module
-from fastdpo.compat.trl import resolve
-from tests.helpers.trainers import NoTokenizer, losses, rows, tiny_llama
+from fastdpo.compat.trl import resolve, set_pad_token
+from fastdpo.loss.options import from_config
+from fastdpo.settings.old_names import OLD_NAMES
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.trainers import NoTokenizer, lora, losses, rows, tiny_llama
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # TRL's own, of its default
@@ -25,7 +32,7 @@ SETTINGS: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none",
 
 
 def read(args: Any) -> DPOConfig:
-    return resolve(args, None, {})[0]
+    return resolve("model", args, None)[0]
 
 
 # Whole configs
@@ -40,7 +47,8 @@ def test_every_field_of_trl_keeps_its_value(tmp_path: Path) -> None:
         config = read(args)
     assert type(config) is DPOConfig
     ours = {f.name for f in fields(DPOConfig)}
-    shared = {f.name for f in fields(args)} & ours - {"logging_nan_inf_filter", "accelerator_config"}
+    assert {f.name for f in fields(args)} <= ours
+    shared = {f.name for f in fields(args)} - {"logging_nan_inf_filter", "accelerator_config"}
     assert {name: getattr(config, name) for name in shared} == {name: getattr(args, name) for name in shared}
     assert config.precompute_ref_log_probs is False  # TRL's default, ours is to look whether it is done already
     assert config.max_length is None
@@ -94,20 +102,35 @@ def test_a_config_of_ours_is_not_copied() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation_offloading": True}, "activation_offloading=True of trl.DPOConfig is not supported: use gradient"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' of trl.DPOConfig is not supported: max_prompt"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation")
 def test_what_means_something_else_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(trl.DPOConfig(str(tmp_path), **settings, **SETTINGS))
 
 
-@pytest.mark.filterwarnings("ignore:.pad_token. is deprecated")
-def test_what_only_padding_reads_is_ignored(tmp_path: Path) -> None:
-    read(trl.DPOConfig(str(tmp_path), padding_free=True, pad_to_multiple_of=8, pad_token="<pad>", **SETTINGS))
+@pytest.mark.filterwarnings("ignore:.pad_token. is deprecated", "ignore:The `'keep_end'` truncation")
+def test_what_only_padding_reads_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"pad_token": "<eos>", "truncation_mode": "keep_end", "padding_free": True, "pad_to_multiple_of": 8}
+    config = read(trl.DPOConfig(str(tmp_path), **given, **SETTINGS))
+    assert {name: getattr(config, name) for name in given} == given
+    assert caplog.messages == ["padding_free=True, pad_to_multiple_of=8 have no effect on packed batches"]
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "precompute_ref_log_probs", "bf16", "padding_free"])
+def test_the_flags_of_trl_s_script_are_parsed(name: str, value: bool, tmp_path: Path) -> None:
+    """`--no_` is known where the default is on; every flag also takes true and false."""
+    parser = trl.TrlParser((trl.ScriptArguments, DPOConfig, trl.ModelConfig))
+    flag = [f"--{name}"] if value else [f"--{name}", "false"]
+    if name == "gradient_checkpointing" and not value:
+        flag = ["--no_gradient_checkpointing"]
+    words = ["--dataset_name", "x", "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", *flag]
+    config = parser.parse_args_and_config(words)[1]
+    assert getattr(config, name) is value
+    if name == "gradient_checkpointing":
+        assert config.activation_checkpointing is value
 
 
 def test_another_trainer_s_config_is_refused(tmp_path: Path) -> None:
@@ -122,6 +145,46 @@ def test_label_smoothing_that_trl_would_ignore_is_told(tmp_path: Path, caplog: p
     assert "label_smoothing=0.1 makes the loss 'sigmoid' conservative DPO here" in caplog.text
 
 
+# What TRL accepts and has no effect
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect on loss_type ['hinge']"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect on loss_type ['sigmoid']"),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3 has no effect on loss_type ['sigmoid']"),
+        (
+            {"loss_type": "sft", "ld_alpha": 0.5, "f_divergence_type": "forward_kl"},
+            "f_divergence_type='forward_kl', ld_alpha=0.5 have no effect on loss_type ['sft']",
+        ),
+        ({"ref_model_sync_steps": 64}, "ref_model_sync_steps=64 has no effect without sync_ref_model"),
+        (
+            {"loss_type": "sft", "sync_ref_model": True},
+            "sync_ref_model is switched off, because loss_type",
+        ),
+        ({"activation_offloading": True}, "activation_offloading has no effect, because the model is on the CPU"),
+        ({"beta": 0}, "beta is 0, so no loss that it scales depends on the policy"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0]}, "loss_weights [1, 0]: a loss with the weight 0"),
+    ],
+    ids=str,
+)
+def test_a_setting_without_effect_is_named_in_one_line(
+    settings: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DPOConfig(use_cpu=True, **settings)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(message)
+    caplog.clear()
+    from_config(config)  # as the trainer does
+    assert not caplog.messages
+
+
+def test_what_only_fastdpo_has_is_still_refused() -> None:
+    with pytest.raises(ValueError, match=r"simpo_gamma 1.0 has no effect on loss_type 'sigmoid'"):
+        DPOConfig(use_cpu=True, simpo_gamma=1.0)
+
+
 # Arguments
 
 
@@ -133,10 +196,10 @@ def test_the_arguments_come_in_trl_s_order() -> None:
 
 def test_tokenizer_is_processing_class(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = NoTokenizer()
-    assert resolve(None, None, {"tokenizer": tokenizer, "compute_metrics": None})[1] is tokenizer
+    assert resolve("model", None, None, tokenizer=tokenizer, compute_metrics=None)[1] is tokenizer
     assert "tokenizer is the old name of processing_class" in caplog.text
     with pytest.raises(ValueError, match="tokenizer and processing_class are given"):
-        resolve(None, tokenizer, {"tokenizer": tokenizer})
+        resolve("model", None, tokenizer, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -145,25 +208,74 @@ def test_tokenizer_is_processing_class(caplog: pytest.LogCaptureFixture) -> None
         ("beta", r"^beta is a setting, not an argument of DPOTrainer: pass args=DPOConfig\(beta=...\)$"),
         ("max_length", "^max_length is a setting"),
         ("learning_rate", "^learning_rate is a setting"),
-        ("compute_metrics", "^compute_metrics is not supported: packed batches keep no logits; read the metrics"),
-        ("quantization_config", "^quantization_config is not supported: pass it in args.model_init_kwargs"),
-        ("is_encoder_decoder", "^is_encoder_decoder is not supported: only decoders"),
-        ("model_init", "^model_init is not supported: pass model$"),
-        ("label_pad_token_id", "^label_pad_token_id has no effect on packed batches; leave it out$"),
-        ("padding_value", "^padding_value has no effect"),
+        ("compute_metrics", "^compute_metrics is not supported, because packed batches have no logits to give to it"),
+        ("is_encoder_decoder", "^DPOTrainer does not take is_encoder_decoder=1: leave it out, because only decoders"),
+        ("model_init", "^DPOTrainer does not take model_init=1: pass the model itself as model$"),
+        ("label_pad_token_id", "^DPOTrainer does not take label_pad_token_id=1: .* packed batches have no padding$"),
     ],
 )
 def test_an_old_argument_is_named(name: str, message: str) -> None:
-    resolve(None, None, {name: None})
+    resolve("model", None, None, **{name: None})
     with pytest.raises(ValueError, match=message):
-        resolve(None, None, {name: 1})
+        resolve("model", None, None, **{name: 1})
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_an_old_setting_is_named(name: str) -> None:
+    assert DPOConfig(use_cpu=True, **{name: None}) is not None
+    with pytest.raises(ValueError, match="^" + re.escape(f"DPOConfig does not take {name}=0: {OLD_NAMES[name]}") + "$"):
+        DPOConfig(use_cpu=True, **{name: 0})
+
+
+def test_a_config_stays_a_dataclass() -> None:
+    with pytest.raises(TypeError, match=r"^DPOConfig has no argument 'lerning_rate'; did you mean 'learning_rate'\?$"):
+        DPOConfig(use_cpu=True, lerning_rate=1)
+    config = dataclasses.replace(DPOConfig(use_cpu=True, beta=0.3), learning_rate=0.5)
+    assert (config.beta, config.learning_rate) == (0.3, 0.5)
+    assert "learning_rate" in inspect.signature(DPOConfig).parameters
+    assert pickle.loads(pickle.dumps(config)).beta == 0.3
+
+
+def test_a_quantization_config_reaches_from_pretrained() -> None:
+    quantized, given = object(), DPOConfig(use_cpu=True, model_init_kwargs={"revision": "x"})
+    config, _ = resolve("model", given, None, quantization_config=quantized)
+    assert config.model_init_kwargs == {"revision": "x", "quantization_config": quantized}
+    assert given.model_init_kwargs == {"revision": "x"}
+    with pytest.raises(ValueError, match="quantization_config is given twice, as an argument and in"):
+        resolve("model", config, None, quantization_config=quantized)
+    with pytest.raises(ValueError, match="only applies to a model given by name, and this one is already loaded"):
+        resolve(tiny_llama(), given, NoTokenizer(), quantization_config=quantized)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_given_by_name_is_trained_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    trainer = fastdpo.DPOTrainer(
+        str(tmp_path / "model"),
+        args=DPOConfig(str(tmp_path), max_steps=2, logging_steps=1, save_strategy="no", learning_rate=1e-2, **SETTINGS),
+        train_dataset=rows(8),
+        processing_class=NoTokenizer(),
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32"),
+        peft_config=lora(),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(trainer)[1] != losses(trainer)[0]
+    assert json.loads(trainer.args.to_json_string())["model_init_kwargs"]["quantization_config"]["load_in_4bit"]
+
+
+def test_no_config_means_a_folder_named_after_the_model() -> None:
+    assert resolve("some/tiny-model", None, None)[0].output_dir == "tiny-model-DPO"
+    assert resolve(tiny_llama(), None, NoTokenizer())[0].output_dir == DPOConfig(use_cpu=True).output_dir
 
 
 def test_an_unknown_argument_is_named() -> None:
-    with pytest.raises(TypeError, match=r"^DPOTrainer has no argument 'train_data'; did you mean 'train_dataset'"):
-        fastdpo.DPOTrainer(tiny_llama(), train_data=rows(2))
+    with pytest.raises(TypeError, match=r"^DPOTrainer has no argument 'train_dataet'; did you mean 'train_dataset'"):
+        fastdpo.DPOTrainer(tiny_llama(), train_dataet=rows(2))
     with pytest.raises(TypeError, match=r"^DPOTrainer has no argument 'xyzzy'$"):
-        resolve(None, None, {"xyzzy": 1})
+        resolve("model", None, None, xyzzy=1)
 
 
 def test_a_processor_and_a_name_are_no_tokenizer() -> None:
@@ -171,9 +283,35 @@ def test_a_processor_and_a_name_are_no_tokenizer() -> None:
         def __init__(self) -> None: ...
 
     with pytest.raises(ValueError, match=r"a Processor, but .*processing_class=processor.tokenizer"):
-        resolve(None, Processor(), {})
+        resolve("model", None, Processor())
     with pytest.raises(ValueError, match=r"got 'some/model'; pass AutoTokenizer.from_pretrained\('some/model'\)"):
-        resolve(None, "some/model", {})
+        resolve("model", None, "some/model")
+    with pytest.raises(TypeError, match=r"processing_class must be a tokenizer, got dict; pass AutoTokenizer"):
+        resolve("model", None, {"input_ids": []})
+    with pytest.raises(ValueError, match="processing_class is None, and the model was not loaded from a folder"):
+        resolve(tiny_llama(), None, None)
+
+
+def test_a_model_is_a_module_or_its_name() -> None:
+    with pytest.raises(TypeError, match=r"^model must be a language model, or its name .* got PosixPath$"):
+        resolve(Path("runs/model"), None, None)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = DPOConfig(str(tmp_path / "out"), **SETTINGS)
+    with pytest.raises(OSError, match=f"^processing_class: '{tmp_path}' holds no tokenizer that can be loaded"):
+        fastdpo.DPOTrainer(str(tmp_path), args=config, train_dataset=rows(2))
+
+
+def test_a_pad_token_must_be_known() -> None:
+    tokenizer = byte_tokenizer()
+    set_pad_token(tokenizer, None)
+    assert tokenizer.pad_token == "<pad>"
+    set_pad_token(tokenizer, "<eos>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="pad_token='<nope>' is not in the tokenizer's vocabulary"):
+        set_pad_token(tokenizer, "<nope>")
 
 
 def test_nothing_of_trl_is_imported() -> None:

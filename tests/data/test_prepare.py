@@ -103,6 +103,20 @@ def test_max_length_cuts_the_end_of_completions(prepare: Callable[..., Any]) -> 
     assert cut["rejected_ids"] == whole["rejected_ids"]
 
 
+def test_keep_end_cuts_the_start_of_prompts_and_never_a_completion(prepare: Callable[..., Any]) -> None:
+    rows = [{"prompt": "abc", "chosen": "defghi", "rejected": "z"}]
+    whole = prepare(rows)[0]
+    bos, *_, last_but_one, last = whole["prompt_ids"]
+    cut = prepare(rows, max_length=9, truncation_mode="keep_end")[0]
+    assert cut == whole | {"prompt_ids": [bos, last]}
+    short = prepare(rows, max_length=5, max_completion_length=2, truncation_mode="keep_end")[0]
+    assert short["prompt_ids"] == [bos, last_but_one, last]
+    assert short["chosen_ids"] == whole["chosen_ids"][:2]
+    assert prepare(rows, max_length=11, truncation_mode="keep_end")[0] == whole
+    with pytest.raises(ValueError, match="row 0: its completion of 7 tokens fills max_length, so 'keep_end' would cut"):
+        prepare(rows, max_length=7, truncation_mode="keep_end")
+
+
 def test_rows_with_nothing_to_learn_are_dropped_and_counted(
     prepare: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -291,6 +291,31 @@ def test_worked_by_hand() -> None:
     torch.testing.assert_close(out.rejected_rewards, torch.tensor([0.0, -0.5]))
 
 
+OF_BETA_ALONE = [
+    name
+    for name, read in PARAMETERS.items()
+    if "beta" in read and kind_of_loss(name) == "preference" and name not in ("ipo", "sppo_hard", "orpo", "cpo")
+]
+
+
+@pytest.mark.parametrize("name", OF_BETA_ALONE)
+def test_with_beta_0_a_loss_does_not_depend_on_the_policy(name: str) -> None:
+    logps, lengths = random_pairs()
+    logps.requires_grad_()
+    of = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    read = logps[: 2 if name == "simpo" else 4]  # it has no reference
+    out = dpo_loss(*read, loss_type=name, beta=0.0, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **of)
+    assert out.losses.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.losses.sum(), logps)
+    assert not gradient.any()
+
+
+def test_a_loss_of_weight_0_adds_nothing() -> None:
+    logps, lengths = random_pairs()
+    both = dpo_loss(*logps, loss_type=["sigmoid", "sft"], loss_weights=[1, 0], chosen_lengths=lengths[0])
+    torch.testing.assert_close(both.losses, dpo_loss(*logps).losses, rtol=0, atol=0)
+
+
 def test_policy_equal_to_reference_costs_ln_2() -> None:
     logps = -300 * torch.rand(2, 64)
     out = dpo_loss(*logps, *logps, beta=0.3)
@@ -360,7 +385,7 @@ def test_reference_free_is_a_reference_of_zeros() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"beta": 0.0}, "beta must be a positive number, got 0.0"),
+        ({"beta": -0.1}, "beta must not be negative, got -0.1"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown: did you mean 'sigmoid'"),
         ({"loss_type": "kto"}, "loss_type 'kto' does not take pairs"),
