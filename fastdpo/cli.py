@@ -27,14 +27,7 @@ exit codes:
   130  stopped by Ctrl-C
   143  stopped by SIGTERM"""
 
-# what the final tables show: metric, label, format
-HELD_OUT = (
-    ("rewards/accuracies", "reward accuracy", "{:.3f}"),
-    ("rewards/margins", "reward margin", "{:+.3f}"),
-    ("loss", "loss", "{:.4f}"),
-    ("logps/chosen", "log-prob of chosen", "{:.2f}"),
-    ("logps/rejected", "log-prob of rejected", "{:.2f}"),
-)
+# what the final table of throughput shows: metric, label, format
 THROUGHPUT = (
     ("tokens_per_second", "tokens per second", "{:,.0f}"),
     ("padding_saved", "padding avoided, share of the padded batch", "{:.1%}"),
@@ -344,15 +337,9 @@ def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _print_tables(log_history: list[dict[str, float]]) -> None:
-    from fastdpo.report.page import summary_table
+    from fastdpo.report.page import results, summary_table
 
-    if held_out := _held_out(log_history):
-        before, after = held_out[0], held_out[-1]
-        rows = [
-            (label, form.format(before[f"eval_{name}"]), form.format(after[f"eval_{name}"]))
-            for name, label, form in HELD_OUT
-            if f"eval_{name}" in after
-        ]
+    if rows := results(log_history):
         print(summary_table(rows, ("held out", "before", "after")))  # noqa: T201
     logged = [entry for entry in log_history if "tokens_per_second" in entry]
     if logged:

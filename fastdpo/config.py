@@ -21,6 +21,8 @@ AT_LEAST_ONE = (
 )
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")
+SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
+"""Metadata that lets HfArgumentParser read `--name` without a value, also if the field is None by default."""
 
 
 @dataclass
@@ -38,12 +40,12 @@ class DPOConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
     gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower. Unset: on."},
+        default=True,  # and not None, so that HfArgumentParser knows --no_gradient_checkpointing
+        metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower."},
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Mixed precision in bfloat16. Unset: on if a GPU supports it and fp16 is not set."},
+        metadata={"help": "Mixed precision in bfloat16. Unset: on if a GPU supports it and fp16 is not set.", **SWITCH},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: fastdpo stops training at a loss that is not finite."}
@@ -117,7 +119,8 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "Compute the reference's log-probs of the datasets before training, so that the reference need not "
             "stay in memory. Unset: only if the cache already holds all of them, as after `fastdpo precompute`. False: "
-            "ignore the cache."
+            "ignore the cache.",
+            **SWITCH,
         },
     )
     precompute_ref_batch_size: int | None = field(

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
@@ -16,6 +24,11 @@ logger = logging.getLogger("fastdpo")
 
 _OF_MODEL = ("dtype", "attn_implementation", "experts_implementation")
 """The options that `from_config` takes; all others go to the config."""
+_OF_FILES = (
+    *("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "force_download"),
+    *("proxies", "code_revision", "gguf_file"),
+)
+"""The options that say which files to read."""
 _BUILT = "_fastdpo_built"
 """The attribute that marks a model to which `build_policy` has applied `model_init_kwargs`."""
 
@@ -60,7 +73,27 @@ def _from_pretrained(model: str, args: Any) -> Any:
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
             logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
         return policy
-    return AutoModelForCausalLM.from_pretrained(model, **options)
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        files = {name: options[name] for name in _OF_FILES if name in options}
+        config = AutoConfig.from_pretrained(config or model, **files)
+    return auto_class(config).from_pretrained(model, **options)
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads all weights of a checkpoint: a vision tower is kept, too.
+
+    Args:
+        config: the checkpoint's config, whose `architectures` names the class that was saved.
+    """
+    names = set[str]()
+    for each in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        names.update([each] if isinstance(each, str) else each)
+    own_code = getattr(config, "auto_map", None) or {}
+    sees = AutoModelForImageTextToText.__name__ in own_code and AutoModelForCausalLM.__name__ not in own_code
+    if sees or not names.isdisjoint(config.architectures or ()):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _keep_differentiable(model: nn.Module) -> None:
@@ -83,8 +116,29 @@ def _keep_differentiable(model: nn.Module) -> None:
 
 
 def load_tokenizer(model: Any, args: Any) -> Any:
-    """Load the tokenizer that lies beside the weights of a loaded model."""
-    return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
+    """Load the tokenizer that lies beside the weights of a loaded model, or in a folder, or in a repository on the Hub.
+
+    Args:
+        model: a loaded model, or the name or path of one.
+        args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
+    """
+    options = _options(args)
+    files = {name: options[name] for name in _OF_FILES if name in options and name != "force_download"}
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path, **files)
+
+
+def align_pad_token(model: Any, tokenizer: Any) -> None:
+    """Give the tokenizer a pad token if it has none, and let the model's configs name the same one, as TRL does.
+
+    Nothing is padded in training, but what is saved must agree: `generate` and other trainers read it.
+    """
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            return
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def smallest_vocab(*models: Any) -> int:
@@ -126,7 +180,7 @@ def build_policy(config_name: str, args: Any) -> Any:
     if of_model["dtype"] == "auto":
         of_model["dtype"] = config.dtype or "float32"
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config, **of_model, **code)
+    model = auto_class(config).from_config(config, **of_model, **code)
     vars(model)[_BUILT] = True
     logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
     return model
