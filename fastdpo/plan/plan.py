@@ -95,7 +95,8 @@ def make_plan(
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
-    config, adapter = _described(run.model_name_or_path or run.config_name, code)
+    revision = run.model_revision
+    config, adapter = _described(run.model_name_or_path or run.config_name, code, revision)
     if adapter is not None and run.use_peft:
         raise ValueError(f"use_peft=True would add an adapter to {run.model_name_or_path}, which is an adapter already")
     adapter = adapter or lora(run)
@@ -155,7 +156,7 @@ def ratios(batches: Batches) -> Ratios:
     return Ratios(*(float(np.quantile(part / batches.rows, 0.95)) for part in parts))
 
 
-def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
+def _described(path: str | None, trust_remote_code: bool, revision: str | None = None) -> tuple[Any, Any | None]:
     """Return the config of the model that `load_policy` would load, and its adapter's config or None."""
     adapter = None
     if (Path(path or "") / "adapter_config.json").is_file():
@@ -163,8 +164,9 @@ def _described(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | No
 
         adapter = PeftConfig.from_pretrained(path)
         adapter.inference_mode = False
-        path = adapter.base_model_name_or_path
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
+        path, revision = adapter.base_model_name_or_path, adapter.revision
+    files = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    return AutoConfig.from_pretrained(path, **files), adapter
 
 
 def _backends(args: DPOConfig, *, on_gpu: bool) -> Usable:
