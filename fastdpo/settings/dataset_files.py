@@ -105,7 +105,10 @@ def load_mixture(
         return {"train": rows}
     if streaming:
         raise ValueError("test_split_size can't be combined with streaming, because a stream has no length")
-    return rows.train_test_split(test_size=test_split_size, seed=seed)
+    size = int(test_split_size) if test_split_size >= 1 else test_split_size
+    if not 0 < size < len(rows):
+        raise ValueError(f"test_split_size must be a share below 1, or fewer than all {len(rows):,} rows; got {size}")
+    return rows.train_test_split(test_size=size, seed=seed)
 
 
 def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
