@@ -30,7 +30,7 @@ def check_parallelism(trainer: Trainer) -> None:
         return
     if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported; set fsdp_config={'version': 2, ...}")
-    for name in ("precompute_ref_log_probs", "sync_ref_model"):
+    for name in ("precompute_ref_log_probs", "sync_ref_model", "activation_offloading"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported with FSDP yet; leave it out, or use DDP")
 

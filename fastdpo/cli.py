@@ -220,6 +220,7 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
+        truncation_mode=args.truncation_mode,
         on_bad_row=args.on_bad_row,
         output=output,
         ref_adapter_name=args.ref_adapter_name,

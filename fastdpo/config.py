@@ -3,28 +3,34 @@
 `DPOTrainer` takes a `DPOConfig`. The command line also needs a `fastdpo.run.RunConfig`: the model, data and adapter.
 """
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
-from fastdpo.loss.options import ObjectiveSettings, from_config
+from fastdpo.loss.options import ObjectiveSettings, from_config, without_effect
 from fastdpo.model.attention.backends import BACKENDS
 from fastdpo.settings.config_file import check_dtype
+from fastdpo.settings.old_names import in_words
+
+logger = logging.getLogger("fastdpo")
 
 AT_LEAST_ONE = (
     *("max_prompt_length", "max_completion_length", "tokens_per_batch"),
     *("ref_model_sync_steps", "precompute_ref_batch_size"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
+TRUNCATION_MODES = ("keep_start", "keep_end")
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
 """Metadata that lets HfArgumentParser read `--name` without a value, also if the field is None by default."""
 
 
+@in_words
 @dataclass
 class DPOConfig(TrainingArguments):
     """Settings of `DPOTrainer`: those of `transformers.TrainingArguments`, TRL's settings for DPO, and a few of ours.
@@ -67,8 +73,8 @@ class DPOConfig(TrainingArguments):
     beta: float = field(
         default=0.1,
         metadata={
-            "help": "How strongly the policy is held near the reference: larger is nearer. Must be above 0; 0.1 to 0.5 "
-            "is usual. It is tau in `ipo` and lambda in `orpo`."
+            "help": "How strongly the policy is held near the reference: larger is nearer. 0.1 to 0.5 is usual. "
+            "With 0 nothing is learnt. It is tau in `ipo` and lambda in `orpo`."
         },
     )
     label_smoothing: float = field(
@@ -169,10 +175,25 @@ class DPOConfig(TrainingArguments):
         },
     )
 
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what the backward pass needs in the memory of the CPU: less memory of the GPU, and slower."
+        },
+    )
+
     # The data
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Longest prompt + completion, in tokens; longer ones lose their end. None: no limit."},
+        metadata={"help": "Longest prompt + completion, in tokens; longer ones are cut. None: no limit."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "What a row that is longer than max_length loses: `keep_start` cuts the end of completions, and "
+            "`keep_end` the start of prompts. A row whose completion alone is too long for `keep_end` is malformed.",
+            "choices": TRUNCATION_MODES,
+        },
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt, in tokens; longer ones lose their start. None: no limit."}
@@ -239,13 +260,30 @@ class DPOConfig(TrainingArguments):
         },
     )
 
+    # Accepted for scripts written for TRL
+    padding_free: bool = field(
+        default=False, metadata={"help": "No effect: batches are without padding wherever the model allows it."}
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto", metadata={"help": "No effect: packed batches have no padding."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Becomes the tokenizer's pad token, which is saved with it. Unset: its own."}
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         settings = from_config(self)
         self._check_reference(settings)
+        self._warn_of_no_effect(settings)
         if (coef := self.router_aux_loss_coef) is not None and not 0 <= coef < float("inf"):
             raise ValueError(f"router_aux_loss_coef must be finite and at least 0 (0 switches it off), got {coef}")
+        if self.truncation_mode == "keep_end" and settings.needs_kl:
+            raise ValueError(
+                f"truncation_mode='keep_end' is not possible with loss_type {self.loss_type}, whose KL term takes "
+                "other prompts; use 'keep_start' with max_prompt_length"
+            )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
         for name in AT_LEAST_ONE:
@@ -264,6 +302,7 @@ class DPOConfig(TrainingArguments):
             ("head_backward", BACKWARDS),
             ("on_bad_row", ON_BAD_ROW),
             ("self_check", SELF_CHECK),
+            ("truncation_mode", TRUNCATION_MODES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -279,6 +318,8 @@ class DPOConfig(TrainingArguments):
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()
+        if self.activation_offloading and self.device.type == "cpu":
+            logger.warning("activation_offloading has no effect, because the model is on the CPU")
         self._resolve_loading(given)
         if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
             raise ValueError(f"model_init_kwargs must be a dict or a JSON object, got {self.model_init_kwargs!r}")
@@ -291,10 +332,11 @@ class DPOConfig(TrainingArguments):
             check_dtype("dtype of model_init_kwargs", self.model_init_kwargs.get("dtype"))
 
     def _check_reference(self, settings: ObjectiveSettings) -> None:
-        """Refuse settings of the reference that the objective does not use, or that exclude each other."""
+        """Refuse settings of the reference that exclude each other, and switch off what the objective does not use."""
         for name in ("precompute_ref_log_probs", "sync_ref_model"):
             if getattr(self, name) and not settings.needs_reference:
-                raise ValueError(f"{name} has no effect: loss_type {self.loss_type} uses no reference; leave it out")
+                logger.warning("%s is switched off, because loss_type %s uses no reference", name, self.loss_type)
+                setattr(self, name, False)
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
                 "sync_ref_model changes the reference during training, so its log-probs can't be computed before; "
@@ -302,17 +344,33 @@ class DPOConfig(TrainingArguments):
             )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
-        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if not self.sync_ref_model and (value := getattr(self, name)) != getattr(DPOConfig, name):
-                raise ValueError(f"{name}={value} has no effect without sync_ref_model=True; set both or neither")
+
+    def _warn_of_no_effect(self, settings: ObjectiveSettings) -> None:
+        """Log which settings have no effect; TRL accepts them too."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for why, names in (
+            (f"on loss_type {self.loss_type}", without_effect(self)),
+            ("on packed batches", ("padding_free", "pad_to_multiple_of")),
+            (
+                "without sync_ref_model",
+                () if self.sync_ref_model else ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+            ),
+        ):
+            if set_ := [name for name in names if getattr(self, name) not in (defaults[name], None)]:
+                given = ", ".join(f"{name}={getattr(self, name)!r}" for name in set_)
+                logger.warning("%s %s no effect %s", given, "has" if len(set_) == 1 else "have", why)
+        if settings.beta == 0:
+            logger.warning("beta is 0, so no loss that it scales depends on the policy: such a loss trains nothing")
+        if not all(settings.weights):
+            logger.warning("loss_weights %s: a loss with the weight 0 trains nothing", list(settings.weights))
 
     def _resolve_checkpointing(self) -> None:
-        """Switch checkpointing on unless the user set it, under its old name or the one of newer transformers."""
-        wanted = True if self.gradient_checkpointing is None else self.gradient_checkpointing
-        if not hasattr(self, "activation_checkpointing"):
-            self.gradient_checkpointing = wanted
-        elif getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
-            self.activation_checkpointing = wanted
+        """Move `gradient_checkpointing` to its name in newer transformers, which would warn of the old one."""
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        if hasattr(self, "activation_checkpointing"):
+            if getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
+                self.activation_checkpointing = self.gradient_checkpointing
             self.gradient_checkpointing = None
 
     def _resolve_loading(self, given: Any) -> None:

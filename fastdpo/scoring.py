@@ -46,6 +46,7 @@ def score(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: str = "keep_start",
     on_bad_row: str = "error",
     output: Path | str | None = None,
     ref_adapter_name: str | None = None,
@@ -65,6 +66,7 @@ def score(
         max_length: cut prompt + response to this many tokens; None: nothing is cut.
         max_prompt_length: cut prompts to this many tokens; None: nothing is cut.
         max_completion_length: cut responses to this many tokens; None: nothing is cut.
+        truncation_mode: what max_length cuts: "keep_start" the end of responses, "keep_end" the start of prompts.
         on_bad_row: what to do with a malformed row: "error" or "drop".
         output: a JSONL file for `Scores.rows`; it is written completely or not at all.
         ref_adapter_name: see `ref_model`.
@@ -88,6 +90,7 @@ def score(
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
+        truncation_mode=truncation_mode,
         on_bad_row=on_bad_row,
         vocab_size=smallest_vocab(model, ref_model),
     )

@@ -178,7 +178,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         ),
         (("score", QUICKSTART, "--beta"), 2, "--beta needs a value"),
         (("plan", QUICKSTART, "--gpu_memory", "big"), 1, "gpu_memory must be float, got 'big'"),
-        (("train", QUICKSTART, "--beta", -1), 1, "beta must be a positive number, got -1.0"),
+        (("train", QUICKSTART, "--beta", -1), 1, "beta must not be negative, got -1.0"),
         (
             ("train", QUICKSTART, "--optim", "adan"),
             1,

@@ -4,87 +4,129 @@ TRL is never imported; its classes are recognised by the module that defines the
 """
 
 import copy
-import difflib
 import logging
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.config import DPOConfig
+from fastdpo.settings.old_names import OLD_NAMES, known_only
 
 logger = logging.getLogger("fastdpo")
 
-_NO_EFFECT = {
-    *("padding_free", "pad_to_multiple_of", "pad_token", "label_pad_token_id", "padding_value"),
-    *("use_logits_to_keep", "generate_during_eval", "base_model_attribute_name", "force_use_ref_model"),
-}
-"""Old and new settings of TRL that cannot change a loss, because nothing is padded or generated here."""
-
-_INSTEAD = {
-    "activation_offloading": "use gradient_checkpointing=True",
-    "truncation_mode": "max_prompt_length cuts the start of prompts, max_length the end of responses",
-    "use_liger_loss": "the head is fused anyway",
-    "ref_model_init_kwargs": "pass ref_model as a model that is loaded",
-    "model_adapter_name": "call model.set_adapter",
-    "is_encoder_decoder": "only decoders can be trained",
-    "model_init": "pass model",
-    "preprocess_logits_for_metrics": "packed batches keep no logits",
-    "compute_metrics": "packed batches keep no logits; read the metrics that evaluation logs",
-    "quantization_config": "pass it in args.model_init_kwargs={'quantization_config': ...}",
-}
-"""For each argument that is not supported, what to do instead."""
+ARGUMENTS = (
+    *("model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+    *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
+)
+"""The arguments of TRL 1.16's `DPOTrainer`, in its order."""
 
 
-def resolve(args: Any, processing_class: Any, others: Mapping[str, Any]) -> tuple[DPOConfig, Any]:
+def resolve(
+    model: Any,
+    args: Any,
+    processing_class: Any,
+    *,
+    compute_metrics: Any = None,
+    quantization_config: Any = None,
+    **others: Any,
+) -> tuple[DPOConfig, Any]:
     """Return the config and the tokenizer of a trainer.
 
     Args:
-        args: a `DPOConfig`, `trl.DPOConfig` or `transformers.TrainingArguments`; None means `DPOConfig()`.
+        model: the policy, or its name.
+        args: a `DPOConfig`, `trl.DPOConfig` or `transformers.TrainingArguments`; None means `DPOConfig` with the name
+            of the model in `output_dir`, as TRL has it.
         processing_class: the tokenizer, or None.
-        others: further arguments by name; those that are None are ignored.
+        compute_metrics: must be None.
+        quantization_config: goes to `model_init_kwargs` of the config, of which a copy is returned.
+        others: further arguments by name; old ones that are None are ignored.
 
     Raises:
         ValueError: an argument is not supported; the message names it, and what to use instead.
-        TypeError: an argument is unknown.
+        TypeError: an argument is unknown, or of the wrong type.
     """
-    for name, value in others.items():
-        if value is None:
-            continue
-        if name == "tokenizer":
-            if processing_class is not None:
-                raise ValueError("both tokenizer and processing_class are given, which mean the same; leave one out")
-            logger.warning("tokenizer is the old name of processing_class; it is used as processing_class")
-            processing_class = value
-        elif name in {f.name for f in fields(DPOConfig)}:
+    if (tokenizer := others.pop("tokenizer", None)) is not None:
+        if processing_class is not None:
+            raise ValueError("both tokenizer and processing_class are given, which mean the same; leave one out")
+        logger.warning("tokenizer is the old name of processing_class; it is used as processing_class")
+        processing_class = tokenizer
+    settings = {f.name for f in fields(DPOConfig)}
+    for name in settings & others.keys():
+        if others.pop(name) is not None:
             raise ValueError(f"{name} is a setting, not an argument of DPOTrainer: pass args=DPOConfig({name}=...)")
-        elif name in _INSTEAD:
-            raise ValueError(f"{name} is not supported: {_INSTEAD[name]}")
-        elif name in _NO_EFFECT:
-            raise ValueError(f"{name} has no effect on packed batches; leave it out")
-        else:
-            known = ("tokenizer", "processing_class", "train_dataset", "eval_dataset", "peft_config", "callbacks")
-            near = difflib.get_close_matches(name, (*known, "ref_model", "data_collator", "optimizers"), n=1)
-            raise TypeError(f"DPOTrainer has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if isinstance(processing_class, ProcessorMixin):
+    known_only("DPOTrainer", others, ARGUMENTS)
+    if compute_metrics is not None:
         raise ValueError(
-            f"processing_class is a {type(processing_class).__name__}, but only text can be trained on; pass its "
-            "tokenizer: processing_class=processor.tokenizer"
+            "compute_metrics is not supported, because packed batches have no logits to give to it; leave it out, and "
+            "read the metrics that evaluation logs, such as eval_rewards/accuracies"
         )
-    if isinstance(processing_class, str):
-        raise ValueError(
-            f"processing_class must be a tokenizer, got {processing_class!r}; pass "
-            f"AutoTokenizer.from_pretrained({processing_class!r})"
-        )
-    return _config(args), processing_class
+    _check_processing_class(processing_class, model)
+    return _quantized(model, _config(model, args), quantization_config), processing_class
 
 
-def _config(args: Any) -> DPOConfig:
+def _name(model: Any) -> str:
+    """Return the name or path that a model is loaded from; "" if there is none."""
+    return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+
+
+def _check_processing_class(given: Any, model: Any) -> None:
+    if given is None and not _name(model):
+        raise ValueError(
+            "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
+            "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
+        )
+    if isinstance(given, ProcessorMixin):
+        raise ValueError(
+            f"processing_class is a {type(given).__name__}, but only text can be trained on; pass its tokenizer: "
+            "processing_class=processor.tokenizer"
+        )
+    if isinstance(given, str):
+        raise ValueError(
+            f"processing_class must be a tokenizer, got {given!r}; pass AutoTokenizer.from_pretrained({given!r})"
+        )
+    if given is not None and not hasattr(given, "bos_token_id"):
+        raise TypeError(
+            f"processing_class must be a tokenizer, got {type(given).__name__}; pass AutoTokenizer.from_pretrained(...)"
+        )
+
+
+def set_pad_token(tokenizer: Any, token: str | None) -> None:
+    """Make `token` the pad token of a tokenizer, if it is not None.
+
+    Raises:
+        ValueError: the tokenizer does not know the token.
+    """
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token={token!r} is not in the tokenizer's vocabulary; leave it out, or add it before")
+    tokenizer.pad_token = token
+
+
+def _quantized(model: Any, args: DPOConfig, quantization_config: Any) -> DPOConfig:
+    """Return `args` with `quantization_config` among the arguments of `from_pretrained`."""
+    if quantization_config is None:
+        return args
+    if not isinstance(model, str):
+        raise ValueError(
+            "quantization_config only applies to a model given by name, and this one is already loaded; leave it out, "
+            "or pass the model's name"
+        )
+    given: Any = args.model_init_kwargs or {}
+    if "quantization_config" in given:
+        raise ValueError("quantization_config is given twice, as an argument and in model_init_kwargs; leave one out")
+    args = copy.copy(args)
+    args.model_init_kwargs = given | {"quantization_config": quantization_config}
+    return args
+
+
+def _config(model: Any, args: Any) -> DPOConfig:
     """Return `args` as a `DPOConfig`: fields of the same name keep their values, including default values."""
     if args is None:
-        return DPOConfig()
+        return DPOConfig(f"{Path(name).name}-DPO" if (name := _name(model)) else None)
     if isinstance(args, DPOConfig):
         return args
     cls = type(args)
@@ -99,10 +141,10 @@ def _config(args: Any) -> DPOConfig:
         value = getattr(args, field.name)
         if field.name in ours:
             values[field.name] = value
-        elif value == _default(field) or field.name in _NO_EFFECT:
+        elif value == _default(field):
             continue
         elif trl:
-            instead = _INSTEAD.get(field.name, "leave it out")
+            instead = OLD_NAMES.get(field.name, "leave it out")
             raise ValueError(f"{field.name}={value!r} of trl.DPOConfig is not supported: {instead}")
         else:
             unread.append(field.name)

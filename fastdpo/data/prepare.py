@@ -51,6 +51,7 @@ def prepare_dataset(
     vocab_size: int,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: str | None = None,
     kind: str = "preference",
     with_kl: bool = False,
     on_bad_row: str = "error",
@@ -63,10 +64,11 @@ def prepare_dataset(
     Args:
         dataset: rows as `fastdpo.data.rows` describes them, or rows with the token columns above.
         tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
-        max_length: most tokens of prompt + completion; longer ones are cut at the end. None: no limit.
+        max_length: most tokens of prompt + completion; see truncation_mode for longer ones. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.
         max_prompt_length: most tokens of a prompt; longer ones are cut at the start, after a BOS token. None: no limit.
         max_completion_length: most tokens of a completion; longer ones are cut at the end. None: no limit.
+        truncation_mode: "keep_end" cuts prompts at the start; "keep_start" and None cut completions at the end.
         kind: the kind of rows that the objective needs: `preference`, `ranked` or `unpaired`. Preferences serve all
             three: each is also a ranking of two responses, and two unpaired rows.
         with_kl: give every unpaired row `kl_ids`, the completion of the next row with another prompt; after the last
@@ -107,6 +109,7 @@ def prepare_dataset(
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
+        "truncation_mode": truncation_mode,
     }
     arguments: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -188,6 +191,7 @@ def tokenize_row(
     vocab_size: int,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: str | None = None,
     kind: str = "preference",
     as_ranked: bool = False,
     columns: tuple[str, ...] | None = None,
@@ -221,6 +225,13 @@ def tokenize_row(
         if bos is not None and prompt[:2] == [bos] * 2:
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
 
+        if max_length is not None and truncation_mode == "keep_end":
+            longest = min(max(map(len, responses)), max_completion_length or math.inf)
+            if longest >= max_length:
+                raise BadRow(
+                    f"truncation_mode='keep_end' cuts its completion at the start: {longest} tokens fill max_length"
+                )
+            max_prompt_length = min(max_prompt_length or max_length, int(max_length - longest))
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
             keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models need it
             prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]
@@ -371,6 +382,7 @@ def preparer(args: Any, settings: Any, tokenizer: Any, vocab_size: int) -> Calla
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
+        truncation_mode=args.truncation_mode,
         kind=settings.kind,
         with_kl=settings.needs_kl,
         vocab_size=vocab_size,

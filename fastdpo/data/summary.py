@@ -44,7 +44,7 @@ class Reporter:
     """Kind of its rows."""
     is_chat: bool
     """Whether its rows hold messages, which a chat template renders."""
-    limits: Mapping[str, int | None]
+    limits: Mapping[str, int | str | None]
     """Lengths that rows are cut to, by name of the setting."""
     tokenizer: PreTrainedTokenizerBase
     on_bad_row: str

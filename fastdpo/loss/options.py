@@ -3,7 +3,6 @@
 The parameter names of an objective tell what it needs and which options it allows, see `fastdpo.loss.objectives`.
 """
 
-import dataclasses
 import difflib
 import inspect
 import math
@@ -26,7 +25,9 @@ _MATCHED = {"matched_ref_margins", "matched_rejected", "matched_chosen"}
 _STEP = _MATCHED | {"kl"}
 _REFERENCE = _DIFFERENCES | _STEP | {"chosen_logratios", "rejected_logratios", "logratios"}
 
-_POSITIVE = {"beta", "discopop_tau", "desirable_weight", "undesirable_weight", "rpo_alpha"}
+_POSITIVE = {"discopop_tau", "desirable_weight", "undesirable_weight", "rpo_alpha"}
+
+_DIVIDE_BY_BETA = {"ipo", "sppo_hard"}
 
 EXAMPLE_NUMBERS = ("weight", "margin", "beta")
 """Numbers that an example may set for itself."""
@@ -46,7 +47,7 @@ class ObjectiveSettings:
     loss_weights: tuple[float, ...] | None = None
     """Weight of each objective in the sum. None gives each a weight of 1."""
     beta: float = 0.1
-    """Strength of the pull towards the reference. It is `ipo`'s tau and `orpo`'s lambda."""
+    """Strength of the pull towards the reference, at least 0. It is `ipo`'s tau and `orpo`'s lambda."""
     label_smoothing: float = 0.0
     """Probability that a preference label is flipped, in [0, 0.5)."""
     f_divergence_type: str = "reverse_kl"
@@ -172,6 +173,10 @@ class ObjectiveSettings:
                     raise ValueError(f"{field.name} must be True or False, got {value!r}")
             elif isinstance(field.default, float) or (field.name.endswith("_alpha") and value is not None):
                 _check_number(field.name, value, positive=field.name in _POSITIVE)
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+        if self.beta == 0 and (dividing := _DIVIDE_BY_BETA & set(self.loss_type)):
+            raise ValueError(f"beta must be above 0 with loss_type {min(dividing)!r}, which divides by it, got 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
@@ -188,7 +193,9 @@ class ObjectiveSettings:
                 f"{len(self.loss_type)}: {list(self.loss_weights)} for {list(self.loss_type)}"
             )
         for weight in self.loss_weights:
-            _check_number("loss_weights", weight, positive=True)
+            _check_number("loss_weights", weight)
+            if weight < 0:
+                raise ValueError(f"loss_weights must not be negative, got {list(self.loss_weights)}")
 
     def _check_effects(self) -> None:
         """Refuse an option that no objective would read."""
@@ -272,10 +279,21 @@ def with_parameter(parameter: str) -> list[str]:
 
 
 def from_config(config: Any) -> ObjectiveSettings:
-    """Return the settings that the attributes of `config` hold."""
-    return ObjectiveSettings(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(ObjectiveSettings)}
-    )
+    """Return the settings that the attributes of `config` hold, but for those that have no effect."""
+    values = {field.name: getattr(config, field.name) for field in fields(ObjectiveSettings)}
+    return ObjectiveSettings(**values | {name: getattr(ObjectiveSettings, name) for name in without_effect(config)})
+
+
+def without_effect(config: Any) -> list[str]:
+    """Return the names of TRL's settings in `config` that are set, but that none of its objectives reads."""
+    names = {config.loss_type} if isinstance(config.loss_type, str) else set(config.loss_type)
+    read: set[str] = set().union(*(PARAMETERS.get(name, ()) for name in names))
+    unread = [name for name in ("label_smoothing", "discopop_tau") if name not in read]
+    if config.f_divergence_type != "alpha_divergence":
+        unread.append("f_alpha_divergence_coef")
+    if names == {"sft"}:
+        unread += ["f_divergence_type", "ld_alpha"]
+    return [name for name in unread if getattr(config, name) != getattr(ObjectiveSettings, name)]
 
 
 def _check_name(field: str, name: object, table: Collection[str]) -> None:
@@ -285,7 +303,7 @@ def _check_name(field: str, name: object, table: Collection[str]) -> None:
         raise ValueError(f"{field} {name!r} is unknown: {hint}")
 
 
-def _check_number(field: str, value: object, *, positive: bool) -> None:
+def _check_number(field: str, value: object, *, positive: bool = False) -> None:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{field} must be a {'positive' if positive else 'finite'} number, got {value!r}")

@@ -40,12 +40,12 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     `args.ref_adapter_name`) as a folder of its own. That adapter is loaded too, and frozen.
 
     Raises:
-        ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown.
+        ValueError: one of `model_init_kwargs` is unknown.
         OSError: there is no such model, or a file of it is broken; the message begins with `setting`.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs and not vars(model).get(_BUILT):
-            raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
+            logger.warning("model_init_kwargs has no effect on a model that is already loaded")
         _keep_differentiable(model)
         return model
     with loading(setting, model):
@@ -121,10 +121,20 @@ def load_tokenizer(model: Any, args: Any) -> Any:
     Args:
         model: a loaded model, or the name or path of one.
         args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
+
+    Raises:
+        ValueError: the model was not loaded from anywhere.
+        OSError: no tokenizer lies there.
     """
     options = _options(args)
     files = {name: options[name] for name in _OF_FILES if name in options and name != "force_download"}
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path, **files)
+    if not (name := model if isinstance(model, str) else model.config._name_or_path):
+        raise ValueError(
+            "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
+            "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
+        )
+    with loading("processing_class", name):
+        return AutoTokenizer.from_pretrained(name, **files)
 
 
 def align_pad_token(model: Any, tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from fastdpo.loss.options import from_config
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode")
 _RESPONSES = {
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",

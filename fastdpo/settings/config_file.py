@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastdpo.settings.fields import Setting, settings
+from fastdpo.settings.old_names import OLD_NAMES
 
 OUTPUT_DIR = "trainer_output"
 """The default of transformers."""
@@ -25,14 +26,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 LOCAL_SUFFIXES = (*DATA_FILES, *COMPRESSED, ".arrow", ".tsv", ".txt", ".safetensors", ".bin", ".gguf", ".yaml", ".yml")
 """A name with one of these endings is a local file; names on the Hub may hold other dots, as in Qwen2.5-0.5B."""
 
-OTHER_NAMES = {
+OTHER_NAMES = OLD_NAMES | {
     "model": "did you mean 'model_name_or_path'?",
     "ref_model": "did you mean 'ref_model_name_or_path'?",
     "dataset": "did you mean 'dataset_name'?",
     "dataset_path": "did you mean 'dataset_name'?",
-    "max_target_length": "did you mean 'max_completion_length'?",
     "max_new_tokens": "did you mean 'max_completion_length'?",
-    "evaluation_strategy": "did you mean 'eval_strategy'?",
     "lr": "did you mean 'learning_rate'?",
     "batch_size": "did you mean 'per_device_train_batch_size'?",
     "epochs": "did you mean 'num_train_epochs'?",
@@ -41,9 +40,6 @@ OTHER_NAMES = {
     "ignore_bias_buffers": "leave it out: buffers are never synchronised as bias buffers need it",
     "env": "set environment variables in the shell",
     "bnb_4bit_use_double_quant": "did you mean 'use_bnb_nested_quant'?",
-    "padding_free": "leave it out: batches are always without padding where the model allows it",
-    "truncation_mode": "leave it out: max_prompt_length cuts the start of prompts, max_length the end of completions",
-    "pad_token": "leave it out: the tokenizer's own is used",
 }
 """Hints for names that users of TRL and other libraries type, for which the nearest spelling would mislead."""
 

@@ -52,16 +52,18 @@ class DPOTrainer(TRLAttributes, PackedTrainer):
             `args.model_init_kwargs` says otherwise).
         ref_model: the frozen reference, or a name or path as for `model`. None: with PEFT the policy without its
             adapter, or with a copy of the adapter that it came with; otherwise a copy of the policy as passed.
-        args: settings; None means `DPOConfig()`. A `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`.
+        args: settings; a `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`. None means a `DPOConfig` with
+            the model's name and `-DPO` as `output_dir`.
         data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`, which also
             replaces TRL's own collator.
         train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too.
         eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
         processing_class: the tokenizer; None loads the one at the model's path.
-        compute_metrics: not supported; it is here because TRL's arguments are read in TRL's order.
+        compute_metrics: must be None, because packed batches have no logits to give to it; it is here because TRL's
+            arguments are read in TRL's order. Evaluation logs the metrics of training.
         callbacks: as in `transformers.Trainer`.
         optimizers: (optimizer, scheduler), as in `transformers.Trainer`.
-        quantization_config: not supported; see `model_init_kwargs`.
+        quantization_config: transformers' config of the quantisation with which a model given by name is loaded.
         peft_config: PEFT's config of a new adapter to train on `model`.
         others: `tokenizer`, the old name of `processing_class`; all other old arguments of TRL are refused by name.
 
@@ -84,16 +86,16 @@ class DPOTrainer(TRLAttributes, PackedTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: None = None,
+        compute_metrics: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: None = None,
+        quantization_config: Any | None = None,
         peft_config: Any | None = None,
         **others: Any,
     ) -> None:
         log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
-        args, processing_class = trl.resolve(args, processing_class, others)
+        args, processing_class = trl.resolve(model, args, processing_class, **others)
         data_collator = resolve_collator(data_collator, args)
         liger.prepare(args)
         if train_dataset is None:
@@ -105,6 +107,7 @@ class DPOTrainer(TRLAttributes, PackedTrainer):
         model, ref_model, keeps_reference = _prepare_models(model, ref_model, peft_config, args, settings)
         if processing_class is None:
             processing_class = load_tokenizer(model, args)
+        trl.set_pad_token(processing_class, args.pad_token)
         align_pad_token(model, processing_class)
         vocab_size = smallest_vocab(model, ref_model)
         train_dataset, eval_dataset = self._prepare_data(

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 from fastdpo.report import metrics
+from fastdpo.trainer.offloading import offloading
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
@@ -57,6 +59,12 @@ class PackedTrainer(Trainer):
         return planned(super().get_train_dataloader(), self.args, self._layout)
 
     # One step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch forward and backward; its activations wait on the CPU with `activation_offloading`."""
+        with offloading(self.model) if self.args.activation_offloading else nullcontext():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
 
     def compute_loss(
         self,

@@ -1,0 +1,73 @@
+"""Names that scripts for older versions of TRL and transformers use, each with what to do instead."""
+
+import difflib
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NO_PADDING = "leave it out, because packed batches have no padding"
+
+OLD_NAMES = {
+    # settings of TRL 0.7 to 0.29, as fields of DPOConfig or as arguments of DPOTrainer
+    "base_model_attribute_name": "leave it out, because fastdpo finds the body of the model itself",
+    "force_use_ref_model": "leave it out, because a ref_model that you pass is always used",
+    "generate_during_eval": "leave it out; the report of `fastdpo train` shows answers to held-out prompts",
+    "is_encoder_decoder": "leave it out, because only decoders can be trained",
+    "label_pad_token_id": _NO_PADDING,
+    "padding_value": _NO_PADDING,
+    "max_target_length": "use max_completion_length",
+    "model_adapter_name": "call model.set_adapter(name) before you pass the model",
+    "ref_model_init_kwargs": "load the reference yourself, and pass it as ref_model",
+    "tools": "put them into a column `tools` of the dataset",
+    "use_liger_loss": "leave it out, because the head is always fused",
+    "use_logits_to_keep": "leave it out, because prompt tokens never reach the head",
+    "use_num_logits_to_keep": "leave it out, because prompt tokens never reach the head",
+    # arguments of trainers
+    "model_init": "pass the model itself as model",
+    "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, scheduler)",
+    "preprocess_logits_for_metrics": "leave it out, because no logits are computed",
+    # settings of transformers 4
+    "evaluation_strategy": "use eval_strategy",
+    "no_cuda": "use use_cpu",
+    "overwrite_output_dir": "leave it out, because files in output_dir are always overwritten",
+    "per_gpu_train_batch_size": "use per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
+}
+
+
+def known_only(owner: str, given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return `given` without old names whose value is None.
+
+    Args:
+        owner: what messages call the class that takes the names.
+        given: values by name.
+        known: the names that the class has.
+
+    Raises:
+        ValueError: an old name has a value; the message says what to do instead.
+        TypeError: a name is unknown; the message has the nearest known name.
+    """
+    for name in given:
+        if name in known:
+            continue
+        if name not in OLD_NAMES:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"{owner} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if given[name] is not None:
+            raise ValueError(f"{owner} does not take {name}={given[name]!r}: {OLD_NAMES[name]}")
+    return {name: value for name, value in given.items() if name in known}
+
+
+def in_words(cls: type[T]) -> type[T]:
+    """Let a dataclass refuse an argument that it lacks with the messages of `known_only`."""
+    init, known = cls.__init__, {f.name for f in fields(cls) if f.init}  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        init(self, *args, **known_only(type(self).__name__, given, known))
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
