@@ -97,14 +97,19 @@ def auto_class(config: Any) -> Any:
 
 
 def _keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from rewriting 4-bit weights for inference, which stops every gradient behind them.
+    """Let bitsandbytes compute alike in training and evaluation.
 
-    On some CPUs it does so at the first evaluation, and training goes on with gradients that are silently 0.
+    On some CPUs it rewrites 4-bit weights at the first evaluation, and training goes on with gradients that are
+    silently 0. In evaluation it also rounds the inputs of 8-bit layers to 8 bits, which changes log-probs by more than
+    a reference may differ; these layers stay in training mode.
 
     Raises:
         ValueError: it has done so already.
     """
     for name, module in model.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.training = True
+            vars(module)["train"] = _stays
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -113,6 +118,10 @@ def _keep_differentiable(model: nn.Module) -> None:
                 "trained; load the model again"
             )
         module.support_avx512bf16_for_cpu = False
+
+
+def _stays(mode: bool = True) -> None:
+    """Ignore a change between training and evaluation."""
 
 
 def load_tokenizer(model: Any, args: Any) -> Any:

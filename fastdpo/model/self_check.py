@@ -32,7 +32,7 @@ from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8
 # allowed errors, relative to 1 + the largest log-prob; that of float32 is about 1000 times its rounding
-_RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int8: 3e-2}
+_RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 logger = logging.getLogger("fastdpo")
 
@@ -132,8 +132,7 @@ def self_check(
                 f"{name}: the model's own log-probs are not finite on the first examples. Check its weights, and in "
                 "fp16 its activations (use bf16)."
             )
-        # layers with 8-bit weights round their inputs to 8 bits too; those with 4-bit weights compute in the inputs' dtype
-        dtypes = {x.dtype for x in model.parameters() if x.is_floating_point() or x.dtype == torch.int8}
+        dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if torch.is_autocast_enabled(device.type):
             dtypes.add(torch.get_autocast_dtype(device.type))
         pairs = _tiny_pairs(batch["input_ids"])
