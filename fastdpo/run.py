@@ -245,8 +245,9 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
 def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
     """Load the tokenizer that is saved with the model or its config."""
     source: Any = run.model_name_or_path or run.config_name
-    with loading("model_name_or_path" if run.model_name_or_path else "config_name", source):
-        return policy.load_tokenizer(source, args)
+    return policy.load_tokenizer(
+        source, args, setting="model_name_or_path" if run.model_name_or_path else "config_name"
+    )
 
 
 def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:

@@ -58,6 +58,8 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
             if unknown is None or unknown[1] not in _options(args):
                 raise
             advice = nearest(unknown[1], ()) or "; leave it out"
+            if unknown[1] in ("load_in_4bit", "load_in_8bit"):
+                advice = f"; write model_init_kwargs={{'quantization_config': BitsAndBytesConfig({unknown[1]}=True)}}"
             raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
 
 
@@ -124,16 +126,17 @@ def _stays(mode: bool = True) -> None:
     """Ignore a change between training and evaluation."""
 
 
-def load_tokenizer(model: Any, args: Any) -> Any:
+def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") -> Any:
     """Load the tokenizer that lies beside the weights of a loaded model, or in a folder, or in a repository on the Hub.
 
     Args:
         model: a loaded model, or the name or path of one.
         args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
+        setting: what an error calls the place.
 
     Raises:
         ValueError: the model was not loaded from anywhere.
-        OSError: no tokenizer lies there.
+        OSError: no tokenizer lies there; the message begins with `setting`.
     """
     options = _options(args)
     files = {name: options[name] for name in _OF_FILES if name in options and name != "force_download"}
@@ -142,7 +145,7 @@ def load_tokenizer(model: Any, args: Any) -> Any:
             "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
             "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
         )
-    with loading("processing_class", name):
+    with loading(setting, name):
         return AutoTokenizer.from_pretrained(name, **files)
 
 
