@@ -27,14 +27,7 @@ exit codes:
   130  stopped by Ctrl-C
   143  stopped by SIGTERM"""
 
-# what the final tables show: metric, label, format
-HELD_OUT = (
-    ("rewards/accuracies", "reward accuracy", "{:.3f}"),
-    ("rewards/margins", "reward margin", "{:+.3f}"),
-    ("loss", "loss", "{:.4f}"),
-    ("logps/chosen", "log-prob of chosen", "{:.2f}"),
-    ("logps/rejected", "log-prob of rejected", "{:.2f}"),
-)
+# what the final table of throughput shows: metric, label, format
 THROUGHPUT = (
     ("tokens_per_second", "tokens per second", "{:,.0f}"),
     ("padding_saved", "padding avoided, share of the padded batch", "{:.1%}"),
@@ -87,10 +80,23 @@ def _run(words: list[str]) -> None:
         raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS) or '; see fastdpo --help'}")
     elif "-h" in rest or "--help" in rest:
         _show(settings_help(command, _summary(command), OPTIONS.get(command, {}), EXIT_CODES))
-    elif not rest or rest[0].startswith("-"):
-        raise UsageError(f"the config file must come first: fastdpo {command} CONFIG.yaml --any_setting value")
+    elif not rest:
+        raise UsageError(f"give a config file, settings or both: fastdpo {command} CONFIG.yaml --any_setting value")
     else:
-        COMMANDS[command](Path(rest[0]), overrides_of(rest[1:], OPTIONS.get(command, {})))
+        config, flags = _config_of(rest)
+        COMMANDS[command](config, overrides_of(flags, OPTIONS.get(command, {})))
+
+
+def _config_of(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the config file, which is the first word or follows `--config`, and the other words; it may be missing."""
+    if words and not words[0].startswith("-"):
+        return Path(words[0]), words[1:]
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            return Path(words[i + 1]), words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config=")), words[:i] + words[i + 1 :]
+    return None, words
 
 
 def _close_bars() -> None:
@@ -112,11 +118,12 @@ def _show(text: str) -> None:
 def _stopped(words: list[str], started: float) -> str:
     """Say what was saved before a signal, and which command continues from there."""
     stopped = stopped_by()
-    command, config, *_ = [*words, "", ""]
+    command, *rest = words or [""]
+    config, flags = _config_of(rest)
     if command == "precompute":
         return f"{stopped}; what was scored so far is kept, and the same command continues from there"
     try:
-        chosen = read_settings(config, overrides_of(words[2:], {})) if command == "train" else None
+        chosen = read_settings(config, overrides_of(flags, {})) if command == "train" else None
     except (ValueError, OSError, ImportError):
         chosen = None
     if chosen is None:
@@ -133,7 +140,7 @@ def _stopped(words: list[str], started: float) -> str:
     return f"{stopped}; nothing was saved, because {why}; the same command starts from the beginning"
 
 
-def train(config: Path, overrides: dict[str, Any]) -> None:
+def train(config: Path | None, overrides: dict[str, Any]) -> None:
     """Train a model on preferences, evaluate it before and after, save it and write `report.html`."""
     chosen = read_settings(config, overrides)  # before the slow imports, so that mistakes show at once
 
@@ -152,7 +159,7 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
             and _held_out(trainer.state.log_history)[-1]["step"] < trainer.state.global_step
         ):
             trainer.evaluate()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # which uploads nothing yet
         trainer.save_state()
         shown = samples.after_training(trainer, shown)
     except BaseException as error:
@@ -163,12 +170,14 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     finally:
         main = trainer.is_world_process_zero()
         page = _report(trainer, run, chosen, failure, started, shown) if main else None
+    if args.push_to_hub:  # with the report
+        trainer.push_to_hub(dataset_name=run.dataset_name)
     if trainer.is_world_process_zero():
         _print_tables(trainer.state.log_history)
         print(f"model: {args.output_dir}" + (f"\nreport: {page}" if page else ""))  # noqa: T201
 
 
-def precompute(config: Path, overrides: dict[str, Any]) -> None:
+def precompute(config: Path | None, overrides: dict[str, Any]) -> None:
     """Compute the reference's log-probs of the datasets and keep them in a cache that `train` uses."""
     chosen = read_settings(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
 
@@ -180,7 +189,7 @@ def precompute(config: Path, overrides: dict[str, Any]) -> None:
     print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
-def score(config: Path, overrides: dict[str, Any]) -> None:
+def score(config: Path | None, overrides: dict[str, Any]) -> None:
     """Compute rewards beta * log(pi / pi_ref) of the held-out responses and write them to `scores.jsonl`."""
     chosen = read_settings(config, overrides)
     start = Path(chosen.get("model_name_or_path") or chosen["config_name"])
@@ -198,7 +207,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     from fastdpo.scoring import score as score_rows
 
     run, args = make_configs(chosen)
-    train_dataset, eval_dataset = load_datasets(run)
+    train_dataset, eval_dataset = load_datasets(run, args.seed)
     model, tokenizer = load_model(run, args)
     output = Path(args.output_dir) / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +232,7 @@ def score(config: Path, overrides: dict[str, Any]) -> None:
     print(f"scores: {output}")  # noqa: T201
 
 
-def plan(config: Path, overrides: dict[str, Any]) -> None:
+def plan(config: Path | None, overrides: dict[str, Any]) -> None:
     """Count the tokens of a run and compute the memory it needs, without loading weights; draw `plan.png`."""
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
     chosen = read_settings(config, overrides)
@@ -232,7 +241,7 @@ def plan(config: Path, overrides: dict[str, Any]) -> None:
     from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
     run, args = make_configs(chosen)
-    dataset, _ = load_datasets(run)
+    dataset, _ = load_datasets(run, args.seed)
     found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
     picture = Path(args.output_dir) / "plan.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +254,7 @@ def _trainer(run: Any, args: Any) -> Any:
     from fastdpo.run import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
 
-    train_dataset, eval_dataset = load_datasets(run)
+    train_dataset, eval_dataset = load_datasets(run, args.seed)
     model, tokenizer = load_model(run, args)
     if eval_dataset is None:
         args.set_evaluate(strategy="no")
@@ -279,7 +288,7 @@ def _report(
     return write_report(
         args.output_dir,
         state.log_history,
-        title=f"DPO of {run.model_name_or_path or run.config_name} on {run.dataset_name}",
+        title=f"DPO of {run.model_name_or_path or run.config_name} on {run.data}",
         about={
             "command": facts.command_line(sys.argv[1:]),
             "started": f"{datetime.fromtimestamp(started).astimezone():%Y-%m-%d %H:%M %Z}",
@@ -296,7 +305,7 @@ def _report(
     )
 
 
-COMMANDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+COMMANDS: dict[str, Callable[[Path | None, dict[str, Any]], None]] = {
     function.__name__: function for function in (train, precompute, score, plan)
 }
 OPTIONS = {
@@ -316,7 +325,7 @@ OPTIONS = {
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:<{width}}{_summary(name)}" for name in COMMANDS)
-    return f"""usage: fastdpo COMMAND CONFIG.yaml [--any_setting value ...] [--debug]
+    return f"""usage: fastdpo COMMAND [CONFIG.yaml] [--any_setting value ...] [--debug]
        fastdpo COMMAND --help        all settings, with their defaults
        fastdpo --version
 
@@ -325,8 +334,9 @@ Direct Preference Optimization without the logits.
 commands:
 {commands}
 
-Write a setting as `name: value` in the file, or as `--name value` behind it, which overrides the file. `--name` and
-`--no_name` switch a boolean on and off. `--debug` shows the traceback of any failure.
+Write a setting as `name: value` in the file, or as `--name value` behind it, which overrides the file. Settings on the
+command line suffice without a file. `--name` and `--no_name` switch a boolean on and off. `--debug` shows the traceback
+of any failure.
 
 {EXIT_CODES}"""
 
@@ -343,15 +353,9 @@ def _held_out(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _print_tables(log_history: list[dict[str, float]]) -> None:
-    from fastdpo.report.page import summary_table
+    from fastdpo.report.page import results, summary_table
 
-    if held_out := _held_out(log_history):
-        before, after = held_out[0], held_out[-1]
-        rows = [
-            (label, form.format(before[f"eval_{name}"]), form.format(after[f"eval_{name}"]))
-            for name, label, form in HELD_OUT
-            if f"eval_{name}" in after
-        ]
+    if rows := results(log_history):
         print(summary_table(rows, ("held out", "before", "after")))  # noqa: T201
     logged = [entry for entry in log_history if "tokens_per_second" in entry]
     if logged:

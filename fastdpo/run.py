@@ -1,19 +1,17 @@
 """What a config file names: the settings of a run, its model, tokenizer, datasets and adapter."""
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoTokenizer
-
 from fastdpo.config import DPOConfig
+from fastdpo.model import policy
 from fastdpo.model.adapters import lora_config
-from fastdpo.model.policy import build_policy, load_policy
 from fastdpo.settings.config_file import nearest
-from fastdpo.settings.dataset_files import load_splits
+from fastdpo.settings.dataset_files import load_mixture, load_splits
 from fastdpo.settings.failures import loading
 
 logger = logging.getLogger("fastdpo")
@@ -24,11 +22,12 @@ class RunConfig:
     """What the command line needs besides `DPOConfig`: model, data and adapter. The names are those of TRL's CLI."""
 
     # The run
-    dataset_name: str = field(
+    dataset_name: str | None = field(
+        default=None,
         metadata={
             "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, one such file, a "
             "folder that `save_to_disk` wrote, or the name of a dataset on the Hub."
-        }
+        },
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -36,6 +35,10 @@ class RunConfig:
             "help": "The model to train, as a folder or a name on the Hub. Unless ref_model_name_or_path is set, the "
             "model as it starts is also the reference."
         },
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the model and its tokenizer on the Hub. Unset: main."},
     )
     ref_model_name_or_path: str | None = field(
         default=None,
@@ -51,6 +54,32 @@ class RunConfig:
             "help": "Dtype of the model's weights: auto (as saved), float32, bfloat16, float16 or float64. Unset: "
             "float32."
         },
+    )
+    torch_dtype: str | None = field(default=None, metadata={"help": "The old name of dtype."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' attention, where attention_backend does not replace it: on models whose batches are "
+            "padded. Unset: transformers' choice."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, if it has several."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset while training, instead of loading it whole. Set max_steps."}
+    )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: entries with `path` and, if need be, `name` (configuration), "
+            "`data_dir`, `data_files`, `split` (default: train), `columns` and `fraction` (share of the mixture)."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Like dataset_streaming, for `datasets`."})
+    test_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Share or number of the rows of `datasets` to hold out. Unset: nothing is evaluated."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
     dataset_test_split: str | None = field(
@@ -74,6 +103,37 @@ class RunConfig:
         default=None, metadata={"help": "Names of the modules that get an adapter. Unset: PEFT's choice for the model."}
     )
 
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of parameters that get an adapter though no linear layer holds them, as of experts."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules that are trained whole beside the adapter, and saved with it."},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "rsLoRA: multiply the adapter's output by lora_alpha / sqrt(lora_r)."}
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "DoRA: train the length of each weight's columns besides LoRA's change of them."},
+    )
+
+    # Quantised weights, below an adapter
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: keep the model's linear layers in 4 bits. Needs use_peft."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the model's linear layers in 8 bits. Needs use_peft."}
+    )
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Kind of 4-bit numbers: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of 4-bit weights too, which saves 0.4 bits each."}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata={"help": "Dtype of the tensors that hold the 4-bit numbers. Unset: uint8."}
+    )
+
     # The report
     report_samples: int = field(
         default=4,
@@ -86,6 +146,47 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.report_samples < 0:
             raise ValueError(f"report_samples must be at least 0 (0: no samples), got {self.report_samples}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one out")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bnb_4bit_quant_type must be nf4 or fp4, got {self.bnb_4bit_quant_type!r}")
+        for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+            if getattr(self, name) != getattr(RunConfig, name) and not self.load_in_4bit:
+                raise ValueError(f"{name} has no effect without load_in_4bit: true; set both or neither")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(f"{name} needs use_peft: true, because quantised weights themselves can't be trained")
+        if self.datasets is None and (self.streaming or self.test_split_size is not None):
+            name = "streaming" if self.streaming else "test_split_size"
+            instead = "dataset_streaming" if self.streaming else "dataset_test_split"
+            raise ValueError(f"{name} is for a mixture in `datasets`; for dataset_name set {instead}")
+
+    @property
+    def data(self) -> str:
+        """What the run trains on, in one name."""
+        return self.dataset_name or ", ".join(str(entry.get("path")) for entry in self.datasets or ())
+
+    def model_options(self) -> dict[str, Any]:
+        """Return the entries of `model_init_kwargs` that settings of this class stand for."""
+        dtype = self.dtype or self.torch_dtype
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+        if self.load_in_8bit:
+            options["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        if self.load_in_4bit:
+            options["quantization_config"] = {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+                "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+                "bnb_4bit_compute_dtype": dtype if dtype not in (None, "auto") else "float32",
+            }
+            if self.bnb_4bit_quant_storage is not None:
+                options["quantization_config"]["bnb_4bit_quant_storage"] = self.bnb_4bit_quant_storage
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
@@ -97,8 +198,10 @@ def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
     of_run = {f.name for f in fields(RunConfig)}
     run = RunConfig(**{name: value for name, value in settings.items() if name in of_run})
     others = {name: value for name, value in settings.items() if name not in of_run}
-    if run.dtype is not None:
-        others["model_init_kwargs"] = _with_dtype(others.get("model_init_kwargs"), run.dtype)
+    if run.dtype and run.torch_dtype and run.dtype != run.torch_dtype:
+        raise ValueError(f"dtype={run.dtype!r} and torch_dtype={run.torch_dtype!r} differ; leave torch_dtype out")
+    if options := run.model_options():
+        others["model_init_kwargs"] = _merged(others.get("model_init_kwargs"), options)
     try:
         return run, DPOConfig(**others)
     except ValueError as error:  # transformers' enums raise it without the name of the setting
@@ -109,13 +212,21 @@ def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
         raise ValueError(f"{' or '.join(names)}: {error}") from error
 
 
-def _with_dtype(model_init_kwargs: Any, dtype: str) -> dict[str, Any]:
-    """Return `model_init_kwargs` with the value of the setting `dtype`."""
+def _merged(model_init_kwargs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return `model_init_kwargs` with options that settings of their own stand for."""
+    kwargs: dict[str, Any]
     kwargs = json.loads(model_init_kwargs) if isinstance(model_init_kwargs, str) else dict(model_init_kwargs or {})
-    for name in ("dtype", "torch_dtype"):
-        if kwargs.get(name, dtype) != dtype:
-            raise ValueError(f"dtype={dtype!r} and {name}={kwargs[name]!r} in model_init_kwargs differ; leave one out")
-    return kwargs | {"dtype": dtype}
+    for name, value in options.items():
+        for given in ("dtype", "torch_dtype") if name == "dtype" else (name,):
+            if kwargs.get(given, value) != value:
+                setting = _SETTING_OF.get(name, name)
+                raise ValueError(
+                    f"{setting}={value!r} and {given}={kwargs[given]!r} in model_init_kwargs differ; leave one out"
+                )
+    return kwargs | options
+
+
+_SETTING_OF = {"revision": "model_revision", "quantization_config": "load_in_4bit or load_in_8bit"}
 
 
 def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
@@ -129,40 +240,55 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
         return run.model_name_or_path, tokenizer
     if run.use_peft:
         logger.warning("only the adapter is saved: the random weights of %s below it are not", run.config_name)
-    return build_policy(run.config_name, args), tokenizer
+    return policy.build_policy(run.config_name, args), tokenizer
 
 
 def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
     """Load the tokenizer that is saved with the model or its config."""
     source: Any = run.model_name_or_path or run.config_name
-    with loading("model_name_or_path" if run.model_name_or_path else "config_name", source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    return policy.load_tokenizer(
+        source, args, setting="model_name_or_path" if run.model_name_or_path else "config_name"
+    )
 
 
 def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:
     """Load the reference model, or return None if the run names none."""
     if run.ref_model_name_or_path is None:
         return None
-    return load_policy(run.ref_model_name_or_path, args, setting="ref_model_name_or_path")
+    if run.model_revision is not None and run.ref_model_name_or_path != run.model_name_or_path:
+        args = copy.copy(args)
+        assert isinstance(args.model_init_kwargs, dict)  # __post_init__ parsed it, and it holds the revision
+        args.model_init_kwargs = {k: v for k, v in args.model_init_kwargs.items() if k != "revision"}
+    return policy.load_policy(run.ref_model_name_or_path, args, setting="ref_model_name_or_path")
 
 
-def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset | None]:
+def load_datasets(run: RunConfig, seed: int = 0) -> tuple[Any, Any | None]:
     """Load the split to train on and the split to evaluate on, or None if the dataset lacks that one.
+
+    Args:
+        run: names the dataset, or the mixture of datasets.
+        seed: decides which rows of a mixture are held out.
 
     Raises:
         ValueError: the dataset can't be read, or has no split of a name that was set.
     """
-    with loading("dataset_name", run.dataset_name):
-        splits = load_splits(run.dataset_name)
+    if run.datasets:
+        if run.dataset_name is not None:
+            logger.warning("dataset_name=%s is not read, because `datasets` is set", run.dataset_name)
+        splits = load_mixture(run.datasets, streaming=run.streaming, test_split_size=run.test_split_size, seed=seed)
+    else:
+        assert run.dataset_name is not None  # read_settings has checked it
+        with loading("dataset_name", run.dataset_name):
+            splits = load_splits(run.dataset_name, run.dataset_config, streaming=run.dataset_streaming)
     held_out = None if run.dataset_test_split == "none" else run.dataset_test_split
     for setting, split in (("dataset_train_split", run.dataset_train_split), ("dataset_test_split", held_out)):
         if split is None or split in splits:
             continue
         if setting == "dataset_test_split" and split == RunConfig.dataset_test_split:
-            logger.warning("%s has no split %r, so nothing is evaluated", run.dataset_name, split)
+            logger.warning("%s has no split %r, so nothing is evaluated", run.data, split)
             continue
         has = f"it has {', '.join(splits)}{nearest(split, splits)}"
-        raise ValueError(f"{setting}: {run.dataset_name} has no split {split!r}; {has}")
+        raise ValueError(f"{setting}: {run.data} has no split {split!r}; {has}")
     return splits[run.dataset_train_split], None if held_out is None else splits.get(held_out)
 
 
@@ -175,4 +301,8 @@ def lora(run: RunConfig) -> Any | None:
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
         target_modules=run.lora_target_modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )

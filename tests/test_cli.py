@@ -174,8 +174,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     [
         (("trian", QUICKSTART), 2, "unknown command 'trian'; did you mean 'train'?"),
         (("zzzz", QUICKSTART), 2, "unknown command 'zzzz'; see fastdpo --help"),
-        (("train",), 2, "the config file must come first: fastdpo train CONFIG.yaml --any_setting value"),
-        (("train", "--beta", 1, QUICKSTART), 2, "the config file must come first"),
+        (("train",), 2, "give a config file, settings or both: fastdpo train CONFIG.yaml --any_setting value"),
+        (("train", "--beta", 1, QUICKSTART), 2, "--beta takes one value, got 1 examples/quickstart.yaml"),
         (
             ("train", QUICKSTART, "--lerning_rate", 1),
             2,

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from datasets import List, Value
+from datasets import Dataset, List, Value, concatenate_datasets
 
 RAW_COLUMNS = {
     "preference": ("chosen", "rejected"),
@@ -138,6 +138,23 @@ def _strings(value: Any) -> str:
     if isinstance(value, dict):
         value = list(value.values())
     return "\n".join(map(_strings, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+
+
+def with_raw_columns(rows: Any, raw: Any) -> Any:
+    """Return tokenised rows with those columns of the raw rows that they lack, for callbacks that read the text.
+
+    No batch holds them, because the Trainer leaves out the columns that no batch reads. A stream, rows that came
+    tokenised and rows that a transform of the user's makes are returned as they are.
+
+    Args:
+        rows: what `fastdpo.data.prepare.prepare_dataset` made of the raw rows.
+        raw: the dataset as the user passed it.
+    """
+    if not isinstance(raw, Dataset) or "pair_index" in raw.column_names or raw.format["type"] == "custom":
+        return rows
+    extra = [name for name in raw.column_names if name not in rows.column_names]
+    kept = raw.with_format(None).select_columns(extra).select(rows["pair_index"])  # without the rows that were dropped
+    return concatenate_datasets([rows, kept], axis=1) if extra else rows
 
 
 def check_reference_columns(columns: Collection[str], kind: str, ld_alpha: float | None) -> None:

@@ -43,15 +43,13 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
     return add_adapter(model, peft_config, keeps_reference=keeps_reference)
 
 
-def lora_config(*, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None) -> Any:
+def lora_config(*, target_modules: list[str] | None, **options: Any) -> Any:
     """Return the `peft.LoraConfig` of a new adapter of a causal LM; `target_modules` None leaves them to PEFT."""
     from peft import LoraConfig
 
     # PEFT reads this word, outside of a list, as all linear layers but the head
     modules: Any = "all-linear" if target_modules == ["all-linear"] else target_modules
-    return LoraConfig(
-        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )
+    return LoraConfig(target_modules=modules, task_type="CAUSAL_LM", **options)
 
 
 def is_peft_model(model: Any) -> bool:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
@@ -16,6 +24,11 @@ logger = logging.getLogger("fastdpo")
 
 _OF_MODEL = ("dtype", "attn_implementation", "experts_implementation")
 """The options that `from_config` takes; all others go to the config."""
+_OF_FILES = (
+    *("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "force_download"),
+    *("proxies", "code_revision", "gguf_file"),
+)
+"""The options that say which files to read."""
 _BUILT = "_fastdpo_built"
 """The attribute that marks a model to which `build_policy` has applied `model_init_kwargs`."""
 
@@ -45,6 +58,8 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
             if unknown is None or unknown[1] not in _options(args):
                 raise
             advice = nearest(unknown[1], ()) or "; leave it out"
+            if unknown[1] in ("load_in_4bit", "load_in_8bit"):
+                advice = f"; write model_init_kwargs={{'quantization_config': BitsAndBytesConfig({unknown[1]}=True)}}"
             raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
 
 
@@ -60,10 +75,30 @@ def _from_pretrained(model: str, args: Any) -> Any:
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
             logger.info("reference: adapter %r, saved beside the one in %s", reference, model)
         return policy
-    return AutoModelForCausalLM.from_pretrained(model, **options)
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        files = {name: options[name] for name in _OF_FILES if name in options}
+        config = AutoConfig.from_pretrained(config or model, **files)
+    return auto_class(config).from_pretrained(model, **options)
 
 
-def configs_of(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | None]:
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads all weights of a checkpoint: a vision tower is kept, too.
+
+    Args:
+        config: the checkpoint's config, whose `architectures` names the class that was saved.
+    """
+    names = set[str]()
+    for each in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        names.update([each] if isinstance(each, str) else each)
+    own_code = getattr(config, "auto_map", None) or {}
+    sees = AutoModelForImageTextToText.__name__ in own_code and AutoModelForCausalLM.__name__ not in own_code
+    if sees or not names.isdisjoint(config.architectures or ()):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def configs_of(path: str | None, trust_remote_code: bool, revision: str | None = None) -> tuple[Any, Any | None]:
     """Return the config of the model that `load_policy` would load, and its adapter's config or None."""
     adapter = None
     if (Path(path or "") / "adapter_config.json").is_file():
@@ -71,19 +106,25 @@ def configs_of(path: str | None, trust_remote_code: bool) -> tuple[Any, Any | No
 
         adapter = PeftConfig.from_pretrained(path)
         adapter.inference_mode = False
-        path = adapter.base_model_name_or_path
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), adapter
+        path, revision = adapter.base_model_name_or_path, adapter.revision
+    files = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    return AutoConfig.from_pretrained(path, **files), adapter
 
 
 def _keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from rewriting 4-bit weights for inference, which stops every gradient behind them.
+    """Let bitsandbytes compute alike in training and evaluation.
 
-    On some CPUs it does so at the first evaluation, and training goes on with gradients that are silently 0.
+    On some CPUs it rewrites 4-bit weights at the first evaluation, and training goes on with gradients that are
+    silently 0. In evaluation it also rounds the inputs of 8-bit layers to 8 bits, which changes log-probs by more than
+    a reference may differ; these layers stay in training mode.
 
     Raises:
         ValueError: it has done so already.
     """
     for name, module in model.named_modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.training = True
+            vars(module)["train"] = _stays
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -94,9 +135,45 @@ def _keep_differentiable(model: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(model: Any, args: Any) -> Any:
-    """Load the tokenizer that lies beside the weights of a loaded model."""
-    return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
+def _stays(mode: bool = True) -> None:
+    """Ignore a change between training and evaluation."""
+
+
+def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") -> Any:
+    """Load the tokenizer that lies beside the weights of a loaded model, or in a folder, or in a repository on the Hub.
+
+    Args:
+        model: a loaded model, or the name or path of one.
+        args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
+        setting: what an error calls the place.
+
+    Raises:
+        ValueError: the model was not loaded from anywhere.
+        OSError: no tokenizer lies there; the message begins with `setting`.
+    """
+    options = _options(args)
+    files = {name: options[name] for name in _OF_FILES if name in options and name != "force_download"}
+    if not (name := model if isinstance(model, str) else model.config._name_or_path):
+        raise ValueError(
+            "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
+            "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
+        )
+    with loading(setting, name):
+        return AutoTokenizer.from_pretrained(name, **files)
+
+
+def align_pad_token(model: Any, tokenizer: Any) -> None:
+    """Give the tokenizer a pad token if it has none, and let the model's configs name the same one, as TRL does.
+
+    Nothing is padded in training, but what is saved must agree: `generate` and other trainers read it.
+    """
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            return
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def smallest_vocab(*models: Any) -> int:
@@ -138,7 +215,7 @@ def build_policy(config_name: str, args: Any) -> Any:
     if of_model["dtype"] == "auto":
         of_model["dtype"] = config.dtype or "float32"
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config, **of_model, **code)
+    model = auto_class(config).from_config(config, **of_model, **code)
     vars(model)[_BUILT] = True
     logger.info("built %s with random weights, %.1f M parameters", type(model).__name__, model.num_parameters() / 1e6)
     return model

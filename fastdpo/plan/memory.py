@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 from fastdpo.head.impl.interface import WORKSPACE_BYTES
 from fastdpo.model.adapted_layers import base_linear
 from fastdpo.model.adapters import with_adapter
 from fastdpo.model.attention.backends import Usable
+from fastdpo.model.policy import auto_class
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.stand_ins import NAME, HeadMemory
 
@@ -196,7 +196,7 @@ def meta_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_cod
     """Return the causal LM that `config` describes, on the meta device, without weights."""
     options = {"attn_implementation": NAME, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # a copy, for it is changed
+        return auto_class(config).from_config(copy.deepcopy(config), **options)  # a copy, for it is changed
 
 
 def _make_fake(model: nn.Module) -> None:

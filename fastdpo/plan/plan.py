@@ -94,7 +94,7 @@ def make_plan(
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
-    config, adapter = configs_of(run.model_name_or_path or run.config_name, code)
+    config, adapter = configs_of(run.model_name_or_path or run.config_name, code, run.model_revision)
     if adapter is not None and run.use_peft:
         raise ValueError(f"use_peft=True would add an adapter to {run.model_name_or_path}, which is an adapter already")
     adapter = adapter or lora(run)

@@ -1,6 +1,7 @@
 """Add reference log-probs to a trainer's datasets, and find out whether the cache already has all of them."""
 
 import contextlib
+import functools
 import logging
 from typing import Any
 
@@ -46,23 +47,37 @@ def add(trainer: Trainer, reference: Any, layout: Layout) -> None:
             switched to its reference adapter.
         layout: the layout of the batches.
     """
+    trainer.train_dataset = with_logps(trainer, reference, layout, trainer.train_dataset, "train")
+    trainer.eval_dataset = prepare.each(trainer.eval_dataset, functools.partial(with_logps, trainer, reference, layout))
+
+
+def with_logps(trainer: Trainer, reference: Any, layout: Layout, rows: Any, name: str) -> Any:
+    """Return one dataset with the reference's log-probs; one that came with reference log-probs stays as it is.
+
+    Args:
+        trainer: its settings say how to compute them, and where the cache is.
+        reference: as in `add`.
+        layout: as in `add`.
+        rows: the tokenised dataset.
+        name: what errors and the progress bar call it.
+    """
+    if not prepare.REFERENCES.keys().isdisjoint(rows.column_names or ()):
+        return rows
     args: Any = trainer.args
+    home, device = reference.device, trainer.accelerator.device
     options = options_of(args) | {
         "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
-        "model": reference.to(trainer.accelerator.device),
+        "model": reference if home == device else reference.to(device),
         "process_index": args.process_index,
         "num_processes": args.world_size,
         "wait_for_everyone": trainer.accelerator.wait_for_everyone,
     }
-
-    def score(rows: Any, name: str) -> Any:
-        given = not prepare.REFERENCES.keys().isdisjoint(rows.column_names or ())
-        return rows if given else with_reference(rows, name=name, **options)
-
     with _answering(reference, trainer.model, args.ref_adapter_name):
-        trainer.train_dataset = score(trainer.train_dataset, "train")
-        trainer.eval_dataset = prepare.each(trainer.eval_dataset, score)
+        rows = with_reference(rows, name=name, **options)
+    if home != device and reference is not trainer.model:  # so that it takes no memory of the device in training
+        reference.to(home)
+    return rows
 
 
 def _answering(reference: Any, policy: Any, adapter: str | None) -> contextlib.AbstractContextManager[None]:

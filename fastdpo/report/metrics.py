@@ -65,6 +65,10 @@ class RunningSums:
         old = self._on_host.get(name, [0.0] * len(numbers))
         self._on_host[name] = [a + b for a, b in zip(old, numbers, strict=True)]
 
+    def tokens(self) -> float:
+        """Return the tokens that this process added with `add_tokens`, without reading anything."""
+        return self._on_host.get("num_tokens", [0.0])[0]
+
     def __len__(self) -> int:
         return len(self._on_device) + len(self._on_host)
 
@@ -314,11 +318,15 @@ def training_logs(
     numbers, histograms = results(sums.read(accelerator))
     numbers.pop("loss", None)  # the Trainer logs its own
     if (tokens := numbers.get("num_tokens")) is not None:
-        logged = (entry["num_tokens"] for entry in reversed(log_history) if "num_tokens" in entry)
-        numbers["num_tokens"] = next(logged, 0.0) + tokens
+        numbers["num_tokens"] = tokens_logged(log_history) + tokens
         if seconds:
             numbers["tokens_per_second"] = tokens / seconds
     return numbers, histograms
+
+
+def tokens_logged(log_history: Sequence[Mapping[str, Any]]) -> float:
+    """Return the number of tokens trained on until the last record of training."""
+    return next((float(entry["num_tokens"]) for entry in reversed(log_history) if "num_tokens" in entry), 0.0)
 
 
 def _add_peak_memory(sums: RunningSums, accelerator: Accelerator) -> None:

@@ -77,6 +77,14 @@ TILES = (
     ("tokens_per_second", "tokens per second", None),
     ("peak_memory_gib", "peak memory, GiB", None),
 )
+# what the tables of results show: metric, label, format
+RESULTS = (
+    ("rewards/accuracies", "reward accuracy", "{:.3f}"),
+    ("rewards/margins", "reward margin", "{:+.3f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("logps/chosen", "log-prob of chosen", "{:.2f}"),
+    ("logps/rejected", "log-prob of rejected", "{:.2f}"),
+)
 _MOVES_THE_START = ("loss_weights", "use_weighting", "rpo_alpha", "reference_free")
 
 
@@ -188,7 +196,7 @@ def _draw_all(
 ) -> tuple[dict[str, bytes], list[str]]:
     """Draw all pictures that have data; return their PNGs by name, and their headings and panels as HTML."""
     draw = {
-        "training": lambda: plots.training(log_history, _first_loss(config)),
+        "training": lambda: plots.training(log_history, first_loss(config)),
         "rewards": lambda: plots.rewards(histograms),
         "reference": lambda: plots.reference(log_history),
         "lengths": lambda: plots.lengths(log_history, histograms),
@@ -211,7 +219,7 @@ def _draw_all(
     return pngs, parts
 
 
-def _first_loss(config: Mapping[str, Any]) -> float | None:
+def first_loss(config: Mapping[str, Any]) -> float | None:
     """Return ln 2 if that is the objective's loss while the policy is its reference; else None."""
     names = config.get("loss_type", ["sigmoid"])
     known = len(names) == 1 and names[0] in LN_2_AT_FIRST and not any(map(config.get, _MOVES_THE_START))
@@ -309,6 +317,15 @@ def _reason(error: Exception) -> str:
 def _number(value: float) -> str:
     """Format a number with four digits, or with all digits before the point if it is large."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def results(log_history: plots.LogHistory, prefix: str = "eval_") -> list[tuple[str, str, str]]:
+    """Return label, first and last value of the main metrics that were logged under a prefix; empty if none was."""
+    return [
+        (label, form.format(values[0]), form.format(values[-1]))
+        for name, label, form in RESULTS
+        if (values := plots.values(log_history, prefix + name))
+    ]
 
 
 def summary_table(rows: Sequence[tuple[str, ...]], headers: tuple[str, ...]) -> str:

@@ -31,18 +31,15 @@ OTHER_NAMES = OLD_NAMES | {
     "ref_model": "did you mean 'ref_model_name_or_path'?",
     "dataset": "did you mean 'dataset_name'?",
     "dataset_path": "did you mean 'dataset_name'?",
-    "torch_dtype": "did you mean 'dtype'?",
     "max_new_tokens": "did you mean 'max_completion_length'?",
     "lr": "did you mean 'learning_rate'?",
     "batch_size": "did you mean 'per_device_train_batch_size'?",
     "epochs": "did you mean 'num_train_epochs'?",
     "label_smoothing_epsilon": "did you mean 'label_smoothing'?",
     "lora_task_type": "leave it out: the adapter is always that of a causal language model",
-    "attn_implementation": "write model_init_kwargs: {attn_implementation: ...}",
-    "model_revision": "write model_init_kwargs: {revision: ...}",
-    "load_in_4bit": "write model_init_kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}",
-    "load_in_8bit": "write model_init_kwargs: {quantization_config: {quant_method: bitsandbytes, load_in_8bit: true}}",
-    "dataset_config": "download that configuration, and give its folder as dataset_name",
+    "ignore_bias_buffers": "leave it out: buffers are never synchronised as bias buffers need it",
+    "env": "set environment variables in the shell",
+    "bnb_4bit_use_double_quant": "did you mean 'use_bnb_nested_quant'?",
 }
 """Hints for names that users of TRL and other libraries type, for which the nearest spelling would mislead."""
 
@@ -68,8 +65,8 @@ class UsageError(ValueError):
     """The command line or config file names a command or setting that does not exist, or lacks a value."""
 
 
-def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` replace its values.
+def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a flat YAML file of `RunConfig` and `DPOConfig` fields; `overrides` replace its values, or stand alone.
 
     Raises:
         UsageError: a key is unknown; the message names the nearest valid one.
@@ -77,14 +74,15 @@ def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, A
         ModuleNotFoundError: a setting needs a package that is not installed.
         OSError: the file can't be read.
     """
-    values = _read_yaml(Path(path)) | dict(overrides)
+    values = (_read_yaml(Path(path)) if path else {}) | dict(overrides)
     known = settings()
     for key in values:
         if key not in known:
             raise UsageError(f"unknown setting {key!r}{nearest(str(key), known)}")
     values = {key: typed(known[key], value) for key, value in values.items()}
-    if values.get("dataset_name") is None:
-        raise ValueError(f"dataset_name is not set; set it in {path}, or add --dataset_name to the command line")
+    if values.get("dataset_name") is None and not values.get("datasets"):
+        where = f"set it in {path}, or " if path else ""
+        raise ValueError(f"dataset_name is not set; {where}add --dataset_name to the command line")
     start, config = values.get("model_name_or_path"), values.get("config_name")
     if (start is None) == (config is None):
         raise ValueError(
@@ -95,7 +93,8 @@ def read_settings(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, A
     for name in ("model_name_or_path", "ref_model_name_or_path", "config_name"):
         if values.get(name) is not None:
             values[name] = _checked_model(name, values[name], values)
-    values["dataset_name"] = _checked_dataset(values["dataset_name"])
+    if values.get("dataset_name") is not None:
+        values["dataset_name"] = _checked_dataset(values["dataset_name"])
     _check_output(values)
     _check_packages(values)
     return values
@@ -177,7 +176,9 @@ def typed(setting: Setting, value: Any) -> Any:
 def _check_dtype(values: Mapping[str, Any]) -> None:
     kwargs = values.get("model_init_kwargs")
     of_model = kwargs if isinstance(kwargs, dict) else {}
-    for name, value in (("dtype", values.get("dtype")), *((n, of_model.get(n)) for n in ("dtype", "torch_dtype"))):
+    for name, value in (*values.items(), *of_model.items()):
+        if name not in ("dtype", "torch_dtype"):
+            continue
         check_dtype(name, value)
 
 
@@ -230,6 +231,7 @@ def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
     if path.is_file() and setting != "config_name":
         raise ValueError(
             f"{setting} must be a folder or a repository on the Hub, and {name!r} is a file; give its folder"
+            + (f", and model_init_kwargs: {{gguf_file: {path.name}}}" if path.suffix == ".gguf" else "")
         )
     kwargs = values.get("model_init_kwargs")
     if path.is_dir() and not (isinstance(kwargs, dict) and "gguf_file" in kwargs):
@@ -305,7 +307,9 @@ def _check_output(values: dict[str, Any]) -> None:
 def _check_packages(values: Mapping[str, Any]) -> None:
     if values.get("use_peft"):
         _need("peft", "use_peft")
-    elif of_adapter := [name for name in values if name.startswith("lora_")]:
+    elif of_adapter := [
+        name for name, x in values.items() if x and name.startswith(("lora_", "use_dora", "use_rslora"))
+    ]:
         raise ValueError(
             f"{of_adapter[0]} has no effect without use_peft: true; set that, or leave {of_adapter[0]} out"
         )
@@ -317,6 +321,9 @@ def _check_packages(values: Mapping[str, Any]) -> None:
         _need("flash_attn", "attention_backend='flash'")
     if any(part in str(values.get("optim")) for part in ("8bit", "bnb", "paged")):
         _need("bitsandbytes", f"optim={values['optim']!r}")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if values.get(name):
+            _need("bitsandbytes", name)
     kwargs = values.get("model_init_kwargs")
     quantized = (kwargs.get("quantization_config") if isinstance(kwargs, dict) else None) or {}
     if not isinstance(quantized, dict):

@@ -6,44 +6,131 @@ import json
 import logging
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from fastdpo.settings.config_file import data_kind
+from fastdpo.settings.config_file import data_kind, nearest
+from fastdpo.settings.failures import loading
 
 FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
 _TEXTS = ("prompt", "chosen", "rejected", "completion")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def load_splits(name: str) -> DatasetDict:
+def load_splits(name: str, config: str | None = None, *, streaming: bool = False) -> Any:
     """Load the splits of a file, a folder or a dataset on the Hub; a file is one split, called train.
 
+    Args:
+        name: path or name on the Hub.
+        config: one of the dataset's configurations; None: its only one, or its default.
+        streaming: return streams, which are read during training.
+
     Raises:
-        ValueError: a file is broken or empty; the message names it and, if it is a text file, the line.
+        ValueError: a file is broken or empty; the message names it and, if it is a text file, the line. Or the dataset
+            can't have configurations.
         OSError: a file can't be opened, or the Hub has no such dataset or can't be reached.
     """
     path = Path(name)
     if not path.exists():
         if name in FORMATS:  # for which the datasets library would read all files below the working directory
             raise ValueError(f"dataset_name: {name!r} is a file format; give the file or the folder to read")
-        return _as_splits(load_dataset(name))
+        return _as_splits(load_dataset(name, config, streaming=streaming))
+    if config is not None and not any(path.glob("README.md")):  # where a folder lists its configurations
+        raise ValueError(f"dataset_config={config!r}: {name!r} has no configurations; leave it out")
     if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
         with _naming(path):
-            return _as_splits(load_from_disk(name))
+            splits = _as_splits(load_from_disk(name))
+            return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
     with _naming(path), _quiet():
         if path.is_file():
-            splits = load_dataset(data_kind(path), data_files=name, **_options(path))
+            splits = load_dataset(data_kind(path), data_files=name, streaming=streaming, **_options(path))
         else:  # a bare json, csv or text names a format there, and all files below the working directory are read
-            splits = load_dataset(str(path.absolute()), **_options(_one_kind(path)))
-        for split in splits.values():
+            splits = load_dataset(str(path.absolute()), config, streaming=streaming, **_options(_one_kind(path)))
+        for split in () if streaming else splits.values():
             split.data.table.validate(full=True)  # finds text that is not UTF-8 before it is tokenised
         return _as_splits(splits)
+
+
+MIXED = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+"""What an entry of a mixture may hold."""
+
+
+def load_mixture(
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    streaming: bool = False,
+    test_split_size: float | None = None,
+    seed: int = 0,
+) -> Any:
+    """Load several datasets as one, with a split `train` and, if some rows are to be held out, a split `test`.
+
+    Args:
+        entries: a mapping for each dataset, see `MIXED`: `path` as in `load_splits` or with what `load_dataset` takes.
+            If all have a `fraction`, the mixture is as large as it can be with these shares (their sum counts as 1)
+            while no row is used twice, and each dataset gives its first rows.
+        streaming: return streams.
+        test_split_size: share (below 1) or number of rows to hold out, drawn at random.
+        seed: decides which rows are held out.
+
+    Raises:
+        ValueError: an entry can't be read; the message has its number.
+    """
+    parts = []
+    for i, entry in enumerate(entries):
+        where = f"datasets[{i}]"
+        if not isinstance(entry, Mapping) or not entry.get("path"):
+            raise ValueError(f"{where} must be a mapping with a path, got {entry!r}")
+        if unknown := [key for key in entry if key not in MIXED]:
+            raise ValueError(f"{where} has an unknown entry {unknown[0]!r}{nearest(unknown[0], MIXED)}")
+        parts.append(_part(where, entry, streaming))
+    fractions: list[Any] = [entry.get("fraction") for entry in entries]
+    if any(fraction is not None for fraction in fractions):
+        if streaming or not all(isinstance(f, (int, float)) and f > 0 for f in fractions):
+            why = "streams have no length" if streaming else f"got {fractions}"
+            raise ValueError(f"fraction in datasets must be a number above 0 in all entries or in none: {why}")
+        size = min(len(rows) * sum(fractions) / f for rows, f in zip(parts, fractions, strict=True))
+        parts = [rows.select(range(round(size * f / sum(fractions)))) for rows, f in zip(parts, fractions, strict=True)]
+    try:
+        rows = concatenate_datasets(parts)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"datasets: their columns differ in name or type; set `columns` in each entry: {error}"
+        ) from error
+    if test_split_size is None:
+        return {"train": rows}
+    if streaming:
+        raise ValueError("test_split_size can't be combined with streaming, because a stream has no length")
+    size = int(test_split_size) if test_split_size >= 1 else test_split_size
+    if not 0 < size < len(rows):
+        raise ValueError(f"test_split_size must be a share below 1, or fewer than all {len(rows):,} rows; got {size}")
+    return rows.train_test_split(test_size=size, seed=seed)
+
+
+def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
+    """Return the rows of one entry of a mixture."""
+    path, split = str(entry["path"]), entry.get("split") or "train"
+    with loading(where, path):
+        if "data_files" in entry or "data_dir" in entry:
+            files = {name: entry[name] for name in ("data_dir", "data_files") if name in entry}
+            splits = load_dataset(path, entry.get("name"), streaming=streaming, **files)
+        else:
+            splits = load_splits(path, entry.get("name"), streaming=streaming)
+    name, bracket, rest = split.partition("[")
+    if name not in splits:
+        raise ValueError(f"{where}: {path} has no split {name!r}; it has {', '.join(splits)}{nearest(name, splits)}")
+    rows = splits[name]
+    if bracket:
+        raise ValueError(f"{where}: split {split!r} names a part of a split; set fraction instead of [{rest}")
+    if columns := entry.get("columns"):
+        if missing := [column for column in columns if column not in (rows.column_names or columns)]:
+            raise ValueError(f"{where}: {path} has no column {missing[0]!r}{nearest(missing[0], rows.column_names)}")
+        rows = rows.select_columns(columns)
+    return rows
 
 
 def _one_kind(folder: Path) -> Path:

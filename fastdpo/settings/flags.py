@@ -82,7 +82,7 @@ def without_flag(words: list[str], name: str) -> list[str]:
 
 def settings_help(command: str, summary: str, own: dict[str, Setting], end: str) -> str:
     """Return the help of a command: all settings by group, with types, descriptions and defaults."""
-    lines = [f"usage: fastdpo {command} CONFIG.yaml [--any_setting value ...] [--debug]", "", summary]
+    lines = [f"usage: fastdpo {command} [CONFIG.yaml] [--any_setting value ...] [--debug]", "", summary]
     group = None
     for setting in (*own.values(), *settings().values()):
         if setting.group != group:

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from transformers import (
 
 from fastdpo import checks
 from fastdpo.compat import liger, trl
+from fastdpo.compat.trl_objects import TRLAttributes, resolve_collator
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
+from fastdpo.data.columns import with_raw_columns
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.backends import usable
 from fastdpo.model.layout import Layout, choose_layout
-from fastdpo.model.policy import disable_dropout, load_policy, load_tokenizer, smallest_vocab
+from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.model.self_check import agreed_layout
@@ -39,8 +42,11 @@ from fastdpo.trainer.packed_trainer import EvalDataset, PackedTrainer
 
 logger = logging.getLogger("fastdpo")
 
+TAGS = ("fastdpo", "dpo")
+"""Tags of a trained model on the Hub."""
 
-class DPOTrainer(PackedTrainer):
+
+class DPOTrainer(TRLAttributes, PackedTrainer):
     """Direct Preference Optimization of a causal language model, https://arxiv.org/abs/2305.18290.
 
     Args:
@@ -50,8 +56,9 @@ class DPOTrainer(PackedTrainer):
             adapter, or with a copy of the adapter that it came with; otherwise a copy of the policy as passed.
         args: settings; a `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`. None means a `DPOConfig` with
             the model's name and `-DPO` as `output_dir`.
-        data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`.
-        train_dataset: preference rows, see `fastdpo.data.prepare`.
+        data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`, which also
+            replaces TRL's own collator.
+        train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too.
         eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
         processing_class: the tokenizer; None loads the one at the model's path.
         compute_metrics: must be None, because packed batches have no logits to give to it; it is here because TRL's
@@ -70,6 +77,7 @@ class DPOTrainer(PackedTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    _dataset_name: str | None = None
 
     def __init__(
         self,
@@ -90,6 +98,7 @@ class DPOTrainer(PackedTrainer):
         log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
         args, processing_class = trl.resolve(model, args, processing_class, **others)
+        data_collator = resolve_collator(data_collator, args)
         liger.prepare(args)
         if train_dataset is None:
             raise ValueError("train_dataset is required")
@@ -102,6 +111,7 @@ class DPOTrainer(PackedTrainer):
             with loading("processing_class", model.config._name_or_path):
                 processing_class = load_tokenizer(model, args)
         trl.set_pad_token(processing_class, args.pad_token)
+        align_pad_token(model, processing_class)
         vocab_size = smallest_vocab(model, ref_model)
         train_dataset, eval_dataset = self._prepare_data(
             train_dataset, eval_dataset, processing_class, vocab_size, args, settings
@@ -135,6 +145,7 @@ class DPOTrainer(PackedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
         if data_collator is None:
@@ -165,14 +176,18 @@ class DPOTrainer(PackedTrainer):
         settings: ObjectiveSettings,
     ) -> tuple[Any, Any]:
         """Tokenise and check the datasets; make `_prepare_dataset`, with which `evaluate` tokenises another one."""
-        self._prepare_dataset = prepare.preparer(args, settings, tokenizer, vocab_size)
+        tokenise = prepare.preparer(args, settings, tokenizer, vocab_size)
+
+        def prepared(raw: Any, name: str) -> Any:
+            rows = tokenise(raw, name=name)
+            columns = set(rows.column_names or ())
+            settings.check_columns(columns)
+            prepare.check_reference_columns(columns, settings.kind, args.ld_alpha)
+            return with_raw_columns(rows, raw)
+
+        self._prepare_dataset = prepared
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
-            train_dataset = self._prepare_dataset(train_dataset)
-            eval_dataset = prepare.each(eval_dataset, lambda rows, name: self._prepare_dataset(rows, name=name))
-        for names in prepare.columns_of(train_dataset, eval_dataset):
-            settings.check_columns(names)
-            prepare.check_reference_columns(names, settings.kind, args.ld_alpha)
-        return train_dataset, eval_dataset
+            return prepared(train_dataset, "train"), prepare.each(eval_dataset, prepared)
 
     def _prepare_reference(self, ref_model: Any, *, may_use_cache: bool) -> None:
         """Compute the reference's log-probs now, find them in the cache, or put the reference on its device."""
@@ -181,6 +196,8 @@ class DPOTrainer(PackedTrainer):
         if precompute is None and may_use_cache:
             precompute = reference_columns.is_complete(self)
             ref_model = None if precompute else ref_model  # the copy's log-probs are in the cache
+        self._is_precomputed = bool(precompute)
+        self._kept_reference = ref_model if precompute else None  # for a dataset that is passed to `evaluate`
         if precompute:
             reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
@@ -197,11 +214,62 @@ class DPOTrainer(PackedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate; a dataset passed here is tokenised like those passed to the constructor."""
+        """Evaluate; a dataset passed here is prepared like those passed to the constructor.
+
+        Raises:
+            ValueError: the reference's log-probs of this dataset are needed and can't be computed any more.
+        """
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            eval_dataset = self._prepare_dataset(eval_dataset, name=metric_key_prefix)
+            eval_dataset = self._prepare_dataset(eval_dataset, metric_key_prefix)
+            if self._is_precomputed:
+                eval_dataset = self._with_reference(eval_dataset, metric_key_prefix)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return result
+
+    def _with_reference(self, rows: Any, name: str) -> Any:
+        """Return a dataset with the log-probs of the reference, which is not in `ref_model`."""
+        reference = self._kept_reference
+        if reference is None:
+            if adapters.is_peft_model(self.model):
+                return rows  # the policy answers as the reference when a batch is evaluated
+            if self.state.global_step > 0 and not prepare.REFERENCES.keys() & set(rows.column_names or ()):
+                raise ValueError(
+                    "evaluate(eval_dataset=...) needs the reference's log-probs of these rows, and the policy, which "
+                    "was its own reference, has been trained since they were precomputed; pass the dataset to "
+                    "DPOTrainer(eval_dataset=...), pass ref_model, or set precompute_ref_log_probs=False"
+                )
+        return reference_columns.with_logps(
+            self, self.model if reference is None else reference, self._layout, rows, name
+        )
+
+    # The Hub
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Write the model card `README.md` into `args.output_dir`: data, settings, curves, table and citation.
+
+        Args:
+            model_name: the card's title; None: the end of `args.hub_model_id` or of `args.output_dir`.
+            dataset_name: name of the dataset; a later card of this trainer names it too.
+            tags: further tags for the Hub.
+            **metadata: further entries of the card's metadata, such as `license` and `language`.
+        """
+        from fastdpo.report.model_card import write_model_card  # draws, which is slow to import
+
+        self._dataset_name = dataset_name or self._dataset_name
+        if self.is_world_process_zero():
+            name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
+            tags = [*TAGS, *([tags] if isinstance(tags, str) else tags or ())]
+            write_model_card(self, name, self._dataset_name, tags, metadata)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _prepare_models(

@@ -208,6 +208,8 @@ class PackedTrainer(Trainer):
         """Evaluate with means over all examples, so that a smaller last batch counts less than a full one."""
         started = time.perf_counter()
         training_sums, self._sums = self._sums, metrics.RunningSums()
+        logged = metrics.tokens_logged(self.state.log_history) if self.is_world_process_zero() else 0.0
+        self._sums.add_numbers("num_tokens", logged + training_sums.tokens())  # of training so far, as in TRL's records
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         numbers, histograms = metrics.results(self._sums.read(self.accelerator))
         if "aux_loss" in numbers:

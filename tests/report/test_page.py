@@ -469,7 +469,7 @@ def test_what_is_told_about_the_run_and_its_samples(tmp_path: Path, undrawn: Non
     ids=str,
 )
 def test_the_loss_is_compared_with_ln_2_only_where_it_starts_there(config: dict[str, Any], known: bool) -> None:
-    assert page_module._first_loss(config) == (math.log(2) if known else None)
+    assert page_module.first_loss(config) == (math.log(2) if known else None)
 
 
 def test_a_run_that_logged_nothing_leaves_an_earlier_report(

@@ -69,13 +69,13 @@ def test_a_missing_file_names_the_one_beside_it(good: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("torch_dtype", "did you mean 'dtype'?"),
+        ("torch_dtyp", "did you mean 'torch_dtype'?"),
         ("model", "did you mean 'model_name_or_path'?"),
         ("ref_model", "did you mean 'ref_model_name_or_path'?"),
         ("dataset", "did you mean 'dataset_name'?"),
         ("max_target_length", "use max_completion_length"),
         ("lora_task_type", "leave it out"),
-        ("load_in_4bit", "write model_init_kwargs: {quantization_config:"),
+        ("bnb_4bit_use_double_quant", "did you mean 'use_bnb_nested_quant'?"),
         ("gradient_accumulation_step", "did you mean 'gradient_accumulation_steps'?"),
         ("zzzz", ""),
     ],

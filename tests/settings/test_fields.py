@@ -45,7 +45,6 @@ def test_types_defaults_and_help_are_those_of_the_dataclasses(config: type) -> N
         if isinstance(field.default, (int, float, str, type(None))) and not hasattr(field.default, "value"):
             assert setting.default is not None
             assert literals.get(setting.default, field.default) == field.default, field.name
-    assert settings()["dataset_name"].default is None
 
 
 def test_groups_are_the_comments_of_the_config() -> None:

@@ -52,7 +52,7 @@ def test_a_flag_means_what_the_file_would(flags: str, line: str) -> None:
         ("seed 1", "expected --setting value, got 'seed'"),
         ("--sede 1", "unknown setting --sede; did you mean 'seed'?"),
         ("--no_beta", "unknown setting --no_beta"),
-        ("--torch_dtype float16", "unknown setting --torch_dtype; did you mean 'dtype'?"),
+        ("--env A=1", "unknown setting --env; set environment variables in the shell"),
     ],
 )
 def test_a_misspelt_command_line_is_a_usage_error(flags: str, message: str) -> None:
