@@ -17,7 +17,7 @@ FLOORS = [
     {"loss", "model"},
     {"report", "reference", "config"},
     {"compat", "run", "scoring"},
-    {"plan", "trainer"},
+    {"plan", "trainer", "commands"},
     {"cli", "__init__"},
     {"__main__"},
 ]
