@@ -17,7 +17,8 @@ FLOORS = [
     {"loss", "model"},
     {"report", "reference", "config"},
     {"compat", "run", "scoring"},
-    {"plan", "trainer", "commands"},
+    {"plan", "trainer"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__"},
 ]
