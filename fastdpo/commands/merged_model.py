@@ -145,12 +145,14 @@ def _dequantized(model: Any, base: str) -> Any:
         return model
     logger.info("%s is quantised: its weights are made plain ones, and are saved as such", base)
     try:
-        return model.dequantize()
+        model = model.dequantize()
     except (NotImplementedError, AttributeError, TypeError, ImportError) as error:
         raise ValueError(
             f"the base model {base!r} is quantised in a way that can't be undone ({error}); give the model that it was "
             "made from as --model_name_or_path"
         ) from error
+    model._weight_conversions = None  # or saving would try to quantise again
+    return model
 
 
 def _tokenizer(adapter: str, base: str, options: dict[str, Any]) -> Any:

@@ -361,3 +361,23 @@ def test_help_names_the_options(merge: Run) -> None:
     for words in ("usage: fastdpo merge ADAPTER --output_dir FOLDER", "--model_name_or_path str", "exit codes:"):
         assert words in ended.out
     assert "--beta" not in ended.out
+
+
+def test_a_quantised_base_is_merged_with_plain_weights(merge: Run, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    save_base(tmp_path / "plain", hidden_size=64, intermediate_size=64)
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = trained(tmp_path / "base", lora(), tmp_path / "adapter")
+    ended = merge(adapter, "--output_dir", tmp_path / "merged")
+    assert ended.code == 0, ended.err
+    assert "is quantised: its weights are made plain ones" in ended.err
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    quantised = with_adapter(tmp_path / "base", adapter)
+    for module in quantised.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # or it would round to bfloat16
+    assert (logps(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - logps(quantised)).abs().max() < 1e-4
