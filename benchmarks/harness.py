@@ -4,8 +4,6 @@ Variants take turns within each repetition, so a busy or throttled machine slows
 median of per-repetition ratios. Memory is measured in a separate call, after a warm-up and before the timed calls.
 """
 
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -22,8 +20,9 @@ from typing import Any
 
 import torch
 
+from fastdpo.commands import head_check
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -73,30 +72,10 @@ def milliseconds(fn: Callable[[], object]) -> float:
 
 
 def peak_memory(fn: Callable[[], object]) -> float:
-    """Return the MiB that a call needs at its worst moment, above what was in use before it.
-
-    On CUDA this is the memory that PyTorch's allocator handed out. On the CPU (Linux) it is the physical memory of the
-    whole process, whose high-water mark is reset just before the call: buffers of matmul libraries count, and memory
-    that is allocated but never touched does not.
-    """
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        fn()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    ctypes.CDLL(None).malloc_trim(0)  # memory the C library keeps for reuse would hide what the call uses
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_kib("VmRSS")
-    fn()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    """Return the MiB that a call needs at its worst moment, see `fastdpo.commands.head_check.peak_memory`."""
+    peak = head_check.peak_memory(fn, torch.device(DEVICE))
+    assert peak is not None, "memory can't be measured on this device"
+    return peak
 
 
 def provenance() -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
+from fastdpo.commands.tools import TOOLS, run_tool
 from fastdpo.settings.config_file import OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
 from fastdpo.settings.failures import one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
@@ -76,8 +77,13 @@ def _run(words: list[str]) -> None:
         _show(_help())
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
+    elif command in TOOLS:
+        if (text := run_tool(command, rest, EXIT_CODES)) is not None:
+            _show(text)
     elif command not in COMMANDS:
-        raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS) or '; see fastdpo --help'}")
+        raise UsageError(
+            f"unknown command {command!r}{nearest(command, (*COMMANDS, *TOOLS)) or '; see fastdpo --help'}"
+        )
     elif "-h" in rest or "--help" in rest:
         _show(settings_help(command, _summary(command), OPTIONS.get(command, {}), EXIT_CODES))
     elif not rest:
@@ -324,8 +330,11 @@ OPTIONS = {
 
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
-    commands = "\n".join(f"  {name:<{width}}{_summary(name)}" for name in COMMANDS)
+    summaries = {name: _summary(name) for name in COMMANDS} | {name: tool.summary for name, tool in TOOLS.items()}
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, summary in summaries.items())
     return f"""usage: fastdpo COMMAND [CONFIG.yaml] [--any_setting value ...] [--debug]
+       fastdpo merge ADAPTER --output_dir FOLDER
+       fastdpo doctor [MODEL]
        fastdpo COMMAND --help        all settings, with their defaults
        fastdpo --version
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"report", "reference", "config"},
     {"compat", "run", "scoring"},
     {"plan", "trainer"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__"},
 ]

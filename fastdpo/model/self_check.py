@@ -33,7 +33,7 @@ from fastdpo.model.scoring_forward import TokenScores, evaluating
 
 _PADDING = 8
 # allowed errors, relative to 1 + the largest log-prob; that of float32 is about 1000 times its rounding
-_RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+RELATIVE_ERROR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 logger = logging.getLogger("fastdpo")
 
@@ -141,7 +141,7 @@ def self_check(
         tiny_alone, tiny_noise = _own_logps(model, _sequences(tiny_rows, 10**9, part=1), device)
         # a model that is sure of the batch's tokens is unsure of these, and larger log-probs have larger rounding
         noise, largest = max(noise, tiny_noise), float(torch.cat((alone, tiny_alone)).abs().max())
-        rounding = max(_RELATIVE.get(dtype, 0.0) for dtype in dtypes) * (1 + largest)
+        rounding = max(RELATIVE_ERROR.get(dtype, 0.0) for dtype in dtypes) * (1 + largest)
         # log-probs that padding changes much more than rounding does are no noise: the model sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 

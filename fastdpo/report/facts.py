@@ -69,13 +69,14 @@ def device(where: Any, processes: int) -> str:
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
     elif where.type == "cpu":
-        name = f"{_cpu_name()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        name = f"{cpu_name()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     else:
         name = where.type.upper()
     return f"{name}, {processes} process{'es' * (processes > 1)}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -199,7 +199,7 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(LOCAL_SUFFIXES)
 
 
-def _found(setting: str, name: str) -> tuple[str, Path | None]:
+def local_path(setting: str, name: str) -> tuple[str, Path | None]:
     """Return the name with `~` expanded, and its local path; the path is None if the name is one on the Hub.
 
     Raises:
@@ -225,7 +225,7 @@ def sibling(path: Path) -> str:
 
 
 def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
-    name, path = _found(setting, name)
+    name, path = local_path(setting, name)
     if path is None:
         return name
     if path.is_file() and setting != "config_name":
@@ -246,7 +246,7 @@ def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
 
 
 def _checked_dataset(name: str) -> str:
-    name, path = _found("dataset_name", name)
+    name, path = local_path("dataset_name", name)
     if path is not None and path.is_file():
         if data_kind(path) is None:
             raise ValueError(

@@ -26,13 +26,15 @@ def without_debug(words: list[str]) -> tuple[list[str], bool]:
     return kept, debug
 
 
-def overrides_of(rest: list[str], own: dict[str, Setting]) -> dict[str, Any]:
+def overrides_of(rest: list[str], own: dict[str, Setting], shared: dict[str, Setting] | None = None) -> dict[str, Any]:
     """Return the settings behind the config file as a dict; values are read as YAML, as in the file.
+
+    The settings are a command's `own` and those of a run, in place of which a command may have other `shared` ones.
 
     A setting is written as `--key value` or `--key=value`, a list as `--key a b c`, a boolean as `--key` or `--no_key`.
     If a key is given twice, the last value is used, so that a script can append to a command.
     """
-    known = settings() | own
+    known = (settings() if shared is None else shared) | own
     values: dict[str, Any] = {}
     words = list(rest)
     while words:
@@ -80,11 +82,19 @@ def without_flag(words: list[str], name: str) -> list[str]:
     return kept
 
 
-def settings_help(command: str, summary: str, own: dict[str, Setting], end: str) -> str:
+def settings_help(
+    command: str,
+    summary: str,
+    own: dict[str, Setting],
+    end: str,
+    *,
+    takes: str = "[CONFIG.yaml] [--any_setting value ...]",
+    shared: dict[str, Setting] | None = None,
+) -> str:
     """Return the help of a command: all settings by group, with types, descriptions and defaults."""
-    lines = [f"usage: fastdpo {command} [CONFIG.yaml] [--any_setting value ...] [--debug]", "", summary]
+    lines = [f"usage: fastdpo {command} {takes} [--debug]", "", summary]
     group = None
-    for setting in (*own.values(), *settings().values()):
+    for setting in (*own.values(), *(settings() if shared is None else shared).values()):
         if setting.group != group:
             group = setting.group
             lines += ["", f"{group}:"]
