@@ -34,7 +34,7 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 4
+RULES = 5
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
 _IN_ALL_ROWS = ("prompt", "kl_ids", *NUMBERS, *REFERENCES)

@@ -25,6 +25,7 @@ NOTES = {
     "special": "spell out a special token, which is read as that token; fine if a chat template made the text",
     "repeated": "repeat the prompt at the start of their responses; that copy is left out",
     "lost": "have text in their prompt that the chat template leaves out, such as the reasoning of an earlier answer",
+    "unread": "have messages with keys that the chat template does not read, so that their values are ignored",
 }
 CUTS = ("prompt", "completion")
 _SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}

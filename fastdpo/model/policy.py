@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
 from fastdpo.settings.failures import loading
+from fastdpo.untrusted.model_folder import check_model_folder
 
 logger = logging.getLogger("fastdpo")
 
@@ -27,7 +28,8 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     `args.ref_adapter_name`) as a folder of its own. That adapter is loaded too, and frozen.
 
     Raises:
-        ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown.
+        ValueError: `model_init_kwargs` are given for a model that is loaded already, or one of them is unknown, or a
+            file of the model's folder leads out of it or is too large.
         OSError: there is no such model, or a file of it is broken; the message begins with `setting`.
     """
     if not isinstance(model, str):
@@ -35,6 +37,7 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
             raise ValueError("model_init_kwargs only applies to a model given by name; this one is already loaded")
         _keep_differentiable(model)
         return model
+    check_model_folder(setting, model, trusts_code=args.trust_remote_code)
     with loading(setting, model):
         try:
             policy = _from_pretrained(model, args)
@@ -84,7 +87,9 @@ def _keep_differentiable(model: nn.Module) -> None:
 
 def load_tokenizer(model: Any, args: Any) -> Any:
     """Load the tokenizer that lies beside the weights of a loaded model."""
-    return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code)
+    folder = model.config._name_or_path
+    check_model_folder("model", folder, trusts_code=args.trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
 
 
 def smallest_vocab(*models: Any) -> int:
@@ -119,6 +124,7 @@ def build_policy(config_name: str, args: Any) -> Any:
     options = _options(args)
     of_model = {name: options.pop(name) for name in _OF_MODEL if name in options}
     code = {"trust_remote_code": options["trust_remote_code"]}
+    check_model_folder("config_name", config_name, trusts_code=args.trust_remote_code)
     with loading("config_name", config_name):
         config, unknown = AutoConfig.from_pretrained(config_name, return_unused_kwargs=True, **options)
     if unknown := sorted(unknown.keys() - code.keys()):
