@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.columns import describe_columns
+from fastdpo.untrusted.text import printable
 
 logger = logging.getLogger("fastdpo")
 
@@ -190,9 +191,5 @@ def _share(part: int, whole: int) -> str:
 def _shown(text: str) -> str:
     """Return text on one line, shortened in the middle if it is long, with control characters escaped."""
     if (rest := len(text) - _HEAD - _TAIL) > 0:
-        return f"{_escape(text[:_HEAD])} [{rest:,} characters left out] {_escape(text[-_TAIL:])}"
-    return _escape(text)
-
-
-def _escape(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return f"{printable(text[:_HEAD], '')} [{rest:,} characters left out] {printable(text[-_TAIL:], '')}"
+    return printable(text, "")

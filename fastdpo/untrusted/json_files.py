@@ -6,6 +6,8 @@ segmentation fault. The check is a scan in linear time, which looks closely only
 
 import io
 import json
+import os
+import stat
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,17 +64,31 @@ def _rows(chunk: bytes, limit: int) -> int:
     return len(ends)
 
 
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """Return the content of a regular file, without waiting if it is a pipe.
+
+    Raises:
+        ValueError: it is no regular file, or larger than `most_bytes`.
+        OSError: it can't be read.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    return data
+
+
 def read_json(path: Path, most_bytes: int) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        ValueError: it is larger than `most_bytes`, nested more than `MAX_DEPTH` levels deep, or not valid JSON.
+        ValueError: it is no regular file, larger than `most_bytes`, nested more than `MAX_DEPTH` levels deep, or not
+            valid JSON.
         OSError: it can't be read.
     """
-    with open(path, "rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
-        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    data = read_bytes(path, most_bytes)
     if line := too_deep(io.BytesIO(data)):
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep in line {line}")
     return json.loads(data)
