@@ -191,5 +191,6 @@ def _share(part: int, whole: int) -> str:
 def _shown(text: str) -> str:
     """Return text on one line, shortened in the middle if it is long, with control characters escaped."""
     if (rest := len(text) - _HEAD - _TAIL) > 0:
-        return f"{printable(text[:_HEAD], '')} [{rest:,} characters left out] {printable(text[-_TAIL:], '')}"
+        head, tail = printable(text[:_HEAD], ""), printable(text[-_TAIL:], "")
+        return f"{head} [{rest:,} characters left out] {tail}"
     return printable(text, "")

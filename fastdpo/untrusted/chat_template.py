@@ -36,8 +36,8 @@ class TooMuch(ValueError):
 
 
 @contextmanager
-def bounded(seconds: float = SECONDS, headroom: int = HEADROOM) -> Iterator[None]:
-    """Inside the block, at most `seconds` of this thread's CPU time and `headroom` bytes of new memory can be used.
+def bounded() -> Iterator[None]:
+    """Inside the block, at most `SECONDS` of this thread's CPU time and `HEADROOM` bytes of new memory can be used.
 
     Memory is bounded on Linux only.
 
@@ -45,7 +45,7 @@ def bounded(seconds: float = SECONDS, headroom: int = HEADROOM) -> Iterator[None
         TooMuch: the time is over, from within the block.
         MemoryError: the memory is used up, from within the block.
     """
-    with _memory(headroom), _alarm(seconds) if _has_alarm() else _traced(seconds):
+    with _memory(HEADROOM), _alarm(SECONDS) if _has_alarm() else _traced(SECONDS):
         yield
 
 
