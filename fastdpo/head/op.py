@@ -171,7 +171,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = Arguments(*inputs)
-    # `expected`, which not every implementation keeps, replaces hidden, unless a gradient of the entropy may need hidden
+    # `expected`, if the implementation kept it, replaces hidden, unless a gradient of the entropy may need hidden
     replaced = results_of(list(output), a.stats).kept.expected is not None and not a.stats
     hidden, hidden2 = (None, None) if replaced else (a.hidden, a.hidden2)
     ctx.save_for_backward(hidden, *inputs[1:4], hidden2, a.weight2, *output)

@@ -129,7 +129,7 @@ def cases() -> list[Case]:
         ("EOS in the text", _said({"chosen": "Teal.<eos> And more."}, "spell out a special token", 4)),
         ("BOS in the text of a tokenizer that adds it", _named({"prompt": "<bos>Name one. "}, "two BOS tokens")),
         ("a tokenizer that adds EOS itself", _one_eos),
-        ("a token id beyond the vocabulary", _named({"chosen": "é"}, "vocabulary has 120 entries", vocab_size=120)),
+        ("a token id beyond the vocabulary", _named({"chosen": "\x7f"}, "vocabulary has 224 entries", vocab_size=224)),
         ("tools that are no JSON", _named({"tools": "get"}, "`tools` is not valid JSON", CHAT | {"tools": tool})),
         (
             "tools that are no functions",
