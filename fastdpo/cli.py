@@ -17,6 +17,7 @@ from fastdpo.settings.config_file import OUTPUT_DIR, UsageError, nearest, newest
 from fastdpo.settings.failures import one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
 from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
+from fastdpo.untrusted.text import printable
 
 logger = logging.getLogger("fastdpo")
 
@@ -61,11 +62,11 @@ def main(argv: list[str] | None = None) -> None:
             message = _stopped(words, started) if came else one_line(error)
             _close_bars()
             if debug or message is None:
-                traceback.print_exception(error)
+                print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)  # noqa: T201
             if message is None:
                 message = f"this {type(error).__name__} was not expected; please report it with the lines above"
             if not came or os.environ.get("RANK", "0") == "0":
-                print(f"fastdpo: {message}", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"fastdpo: {printable(message)}", file=sys.stderr, flush=True)  # noqa: T201
             if came:
                 sys.exit(128 + came[0])
             sys.exit(2 if isinstance(error, UsageError) else 1)

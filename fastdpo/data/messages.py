@@ -1,18 +1,12 @@
-"""Read the messages of a row, fit them to the chat template, and find what the template left out.
-
-A template is untrusted code with gaps of its own: it may raise anything, take text but no lists of parts, or leave a
-message out. What a template takes is tried once, on a short conversation; what it left out is searched for in the
-rendered text of every row.
-"""
+"""Read the messages, tools and options of a row, and split off a prompt that its responses repeat."""
 
 import ast
 import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -116,8 +110,10 @@ def _read_message(given: Any, field: str) -> Message:
 
 def _read_call(given: Any, field: str) -> dict[str, Any]:
     function = call = dict(given)
-    if isinstance(call.get("function"), dict):
-        function = call["function"] = dict(call["function"])
+    if "function" in call:
+        function = call["function"] = dict(read_json(call["function"], f"{field}: function of a tool call", dict))
+    if not isinstance(function.get("name", ""), str):
+        raise BadRow(f"`{field}` has a tool call whose name is no text: {function['name']!r:.80}")
     if isinstance(arguments := function.get("arguments"), str):
         function["arguments"] = read_json(arguments, f"{field}: arguments of a tool call", dict) if arguments else {}
     return call
@@ -132,7 +128,7 @@ def read_json(value: Any, field: str, wanted: type) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"`{field}` is not valid JSON ({error}): {value!r:.80}") from None
     if not isinstance(value, wanted):
         name = "a list" if wanted is list else "an object"
@@ -163,6 +159,9 @@ def read_template_inputs(row: dict[str, Any]) -> tuple[list[dict[str, Any]] | No
     tools = row.get("tools") or None
     if tools is not None:
         tools = _json_list(tools if isinstance(tools, str) else without_none(tools), "tools") or None
+    for tool in tools or ():
+        if not isinstance(tool.get("function", tool), dict) or not isinstance(name_of(tool), str):
+            raise BadRow(f"`tools` must hold functions with a `name`, found {tool!r:.80}")
     options = row.get("chat_template_kwargs") or {}
     options = read_json(options if isinstance(options, str) else without_none(options), "chat_template_kwargs", dict)
     if "chat_template" in options:
@@ -175,10 +174,24 @@ def read_template_inputs(row: dict[str, Any]) -> tuple[list[dict[str, Any]] | No
     return tools, options
 
 
+def name_of(tool: dict[str, Any]) -> Any:
+    """Return the name of a tool; "" if it has none."""
+    return tool.get("function", tool).get("name", "")
+
+
 _OF_TOKENIZER = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
     "documents",
     "kwargs",
 }
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield all text in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings(each)
 
 
 # A prompt that responses repeat
@@ -211,185 +224,3 @@ def without_prompt(prompt: list[Message], response: list[Message]) -> tuple[list
         if all(map(is_same, prompt, response[start:])):
             return response[: start + len(prompt)], response[start + len(prompt) :]
     return None
-
-
-# The template
-
-
-def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str | None:
-    """Return the chat template, or None for a tokenizer that renders messages by code of its own.
-
-    Raises:
-        ValueError: the tokenizer needs a template and has none.
-    """
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-        return None
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the dataset holds messages, but the tokenizer has no chat template to render them; set "
-            "tokenizer.chat_template, or give prompts and responses as text"
-        )
-    template: str = tokenizer.get_chat_template(tools=tools)
-    return template
-
-
-def render(
-    messages: list[Message], field: str, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any
-) -> Any:
-    """Render messages by `apply_chat_template`, to text unless `options` ask for ids.
-
-    `field` is the field of the row whose messages come last; an error names it.
-
-    Raises:
-        BadRow: the template raised an error, which the message repeats in one line.
-    """
-    options = ({"chat_template": template} if template else {}) | {"tokenize": False} | options
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template, or a filter in it, may raise anything
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise BadRow(f"the chat template can't render `{field}`: {told:.200}") from None
-
-
-MARK = "Vega7"
-"""The content of a message that tries out a template; no template writes this text by itself."""
-_WRITTEN_PART = re.compile(rf"""["']text["']: ["']{MARK}""")
-
-
-@lru_cache(maxsize=64)
-def content_forms(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> frozenset[str]:
-    """Return the forms of content, "text" and "parts", that the template renders for a role; it may be neither."""
-    forms = set()
-    for form, write in (("text", str), ("parts", lambda text: [{"type": "text", "text": text}])):
-        user = {"role": "user", "content": write("Hi")}
-        before = {"user": [], "assistant": [user], "tool": [user, _probe_call({})]}.get(role, [])
-        after = [user] if role in ("system", "developer") else []
-        text = _try(tokenizer, template, [*before, {"role": role, "content": write(MARK)}, *after])
-        if MARK in text and not _WRITTEN_PART.search(text):
-            forms.add(form)
-    return frozenset(forms)
-
-
-@lru_cache(maxsize=64)
-def takes_arguments_as_text(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the template needs the arguments of a tool call as JSON text, because it cannot render an object."""
-    user = {"role": "user", "content": "Hi"}
-    as_object, as_text = ({"name": MARK}, json.dumps({"name": MARK}))
-    if MARK in _try(tokenizer, template, [user, _probe_call(as_object)]):
-        return False
-    return MARK in _try(tokenizer, template, [user, _probe_call(as_text)])
-
-
-@lru_cache(maxsize=64)
-def leaves_out_tools(tokenizer: PreTrainedTokenizerBase, template: str, what: str) -> bool:
-    """Whether the template renders without a word of the "tools" it is given, or of the "calls" in a message.
-
-    A row's own text can't tell: a tool called `weather` has the name of what is asked for.
-    """
-    user = {"role": "user", "content": "Hi"}
-    if what == "tools":
-        tool = {"type": "function", "function": {"name": MARK, "description": MARK, "parameters": {}}}
-        texts = [_try(tokenizer, template, fit([user], tokenizer, template), tools=[tool])]
-    else:
-        forms = ({"name": MARK}, json.dumps({"name": MARK}))
-        texts = [_try(tokenizer, template, [user, _probe_call(form)]) for form in forms]
-    return any(texts) and not any(MARK in text for text in texts)
-
-
-@lru_cache(maxsize=8)
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Return what the template writes after the last answer of a conversation, stripped of white space."""
-    chat: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
-    _, found, end = _try(tokenizer, template, fit(chat, tokenizer, template)).rpartition(MARK)
-    return end.strip() if found else ""
-
-
-def _probe_call(arguments: Any) -> Message:
-    function = {"name": "get", "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
-    }
-
-
-def _try(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], **options: Any) -> str:
-    try:
-        text: str = render(messages, "probe", tokenizer, template, **options)
-        return text
-    except BadRow:
-        return ""
-
-
-def fit(messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str) -> list[Message]:
-    """Return the messages with contents and arguments in a form that the template takes."""
-    fitted = []
-    for message in messages:
-        content = message.get("content")
-        if content is not None:
-            forms = content_forms(tokenizer, template, message["role"])
-            if isinstance(content, list) and "parts" not in forms:
-                message = message | {"content": text_of(message)}
-            elif isinstance(content, str) and forms == {"parts"}:
-                message = message | {"content": [{"type": "text", "text": content}]}
-        if "tool_calls" in message and takes_arguments_as_text(tokenizer, template):
-            message = message | {"tool_calls": [_with_text(call) for call in message["tool_calls"]]}
-        fitted.append(message)
-    return fitted
-
-
-def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    if isinstance(function.get("arguments"), dict):
-        function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    return call | {"function": function} if "function" in call else function
-
-
-# What the template left out
-
-
-_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
-_SENTENCE_END = re.compile(r"[.!?\n]")
-
-
-class Lost(NamedTuple):
-    """A text of a message that is not, or not completely, in the rendered conversation."""
-
-    text: str
-    is_whole: bool
-    """Whether the rendered conversation has none of its lines and sentences."""
-    role: str
-
-
-def left_out(messages: list[Message], rendered: str) -> Iterator[Lost]:
-    """Yield the texts of messages that are not completely in the rendered conversation.
-
-    White space and the tags around reasoning are ignored, since templates write their own.
-    """
-    squeezed = ""
-    for message in messages:
-        for text in _texts(message):
-            if (stripped := text.strip()) in rendered:
-                continue
-            squeezed = squeezed or _squeeze(rendered)
-            for piece in _TAGS.split(stripped):
-                if _squeeze(piece) in squeezed or _squeeze(json.dumps(piece, ensure_ascii=False)[1:-1]) in squeezed:
-                    continue
-                parts = filter(None, map(_squeeze, _SENTENCE_END.split(piece)))
-                yield Lost(piece.strip(), not any(part in squeezed for part in parts), message["role"])
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _texts(message: Message) -> Iterator[str]:
-    yield text_of(message)
-    for field in ("reasoning_content", "thinking", "reasoning"):
-        if isinstance(value := message.get(field), str):
-            yield value
-    for call in message.get("tool_calls", ()):
-        function = call.get("function", call)
-        yield str(function.get("name", ""))
-        if isinstance(arguments := function.get("arguments"), dict):
-            yield from (value for value in arguments.values() if isinstance(value, str))

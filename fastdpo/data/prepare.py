@@ -34,7 +34,7 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 4
+RULES = 5
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode")

@@ -23,17 +23,22 @@ from fastdpo.data.messages import (
     BadRow,
     Message,
     common_prefix_length,
+    is_same,
+    name_of,
+    read_template_inputs,
+    read_value,
+    strings,
+    text_of,
+    without_prompt,
+)
+from fastdpo.data.templates import (
     end_of_turn,
     find_template,
     fit,
-    is_same,
+    has_unread_key,
     leaves_out_tools,
     left_out,
-    read_template_inputs,
-    read_value,
     render,
-    text_of,
-    without_prompt,
 )
 
 logger = logging.getLogger("fastdpo")
@@ -49,8 +54,8 @@ def tokenize(
 
     Responses end with EOS, or as the chat template ends a turn. They start at the first token in which the prompt alone
     and the prompt with one of the responses differ. Notes are "special" (text spells out a special token), "repeated"
-    (responses repeated the prompt, and that copy was left out) and "lost" (the chat template leaves out text of the
-    prompt).
+    (responses repeated the prompt, and that copy was left out), "lost" (the chat template leaves out text of the
+    prompt) and "unread" (a message has a key that the chat template does not read).
 
     Raises:
         BadRow: the row is malformed, or the chat template leaves out some of its text.
@@ -93,9 +98,11 @@ def _encode_messages(
     texts += [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
 
     for tool in tools or ():
-        called = tool.get("function", tool).get("name")
+        called = name_of(tool)
         if called and (called not in texts[1] or leaves_out_tools(tokenizer, template, "tools")):
             raise BadRow(f"the chat template leaves out the tool {called!r}; use one that knows tools, or drop `tools`")
+    if any(has_unread_key(each, template) for each in (prompt, *(each for _, each in named))):
+        notes.append("unread")
     for lost in left_out(prompt, texts[1]):
         if lost.is_whole and lost.role != "assistant":
             raise _lost("prompt", lost.text)
@@ -103,6 +110,10 @@ def _encode_messages(
     for (name, response), text in zip(named, texts[1:], strict=True):
         for lost in left_out(response, text):
             raise _lost(name, lost.text)
+        end = end_of_turn(tokenizer, template)
+        is_doubled = text.rstrip().removesuffix(end).rstrip().endswith(end)
+        if end and is_doubled and text_of(response[-1]).rstrip().endswith(end):
+            raise BadRow(f"`{name}` ends with {end!r}, which the chat template adds once more; take it out of the text")
         if any("tool_calls" in message for message in response) and leaves_out_tools(tokenizer, template, "calls"):
             raise BadRow(f"`{name}` has tool calls, which the chat template leaves out; use one that knows tool calls")
     fields = ["prompt", *(name for name, _ in named)]
@@ -259,7 +270,7 @@ def _encode_to_end(text: str, tokenizer: PreTrainedTokenizerBase, field: str) ->
 def _has_special_token(value: Any, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether text holds a special token other than a BOS where a prompt begins or an EOS where a response ends."""
     if not isinstance(value, str):
-        texts = [text_of(message) for message in value]
+        texts = list(strings(value))
     elif name == "prompt":
         texts = [value.removeprefix(tokenizer.bos_token or "")]
     else:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.columns import describe_columns
+from fastdpo.untrusted.text import printable
 
 logger = logging.getLogger("fastdpo")
 
@@ -25,6 +26,7 @@ NOTES = {
     "special": "spell out a special token, which is read as that token; fine if a chat template made the text",
     "repeated": "repeat the prompt at the start of their responses; that copy is left out",
     "lost": "have text in their prompt that the chat template leaves out, such as the reasoning of an earlier answer",
+    "unread": "have messages with keys that the chat template does not read, so that their values are ignored",
 }
 CUTS = ("prompt", "completion")
 _SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
@@ -189,9 +191,6 @@ def _share(part: int, whole: int) -> str:
 def _shown(text: str) -> str:
     """Return text on one line, shortened in the middle if it is long, with control characters escaped."""
     if (rest := len(text) - _HEAD - _TAIL) > 0:
-        return f"{_escape(text[:_HEAD])} [{rest:,} characters left out] {_escape(text[-_TAIL:])}"
-    return _escape(text)
-
-
-def _escape(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        head, tail = printable(text[:_HEAD], ""), printable(text[-_TAIL:], "")
+        return f"{head} [{rest:,} characters left out] {tail}"
+    return printable(text, "")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastdpo.head.impl.interface import Needs, is_captured
 from fastdpo.settings.files import cache_home, write_file
+from fastdpo.untrusted.json_files import read_json
 
 logger = logging.getLogger("fastdpo")
 
@@ -90,7 +91,8 @@ def _read() -> dict[str, str]:
     global _verdicts
     if _verdicts is None:
         try:
-            _verdicts = dict(json.loads(cache_file().read_text()))
+            found = read_json(cache_file(), 2**20)
+            _verdicts = {key: name for key, name in dict(found).items() if isinstance(name, str)}
         except FileNotFoundError:
             _verdicts = {}
         except (OSError, ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ Shapes: N rows, D hidden size, V vocabulary.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def linear_logprobs(
         logps,
         lse,
         Stats(
-            entropy=-(log_probs.exp() * log_probs).sum(-1),
+            entropy=-(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1),  # not 0 * -inf
             log_sum_sq_probs=(2 * log_probs).logsumexp(-1),
             mean_logits=logits.mean(-1),
             is_top1=logits.argmax(-1) == targets,

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from fastdpo.head import eager, vocab_parallel
@@ -47,6 +48,12 @@ class _Options(NamedTuple):
         cls, logit_scale: float, softcap: float | None, temperature: float, impl: str, backward: str, workspace: int
     ) -> "_Options":
         """Check each value, and fold the first three into one transform."""
+        for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} requires grad, but it gets no gradient; give a number or {name}.detach(), or multiply "
+                    "hidden and the bias by what is trained"
+                )
         if not math.isfinite(logit_scale) or logit_scale == 0:
             raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
         if softcap is not None and not 0 < softcap < math.inf:
@@ -171,6 +178,7 @@ def _compute(
             raise ValueError("impl must be other than 'eager' with shard or low_rank, got 'eager'")
         return _eager(hidden, weight, targets, bias, transform, with_stats)
 
+    _refuse_forward_mode(hidden, weight, bias, hidden2, weight2)
     group, start, V = shard or (None, 0, weight.shape[0])
     if not 0 <= start <= V - weight.shape[0]:
         raise ValueError(f"shard must leave room for the {weight.shape[0]} rows of weight, got start {start} of {V}")
@@ -196,6 +204,15 @@ def _compute(
     valid = (targets >= 0) & (targets < V) & (target < math.inf)  # on the CPU, the op has checked the targets
     logps = F.logsigmoid(target - others) * torch.where(valid, 1.0, math.nan).to(target.dtype)
     return logps, _merge_stats(logps, result, V) if with_stats else None
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuse tangents, which the op would drop: its forward-mode derivative would be 0."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "fastdpo.linear_logprobs has no forward-mode derivative (torch.func.jvp, linearize, jacfwd); "
+            "use reverse mode, or torch.func.jvp with impl='eager'"
+        )
 
 
 @cache
@@ -293,5 +310,7 @@ def _check_tensors(
         if weight2.shape != (V, hidden2.shape[1]):
             expected, shape = (V, hidden2.shape[1]), tuple(weight2.shape)
             raise ValueError(f"low_rank[1] must have the V of weight and the R of low_rank[0], {expected}, got {shape}")
+    if D == 0:
+        raise ValueError(f"hidden must have at least one feature, got shape {tuple(hidden.shape)}")
     if V == 0:
         raise ValueError(f"weight must have at least one vocabulary entry, got shape {tuple(weight.shape)}")

@@ -171,8 +171,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = Arguments(*inputs)
-    # `expected` replaces hidden, unless a gradient of the entropy may need hidden
-    hidden, hidden2 = (None, None) if a.keep.expected and not a.stats else (a.hidden, a.hidden2)
+    # `expected`, if the implementation kept it, replaces hidden, unless a gradient of the entropy may need hidden
+    replaced = results_of(list(output), a.stats).kept.expected is not None and not a.stats
+    hidden, hidden2 = (None, None) if replaced else (a.hidden, a.hidden2)
     ctx.save_for_backward(hidden, *inputs[1:4], hidden2, a.weight2, *output)
     ctx.options = inputs[6:]
     ctx.set_materialize_grads(False)

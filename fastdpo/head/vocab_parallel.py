@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from fastdpo.head.impl.interface import without_others
+
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
@@ -30,10 +32,10 @@ class _Merge(torch.autograd.Function):
     def forward(ctx: Any, target: Tensor, others: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
         largest = torch.stack([target, others])
         dist.all_reduce(largest, ReduceOp.MAX, group=group)
-        total = (others - largest[1]).exp()
+        total = (others - without_others(largest[1])).exp()
         dist.all_reduce(total, group=group)
         merged = largest[1] + total.log()
-        ctx.save_for_backward(target > -torch.inf, (others - merged).exp())
+        ctx.save_for_backward(target > -torch.inf, (others - without_others(merged)).exp())
         return largest[0], merged
 
     @staticmethod

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from fastdpo.model import adapters
 from fastdpo.settings.config_file import nearest
 from fastdpo.settings.failures import loading
+from fastdpo.untrusted.model_folder import check_model_folder
 
 logger = logging.getLogger("fastdpo")
 
@@ -40,7 +41,8 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
     `args.ref_adapter_name`) as a folder of its own. That adapter is loaded too, and frozen.
 
     Raises:
-        ValueError: one of `model_init_kwargs` is unknown.
+        ValueError: one of `model_init_kwargs` is unknown, or a file of the model's folder leads out of it or is too
+            large.
         OSError: there is no such model, or a file of it is broken; the message begins with `setting`.
     """
     if not isinstance(model, str):
@@ -48,6 +50,7 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
             logger.warning("model_init_kwargs has no effect on a model that is already loaded")
         _keep_differentiable(model)
         return model
+    check_model_folder(setting, model, trusts_code=args.trust_remote_code)
     with loading(setting, model):
         try:
             policy = _from_pretrained(model, args)
@@ -158,6 +161,7 @@ def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") 
             "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
             "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
         )
+    check_model_folder(setting, name, trusts_code=args.trust_remote_code)
     with loading(setting, name):
         return AutoTokenizer.from_pretrained(name, **files)
 
@@ -208,6 +212,7 @@ def build_policy(config_name: str, args: Any) -> Any:
     options = _options(args)
     of_model = {name: options.pop(name) for name in _OF_MODEL if name in options}
     code = {"trust_remote_code": options["trust_remote_code"]}
+    check_model_folder("config_name", config_name, trusts_code=args.trust_remote_code)
     with loading("config_name", config_name):
         config, unknown = AutoConfig.from_pretrained(config_name, return_unused_kwargs=True, **options)
     if unknown := sorted(unknown.keys() - code.keys()):

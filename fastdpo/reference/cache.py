@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 import uuid
@@ -25,10 +26,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fastdpo.settings.files import write_file
+from fastdpo.untrusted.json_files import read_bytes, read_json
 
 try:
     import fcntl
@@ -43,6 +44,7 @@ FORMAT = 1
 KEY_BYTES = 32
 _MANIFEST = re.compile(r"shard-[0-9a-f]{32}\.json")
 _LEFTOVER = re.compile(r"\.?shard-[0-9a-f]{32}\.(safetensors|(json|safetensors)(\.\d+)?\.tmp)")
+_MANIFEST_BYTES = 2**16
 _STALE_SECONDS = 3600.0  # no process takes this long between the renames of a shard's two files
 
 Logps: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -98,6 +100,7 @@ class TokenCache:
                     _discard(manifest, "its data is missing")  # else another process has just removed it
             except _Damaged as damage:
                 _discard(manifest, str(damage))
+                self._read.add(manifest.name)  # it is named once, even if it could not be removed
 
     def add(self, entries: Mapping[bytes, Logps]) -> None:
         """Keep `entries`; when this returns, they are one finished shard.
@@ -124,7 +127,14 @@ class TokenCache:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"filling{share}.lock", "a") as lock:
+        path = self.folder / f"filling{share}.lock"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:  # a link or a folder of this name
+            logger.info("reference cache: %s can't be opened (%s); work may be done twice", path, error)
+            yield
+            return
+        with open(lock, "wb"):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -165,19 +175,29 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
     if manifest.is_symlink() or data_path.is_symlink():
         raise _Damaged("it is a symbolic link")
     try:
-        said = json.loads(manifest.read_bytes())
-        size, digest, n, tokens = (said[name] for name in ("bytes", "sha256", "entries", "tokens"))
-    except (ValueError, KeyError, TypeError) as error:
+        said = read_json(manifest, _MANIFEST_BYTES)
+        digest, *sizes = (said[name] for name in ("sha256", "bytes", "entries", "tokens"))
+        if any(type(each) is not int for each in sizes):
+            raise TypeError(f"sizes must be ints, got {sizes}")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _Damaged(f"its manifest can't be read ({error!r})") from error
-    data = data_path.read_bytes()
-    if len(data) != size:
-        raise _Damaged(f"it has {len(data)} bytes instead of {size}")
+    size, n, tokens = sizes
+    if (found := data_path.stat().st_size) != size:
+        raise _Damaged(f"it has {found} bytes instead of {size}")
+    try:
+        data = read_bytes(data_path, size)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"its data can't be read ({error!r})") from error
     if hashlib.sha256(data).hexdigest() != digest:
         raise _Damaged("its SHA-256 is not the manifest's")
     try:
         tensors = load(data)
         keys, offsets, logps = tensors["keys"], tensors["offsets"], tensors["logps"]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except Exception as error:  # a parser may raise anything for data that it does not expect
         raise _Damaged(f"its data can't be read ({error!r})") from error
     right = (
         _is(keys, np.uint8, (n, KEY_BYTES))
@@ -191,6 +211,8 @@ def _read_shard(manifest: Path) -> dict[bytes, Logps]:
         raise _Damaged("its tensors are not those of a shard")
     if not np.isfinite(logps).all():
         raise _Damaged("it holds a log-prob that is not finite")
+    if said.get("format") != FORMAT:
+        raise _Damaged(f"its format is {said.get('format')!r:.40}, not {FORMAT}")
     ends = offsets.tolist()
     return {keys[i].tobytes(): logps[ends[i] : ends[i + 1]] for i in range(n)}
 
@@ -201,8 +223,9 @@ def _is(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
 
 def _discard(manifest: Path, why: str) -> None:
     logger.warning("reference cache: %s is damaged: %s. Only its entries are computed again.", manifest, why)
-    manifest.unlink(missing_ok=True)
-    manifest.with_suffix(".safetensors").unlink(missing_ok=True)
+    for path in (manifest, manifest.with_suffix(".safetensors")):
+        with contextlib.suppress(OSError):  # it is a folder, or may not be removed
+            path.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
@@ -210,6 +233,6 @@ def _sweep(folder: Path) -> None:
     for path in folder.iterdir():
         if not _LEFTOVER.fullmatch(path.name) or path.with_suffix(".json").exists():
             continue
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _STALE_SECONDS:
                 path.unlink()

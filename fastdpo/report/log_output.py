@@ -7,12 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastdpo.untrusted.text import printable
+
 _logger = logging.getLogger("fastdpo")
 
 
 def write_line(text: str) -> None:
     """Write a line to stderr, above the progress bars that are drawn there."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def show(*, debug: bool | None = None) -> None:

@@ -8,14 +8,15 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastdpo.settings.fields import Setting, settings
 from fastdpo.settings.old_names import OLD_NAMES
+from fastdpo.untrusted.model_folder import check_model_folder, is_kernel_on_hub, items
+from fastdpo.untrusted.yaml_file import read_yaml
 
 OUTPUT_DIR = "trainer_output"
 """The default of transformers."""
@@ -74,12 +75,19 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> dict
         ModuleNotFoundError: a setting needs a package that is not installed.
         OSError: the file can't be read.
     """
-    values = (_read_yaml(Path(path)) if path else {}) | dict(overrides)
+    in_file = _read_file(Path(path)) if path else {}
+    values = in_file | dict(overrides)
     known = settings()
     for key in values:
         if key not in known:
             raise UsageError(f"unknown setting {key!r}{nearest(str(key), known)}")
     values = {key: typed(known[key], value) for key, value in values.items()}
+    if in_file.get("trust_remote_code") and "trust_remote_code" not in overrides:
+        raise ValueError(
+            f"{path} sets trust_remote_code, which lets the code in a model's repository run, but the file may have "
+            "come with that model: take the line out, and type --trust_remote_code if you trust that code"
+        )
+    _check_code(values)
     if values.get("dataset_name") is None and not values.get("datasets"):
         where = f"set it in {path}, or " if path else ""
         raise ValueError(f"dataset_name is not set; {where}add --dataset_name to the command line")
@@ -108,35 +116,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a repeated key; PyYAML would silently keep its last value."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                problem = f"{key.value} is set twice, in line {lines[key.value]} and in line {line}; remove one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
+    """Return the settings of a file, in which nothing may allow code to run."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        begun = f", {error.context} of line {error.context_mark.line + 1}" if error.context_mark else ""
-        raise ValueError(f"{path}{where} is not valid YAML: {error.problem or error.context}{begun}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+        values = read_yaml(path, {name for name, setting in settings().items() if setting.is_text})
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config file {str(path)!r}{sibling(path)}") from None
-    except ValueError as error:  # a value that looks like a date but is not one
-        raise ValueError(f"{path} holds a value that YAML can't read, {error}; put it in quotes") from error
     if values is None:
         raise ValueError(f"{path} is empty; it must hold `key: value` lines, one of them dataset_name")
     if not isinstance(values, dict):
@@ -154,7 +139,7 @@ def typed(setting: Setting, value: Any) -> Any:
     if "dict" in allowed and isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is neither YAML nor JSON: {error}") from error
     if (type(value).__name__ if value is not None else "None") in allowed:
         return value
@@ -165,12 +150,36 @@ def typed(setting: Setting, value: Any) -> Any:
             pass
     if value is False and name.endswith("_strategy"):
         return "no"  # YAML reads an unquoted `no` as False
+    if "int" in allowed and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(_\d+)+", value):
+        return int(value)  # 10_000
     if "list" in allowed and isinstance(value, str):
         return [value]
     if "str" in allowed and len(allowed) > 1 and isinstance(value, (str, int, bool, list)) and "dict" not in allowed:
         return value  # an enum's value or an alternative spelling, which the config itself resolves
     names = " or ".join(sorted(each for each in allowed if each in ("bool", "dict", "float", "int", "list", "str")))
     raise ValueError(f"{name} must be {names or 'left out of a config file'}, got {value!r}")
+
+
+_CODE = {
+    "trust_remote_code": "it belongs on the command line, as --trust_remote_code",
+    "weights_only": "weights are always read without running code",
+    **dict.fromkeys(("allow_all_kernels", "use_kernels", "kernel_config"), "it runs kernels from the Hub"),
+}
+"""Arguments of `from_pretrained` by which code from a model's repository or from the Hub would run."""
+
+
+def _check_code(values: Mapping[str, Any]) -> None:
+    """Refuse `model_init_kwargs` that would run code, or read a file outside the model's folder."""
+    for name, value in items(values.get("model_init_kwargs")):
+        if name in _CODE and value is not (name == "weights_only"):
+            raise ValueError(f"model_init_kwargs may not hold {name}: {_CODE[name]}; take it out")
+        if is_kernel_on_hub(name, value) and not values.get("trust_remote_code"):
+            raise ValueError(
+                f"{name} {value!r} of model_init_kwargs runs a kernel from the Hub; add --trust_remote_code to the "
+                "command line if you trust its code"
+            )
+        if name in ("gguf_file", "subfolder") and (Path(str(value)).is_absolute() or ".." in Path(str(value)).parts):
+            raise ValueError(f"{name} of model_init_kwargs must lie in the model's folder, got {value!r}")
 
 
 def _check_dtype(values: Mapping[str, Any]) -> None:
@@ -242,6 +251,7 @@ def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
             raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(wanted)}, so no model{hint}")
         if (path / "adapter_config.json").exists():
             _need("peft", f"{setting}={name!r}, an adapter,")
+    check_model_folder(setting, path, trusts_code=values.get("trust_remote_code") is True)
     return name
 
 

@@ -5,17 +5,27 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError
 
 from fastdpo.settings.config_file import data_kind, nearest
 from fastdpo.settings.failures import loading
+from fastdpo.untrusted.json_files import MAX_DEPTH, read_json, too_deep
 
 FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
 _TEXTS = ("prompt", "chosen", "rejected", "completion")
@@ -44,16 +54,68 @@ def load_splits(name: str, config: str | None = None, *, streaming: bool = False
         raise ValueError(f"dataset_config={config!r}: {name!r} has no configurations; leave it out")
     if any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
         with _naming(path):
+            _check_saved(path)
             splits = _as_splits(load_from_disk(name))
+            _validate(splits)
             return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
     with _naming(path), _quiet():
         if path.is_file():
+            _check_depth(path)
             splits = load_dataset(data_kind(path), data_files=name, streaming=streaming, **_options(path))
         else:  # a bare json, csv or text names a format there, and all files below the working directory are read
-            splits = load_dataset(str(path.absolute()), config, streaming=streaming, **_options(_one_kind(path)))
-        for split in () if streaming else splits.values():
-            split.data.table.validate(full=True)  # finds text that is not UTF-8 before it is tokenised
+            example = _one_kind(path)
+            for file in _data_files(path):
+                _check_depth(file)
+            _check_inside(path, **_options(example))
+            splits = load_dataset(str(path.absolute()), config, streaming=streaming, **_options(example))
+        if not streaming:
+            _validate(splits)
         return _as_splits(splits)
+
+
+def _validate(splits: Any) -> None:
+    """Find text that is not UTF-8, and offsets that lead out of a memory-mapped file, before rows are tokenised."""
+    for split in splits.values():
+        split.data.table.validate(full=True)
+
+
+class _Unsafe(ValueError):
+    """What is wrong with a file that was refused before it was read."""
+
+
+def _check_depth(file: Path) -> None:
+    """Refuse deep nesting, which would end the process in the reader."""
+    if data_kind(file) != "json":
+        return
+    opener: Any = OPENERS.get(file.suffix, open)
+    if file.suffix == ".zst":
+        opener = import_module("zstandard").open
+    with opener(file, "rb") as text:
+        if line := too_deep(text):
+            raise _Unsafe(f"{str(file)!r}, line {line}: JSON nested more than {MAX_DEPTH} levels deep; mend that row")
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a folder written by `save_to_disk` whose `state.json` names files outside it."""
+    for state in (*folder.glob("state.json"), *folder.glob("*/state.json")):
+        files = read_json(state, 2**24)["_data_files"]
+        for name in (str(file["filename"]) for file in files):
+            if not (state.parent / name).resolve().is_relative_to(folder.resolve()):
+                raise _Unsafe(f"{str(state)!r} names the file {name!r}, which is not in the folder")
+
+
+def _check_inside(folder: Path, **options: Any) -> None:
+    """Refuse a README.md whose `data_files` lie outside the folder."""
+    if not (folder / "README.md").exists():
+        return
+    files = load_dataset_builder(str(folder.absolute()), **options).config.data_files or {}
+    for name in (str(name) for names in files.values() for name in names):
+        if not Path(os.path.abspath(name)).is_relative_to(folder.absolute()):
+            raise _Unsafe(f"{str(folder / 'README.md')!r} names the data file {name!r}, which is not in the folder")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and data_kind(file) is not None)
 
 
 MIXED = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
@@ -135,7 +197,7 @@ def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
 
 def _one_kind(folder: Path) -> Path:
     """Return a data file of a folder, whose data files must be of one kind: the datasets library reads only one."""
-    kinds = {data_kind(file): file for file in sorted(folder.rglob("*")) if file.is_file() and data_kind(file)}
+    kinds = {data_kind(file): file for file in _data_files(folder)}
     if len(kinds) > 1:
         names = " and ".join(sorted(repr(file.name) for file in kinds.values()))
         raise ValueError(f"the folder {str(folder)!r} holds files of several kinds, such as {names}; keep one kind")
@@ -160,6 +222,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (PermissionError, ImportError, DatasetNotFoundError):
         raise
+    except _Unsafe as error:
+        raise ValueError(f"dataset_name: {error}") from None
     except Exception as error:  # by pyarrow, pandas, json or gzip; StopIteration for an empty file
         raise ValueError(f"dataset_name: {_broken(path, error)}") from error
 
@@ -180,8 +244,7 @@ def _broken(path: Path, error: Exception) -> str:
     """Say what is wrong with a file, or with the first unreadable file of a folder."""
     if path.is_file():
         return _broken_file(path) or f"{str(path)!r} can't be read as {data_kind(path)}: {_innermost(error)}"
-    files = sorted(file for file in path.rglob("*") if file.is_file() and data_kind(file) is not None)
-    if not files:
+    if not (files := _data_files(path)):
         return f"the folder {str(path)!r} holds no .jsonl, .json, .csv or .parquet file"
     for file in files:
         if found := _broken_file(file):

@@ -28,6 +28,11 @@ class Setting(NamedTuple):
     group: str
     """Its heading in the help: the comment above its part of the class, or the name of transformers' class."""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether every value is text, so that 2024 in a file is text too."""
+        return self.types - {"None"} == {"str"}
+
 
 @functools.cache
 def settings() -> dict[str, Setting]:

@@ -9,6 +9,7 @@ import yaml
 
 from fastdpo.settings.config_file import UsageError, nearest, typed
 from fastdpo.settings.fields import Setting, settings
+from fastdpo.untrusted.yaml_file import parse
 
 INDENT: dict[str, Any] = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
 TRANSFORMERS_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
@@ -57,18 +58,19 @@ def overrides_of(rest: list[str], own: dict[str, Setting], shared: dict[str, Set
             raise UsageError(f"--{key} needs a value")
         if len(given) > 1 and "list" not in known[key].types:
             raise UsageError(f"--{key} takes one value, got {shlex.join(given)}")
-        parsed = [_value(each) for each in given]
+        parsed = [_value(each, (own | known)[key]) for each in given]
         values[key] = parsed[0] if len(parsed) == 1 else parsed
         if key in own:
             values[key] = typed(own[key], values[key])
     return values
 
 
-def _value(word: str) -> Any:
+def _value(word: str, setting: Setting) -> Any:
     try:
-        return yaml.safe_load(word)
-    except (yaml.YAMLError, ValueError):
-        return word  # text such as `[`, or that looks like a date but is not one
+        value = parse(word)
+    except yaml.YAMLError:
+        return word  # text such as `[`
+    return word if setting.is_text and value is not None and not isinstance(value, str) else value
 
 
 def without_flag(words: list[str], name: str) -> list[str]:

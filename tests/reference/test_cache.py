@@ -105,7 +105,13 @@ def damaged(data: Path, how: str) -> None:
             raw = bytearray(b"\xff" * 64)
         import hashlib
 
-        said = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "entries": 2, "tokens": 3}
+        said = {
+            "bytes": len(raw),
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "entries": 2,
+            "tokens": 3,
+            "format": cache.FORMAT,
+        }
         manifest.write_text(json.dumps(said))
     data.write_bytes(raw)
     if how == "data missing":

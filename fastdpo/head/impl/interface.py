@@ -103,6 +103,11 @@ class Forward(NamedTuple):
     kept: Kept
 
 
+def without_others(others: Tensor) -> Tensor:
+    """Replace -inf, of rows without other tokens of any probability, by inf, so that exp(x - others) is 0, not NaN."""
+    return others.masked_fill(others == -torch.inf, torch.inf)
+
+
 class Grads(NamedTuple):
     """Upstream gradients of a backward, `[N]` in the dtype of `Forward`."""
 

@@ -31,6 +31,7 @@ from fastdpo.head.impl.interface import (
     Needs,
     OtherStats,
     result_dtype,
+    without_others,
 )
 from fastdpo.head.impl.sparsity import Selection
 from fastdpo.head.impl.tiles import (
@@ -123,7 +124,7 @@ def forward(
     others = running.m + log_s
     if kept.expected is not None:
         kept.expected.div_(running.s.clamp(min=torch.finfo(dtype).tiny)[:, None])
-    factors = (maxima - others[:, None]).exp()
+    factors = (maxima - without_others(others)[:, None]).exp()
     if kept.shares is not None:
         for shares, factor in zip(kept.shares.split(cols // CELL, 1), factors.unbind(1), strict=True):
             shares.mul_(factor[:, None])
@@ -179,7 +180,7 @@ def backward(
     dtype = result_dtype(hidden)
     scale = head.transform.slope
     all_rows = Rows(
-        targets, result.others, scale * grads.target, scale * grads.others,
+        targets, without_others(result.others), scale * grads.target, scale * grads.others,
         None if grads.entropy is None else scale * grads.entropy,
         None if result.stats is None else result.stats.entropy,
     )  # fmt: skip

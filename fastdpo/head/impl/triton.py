@@ -34,6 +34,7 @@ from fastdpo.head.impl.interface import (
     Needs,
     OtherStats,
     result_dtype,
+    without_others,
 )
 from fastdpo.head.impl.sparsity import Selection
 from fastdpo.head.impl.tiles import Rows, addmm, ieee_matmul, slices
@@ -81,7 +82,7 @@ def forward(
             tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
         )  # fmt: skip
         if kept.shares is not None and part.tile_masses is not None:
-            kept.shares[rs] = (part.tile_masses - part.others[:, None]).exp_()
+            kept.shares[rs] = (part.tile_masses - without_others(part.others)[:, None]).exp_()
         parts.append((part.target_logits, part.others, *(part.stats or ())))
     target, others, *statistics = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return Forward(target, others, OtherStats(*statistics) if stats else None, kept)
@@ -103,7 +104,7 @@ def backward(
     """Compute the gradients that `needs` asks for; arguments and results are those of `impl.torch.backward`."""
     N, V = hidden.shape[0], head.weight.shape[0]
     acc = result_dtype(hidden)
-    others = result.others.masked_fill(result.others == -torch.inf, torch.inf)  # without other tokens q is 0
+    others = without_others(result.others)
     boost = _float16_boost(grads, head) if hidden.dtype == torch.float16 else None
     if boost is not None:
         entropy_grad = None if grads.entropy is None else grads.entropy * boost
