@@ -243,7 +243,7 @@ def test_the_bfloat16_gradient_of_the_weight_does_not_lose_digits_as_the_batch_g
 
 
 def test_the_log_probs_and_the_likelihood_are_differentiable() -> None:
-    """Liger takes their gradients for zero."""
+    """Liger's have no gradient."""
     case = Case("DPO", {"compute_nll_loss": True}, "sigmoid", ref=True)
     batch = make_batch()
 
