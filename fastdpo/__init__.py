@@ -4,6 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdpo.compat.preference_losses import (
+        FusedLinearCPOLoss,
+        FusedLinearDPOLoss,
+        FusedLinearKTOLoss,
+        FusedLinearORPOLoss,
+        FusedLinearSimPOLoss,
+    )
     from fastdpo.config import DPOConfig
     from fastdpo.data.packing import shared_prefix_batch
     from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
@@ -16,6 +23,11 @@ __all__ = [
     "DPOConfig",
     "DPOOutput",
     "DPOTrainer",
+    "FusedLinearCPOLoss",
+    "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
+    "FusedLinearORPOLoss",
+    "FusedLinearSimPOLoss",
     "dpo_loss",
     "linear_logprobs",
     "linear_logprobs_with_stats",
@@ -27,6 +39,11 @@ _HOME = {
     "DPOConfig": "config",
     "DPOOutput": "loss.batch_loss",
     "DPOTrainer": "trainer",
+    "FusedLinearCPOLoss": "compat.preference_losses",
+    "FusedLinearDPOLoss": "compat.preference_losses",
+    "FusedLinearKTOLoss": "compat.preference_losses",
+    "FusedLinearORPOLoss": "compat.preference_losses",
+    "FusedLinearSimPOLoss": "compat.preference_losses",
     "dpo_loss": "loss.batch_loss",
     "linear_logprobs": "head.linear_logprobs",
     "linear_logprobs_with_stats": "head.linear_logprobs",

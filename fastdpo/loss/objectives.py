@@ -238,14 +238,15 @@ def orpo(
     """ORPO: loss = -beta log sigmoid(log (odds(p_w) / odds(p_l))), plus `sft`; odds(p) = p / (1 - p).
 
     Eq. 4 to 7 of https://arxiv.org/abs/2403.07691 with lambda = beta and p the geometric mean of the tokens'
-    probabilities. p stays an ulp below 1, where the odds would be infinite.
+    probabilities.
     """
+    return -beta * F.logsigmoid(log_odds(chosen_logps / chosen_lengths) - log_odds(rejected_logps / rejected_lengths))
 
-    def log_odds(logps: Tensor, lengths: Tensor) -> Tensor:
-        mean = (logps / lengths).clamp(max=-torch.finfo(logps.dtype).eps)
-        return mean - (-mean.expm1()).log()
 
-    return -beta * F.logsigmoid(log_odds(chosen_logps, chosen_lengths) - log_odds(rejected_logps, rejected_lengths))
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """Return log (p / (1 - p)) of `mean_logps` = log p; p stays an ulp below 1, where the odds would be infinite."""
+    mean_logps = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    return mean_logps - (-mean_logps.expm1()).log()
 
 
 # Ranked responses
