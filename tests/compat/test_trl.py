@@ -21,6 +21,7 @@ from fastdpo import DPOConfig
 from fastdpo.compat import trl as trl_module
 from fastdpo.compat.trl import resolve, set_pad_token
 from fastdpo.loss.options import from_config
+from fastdpo.model.policy import load_policy
 from fastdpo.settings.old_names import OLD_NAMES
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import NoTokenizer, lora, losses, rows, tiny_llama
@@ -264,6 +265,12 @@ def test_a_model_given_by_name_is_trained_quantized(tmp_path: Path) -> None:
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses(trainer)[1] != losses(trainer)[0]
     assert json.loads(trainer.args.to_json_string())["model_init_kwargs"]["quantization_config"]["load_in_4bit"]
+
+
+def test_model_init_kwargs_of_a_loaded_model_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    assert load_policy(model, DPOConfig(use_cpu=True, model_init_kwargs={"dtype": "float32"})) is model
+    assert caplog.messages == ["model_init_kwargs has no effect on a model that is already loaded"]
 
 
 def test_no_config_means_a_folder_named_after_the_model() -> None:
