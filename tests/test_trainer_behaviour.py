@@ -94,6 +94,10 @@ def test_trls_collator_is_replaced_by_a_packed_one(text_trainer: Callable[..., A
         text_trainer(data_collator=module.DataCollatorForPreference(pad_token_id=2, max_length=7))
     with pytest.raises(ValueError, match="data_collator is a DataCollatorForVisionPreference"):
         text_trainer(data_collator=module.DataCollatorForVisionPreference(None))
+    with pytest.raises(
+        ValueError, match="data_collator makes batches of input_ids, but training needs those of fastdpo"
+    ):
+        text_trainer(data_collator=lambda rows: {"input_ids": torch.tensor([row["prompt_ids"] for row in rows])})
 
 
 # Tokens and models
