@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from fastdpo.config import DPOConfig
+from fastdpo.data.columns import COLUMNS
 
 logger = logging.getLogger("fastdpo")
 
@@ -90,3 +91,23 @@ def resolve_collator(collator: Any, args: DPOConfig) -> Any:
                 )
     logger.info("data_collator is TRL's, which pads rows; they are packed instead, which gives the same loss")
     return None
+
+
+def check_collator(collator: Any, rows: Any) -> None:
+    """Refuse a collator that does not make packed batches, by what it makes of the first row.
+
+    Args:
+        collator: the user's collator, or None.
+        rows: the tokenised training dataset.
+
+    Raises:
+        ValueError: its batch lacks what scoring needs.
+    """
+    if collator is None:
+        return
+    batch = collator([{name: value for name, value in next(iter(rows)).items() if name in COLUMNS}])
+    if "logit_index" not in batch:
+        raise ValueError(
+            f"data_collator makes batches of {', '.join(batch)}, but training needs those of "
+            "fastdpo.shared_prefix_batch; call that in it, or leave data_collator out"
+        )

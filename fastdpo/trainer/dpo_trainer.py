@@ -19,7 +19,7 @@ from transformers import (
 
 from fastdpo import checks
 from fastdpo.compat import liger, trl
-from fastdpo.compat.trl_objects import TRLAttributes, resolve_collator
+from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_collator
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
@@ -116,6 +116,7 @@ class DPOTrainer(TRLAttributes, PackedTrainer):
         train_dataset, eval_dataset = self._prepare_data(
             train_dataset, eval_dataset, processing_class, vocab_size, args, settings
         )
+        check_collator(data_collator, train_dataset)
         columns = prepare.columns_of(train_dataset, eval_dataset)
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
