@@ -6,6 +6,8 @@ the caller has shifted: `target[r, t]` is the token that follows `_input[r, t]`.
 such as prompts and padding, never reach the vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,13 @@ from fastdpo.compat.padded_scores import nll_of_other_labels, score, score_refer
 from fastdpo.loss import objectives
 from fastdpo.loss.batch_loss import dpo_loss
 from fastdpo.loss.options import ObjectiveSettings
+
+
+def _checked(*, beta: float, **settings: Any) -> ObjectiveSettings:
+    """Return the objective's settings; the trainer would accept a beta of 0 as TRL does, but it trains nothing."""
+    if not beta > 0:
+        raise ValueError(f"beta must be a positive number, got {beta}")
+    return ObjectiveSettings(beta=beta, **settings)
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -59,7 +68,7 @@ class FusedLinearDPOLoss(nn.Module):
         discopop_tau: float = 0.05,
     ) -> None:
         super().__init__()
-        settings = ObjectiveSettings(
+        settings = _checked(
             loss_type=(loss_type,), beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau
         )
         if settings.kind != "preference" or not settings.needs_reference:
@@ -151,7 +160,7 @@ class FusedLinearORPOLoss(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        ObjectiveSettings(loss_type=("orpo",), beta=beta)
+        _checked(loss_type=("orpo",), beta=beta)
         self.ignore_index, self.beta, self.compute_nll_loss = ignore_index, beta, compute_nll_loss
 
     def forward(
@@ -226,7 +235,7 @@ class FusedLinearCPOLoss(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        ObjectiveSettings(loss_type=("cpo",), beta=beta, cpo_alpha=alpha, label_smoothing=label_smoothing)
+        _checked(loss_type=("cpo",), beta=beta, cpo_alpha=alpha, label_smoothing=label_smoothing)
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.label_smoothing, self.average_log_prob = label_smoothing, average_log_prob
 
@@ -275,7 +284,7 @@ class FusedLinearSimPOLoss(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        ObjectiveSettings(loss_type=("simpo",), beta=beta, label_smoothing=label_smoothing, simpo_gamma=gamma)
+        _checked(loss_type=("simpo",), beta=beta, label_smoothing=label_smoothing, simpo_gamma=gamma)
         _check_alpha(alpha)
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.label_smoothing, self.gamma = label_smoothing, gamma
@@ -321,7 +330,7 @@ class FusedLinearKTOLoss(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        ObjectiveSettings(loss_type=("kto",), beta=beta)
+        _checked(loss_type=("kto",), beta=beta)
         self.ignore_index, self.beta = ignore_index, beta
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
 
