@@ -1,6 +1,6 @@
 """Random input and random damage: a reader gives what is right, or an error that is meant for a user.
 
-The suite tries a few dozen inputs each. `HYPOTHESIS_PROFILE=hand python -m pytest tests/test_fuzz.py` tries thousands.
+The suite tries a few dozen inputs each. `HYPOTHESIS_PROFILE=hand python -m pytest tests/test_fuzz.py` tries a thousand.
 """
 
 import io
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +73,7 @@ def tokenizer() -> Any:
     return byte_tokenizer()
 
 
-@examples(30, 10_000)
+@examples(30, 1_000)
 @given(
     kind=st.sampled_from(["preference", "ranked", "unpaired"]),
     row=st.fixed_dictionaries(
@@ -92,7 +91,7 @@ def test_a_row_is_tokenised_or_its_problem_named(tokenizer: Any, kind: str, row:
     assert "\n" not in found["problem"]
 
 
-@examples(60, 20_000)
+@examples(60, 1_000)
 @given(
     rows=st.lists(
         st.dictionaries(
@@ -116,7 +115,7 @@ def _responses(row: dict[str, Any]) -> list[Any]:
     return row["ranked_ids"] if "ranked_ids" in row else [row["chosen_ids"], row["rejected_ids"]]
 
 
-@examples(40, 5_000)
+@examples(40, 1_000)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 2**20), st.integers(1, 9)), min_size=1, max_size=40).map(np.array),
     budget=st.integers(1, 2**20),
@@ -133,7 +132,7 @@ def test_the_sampler_deals_out_every_example(sizes: Any, budget: int, seed: int,
 # Settings
 
 
-@examples(80, 20_000)
+@examples(80, 1_000)
 @given(
     data=st.binary(max_size=60)
     | st.text(st.sampled_from("ab:-[]{}&*!<>|'\" \n\t#,?0_.1e"), max_size=60).map(str.encode)
@@ -144,19 +143,19 @@ def test_a_config_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     assert refusal(lambda: read_settings(path, {}), ValueError, OSError)  # none of these names a dataset
 
 
-@examples(60, 20_000)
+@examples(60, 1_000)
 @given(
     value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8"), max_size=8),
+        st.none() | st.booleans() | st.integers() | st.text(st.characters(max_codepoint=0xD7FF), max_size=8),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3),
         max_leaves=9,
     )
 )
-def test_what_yaml_writes_is_read_as_it_was(value: Any) -> None:
-    assert parse(yaml.safe_dump(value, allow_unicode=True)) == value
+def test_json_is_yaml(value: Any) -> None:
+    assert parse(json.dumps(value)) == value
 
 
-@examples(30, 3_000)
+@examples(30, 1_000)
 @given(number=st.integers(0, 10**6), zeros=st.integers(0, 3), at=st.integers(1, 5))
 def test_digits_are_decimal_and_underscores_text(tmp_path: Path, number: int, zeros: int, at: int) -> None:
     digits = "0" * zeros + str(number)
@@ -181,7 +180,7 @@ def depth_of(value: Any) -> int:
     return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
 
 
-@examples(80, 30_000)
+@examples(80, 1_000)
 @given(
     rows=st.lists(st.tuples(json_values, st.sampled_from([None, 1])), min_size=1, max_size=4), limit=st.integers(0, 5)
 )
@@ -198,7 +197,7 @@ def test_the_depth_of_json_lines_is_found(rows: list[tuple[Any, int | None]], li
     assert first is None or found in first
 
 
-@examples(40, 10_000)
+@examples(40, 1_000)
 @given(config=anything | st.dictionaries(st.sampled_from(["weight_map", "attn_implementation", "a"]), anything))
 def test_a_model_folder_is_accepted_or_refused(tmp_path: Path, config: Any) -> None:
     for name in ("config.json", "model.safetensors.index.json", "adapter_config.json"):
@@ -210,7 +209,7 @@ def test_a_model_folder_is_accepted_or_refused(tmp_path: Path, config: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of NumPy, in Triton's interpreter
-@examples(15, 3_000)
+@examples(15, 1_000)
 @given(
     sizes=st.tuples(st.integers(0, 9), st.integers(1, 200), st.integers(1, 20)),
     seed=st.integers(0, 2**32 - 1),
@@ -261,7 +260,7 @@ def test_the_head_is_the_plain_formula(
 # The cache
 
 
-@examples(40, 3_000)
+@examples(40, 1_000)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_random_damage_to_the_cache_is_never_read(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     chance, folder = random.Random(seed), tmp_path_factory.mktemp("cache")

@@ -59,7 +59,7 @@ def _rows(chunk: bytes, limit: int) -> int:
         return 0
     opening = np.flatnonzero((data | 32) == ord("{"))  # 32 makes a [ a {
     lines = np.searchsorted(ends, opening)
-    if (lines[limit:] == lines[: len(lines) - limit]).any():
+    if len(lines) > limit and (lines[limit:] == lines[: len(lines) - limit]).any():
         return 0
     return len(ends)
 

@@ -30,6 +30,11 @@ SAME = [
     ("--run_name [", "run_name: '['"),
     ("--run_name 2026-13-40", "run_name: '2026-13-40'"),
     ("--debug underflow_overflow", "debug: underflow_overflow"),
+    ("--output_dir 2024_01", "output_dir: '2024_01'"),
+    ("--output_dir 010", "output_dir: '010'"),
+    ("--run_name yes", "run_name: 'yes'"),
+    ("--seed 010", "seed: 10"),
+    ("--max_steps 10_000", "max_steps: 10000"),
 ]
 
 

@@ -76,7 +76,7 @@ def measure(kind: str, started: float) -> Round:
 def growth(rounds: Sequence[Round], warm_up: float = WARM_UP) -> tuple[float, int]:
     """Return the growth of memory, as a share, and of open files.
 
-    The lowest of the rounds after the warm-up are compared, of their first quarter and of their last: a peak is no leak.
+    Of the rounds after the warm-up, the lowest of the first and of the last quarter are compared: a peak is no leak.
     """
     late = [each for each in rounds if each.seconds >= warm_up]
     quarter = max(len(late) // 4, 1)
