@@ -1,7 +1,7 @@
 """Checks that refuse or stop a training: its parallelism, its first loss, and losses or gradients not finite."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,23 @@ def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *
     )
 
 
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None if all are finite.
+
+    Quantised tensors are left out. It waits for the device once, and needs no memory of the tensors' size.
+    """
+    names: list[str] = []
+    largest: list[Tensor] = []
+    for name, tensor in named:
+        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
+        if local.is_floating_point() and local.element_size() > 1 and local.numel():
+            names.append(name)
+            largest.append(torch.linalg.vector_norm(local, math.inf).float().to(largest[0].device if largest else None))
+    if not largest or (finite := torch.isfinite(torch.stack(largest))).all():
+        return None
+    return names[int(finite.int().argmin())]
+
+
 class NonFiniteGuard:
     """Stop training at the first loss or gradient norm that is not finite.
 
@@ -141,6 +158,7 @@ class NonFiniteGuard:
             self._pending.pop(0)
             if not finite:
                 raise FloatingPointError(
-                    f"{what()} is not finite. Training stopped; checkpoints on disk are unharmed. Usual causes: a "
-                    "learning rate too high, fp16 overflow (use bf16), or weights that were not finite to begin with."
+                    f"{what()} is not finite. Training stopped, and no weight that is not finite was saved. Usual "
+                    "causes: a learning rate too high, fp16 overflow (use bf16), or weights that were not finite "
+                    "to begin with."
                 )

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
-from fastdpo.settings.config_file import OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
-from fastdpo.settings.failures import one_line, signals_raise, stopped_by
+from fastdpo.checkpoint import lock
+from fastdpo.checkpoint.preempt import EXIT_CODE, Preempted
+from fastdpo.settings.config_file import MANIFEST, OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.settings.failures import name_of, one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
 from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
 
@@ -25,7 +27,7 @@ exit codes:
   1    a failure: an expected one is explained in one line, a bug is shown with its traceback
   2    a command or setting that does not exist, or that lacks its value
   130  stopped by Ctrl-C
-  143  stopped by SIGTERM"""
+  143  stopped by SIGTERM, SIGUSR1 or SIGHUP; a training saves a checkpoint first"""
 
 # what the final tables show: metric, label, format
 HELD_OUT = (
@@ -61,6 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     with signals_raise() as came:
         try:
             _run(words)
+        except Preempted as stop:
+            came.append(stop.signum)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"fastdpo: {_stopped(words, started)}", file=sys.stderr, flush=True)  # noqa: T201
+            sys.exit(EXIT_CODE)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) and not came:
                 came.append(signal.SIGINT)
@@ -122,7 +129,7 @@ def _stopped(words: list[str], started: float) -> str:
     if chosen is None:
         return f"{stopped}; nothing was saved"
     newest = newest_checkpoint(Path(chosen.get("output_dir") or OUTPUT_DIR))
-    if newest is not None and (newest / "trainer_state.json").stat().st_mtime >= started:
+    if newest is not None and (newest / MANIFEST).stat().st_mtime >= started:
         go_on = shlex.join(
             ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]
         )
@@ -136,7 +143,17 @@ def _stopped(words: list[str], started: float) -> str:
 def train(config: Path, overrides: dict[str, Any]) -> None:
     """Train a model on preferences, evaluate it before and after, save it and write `report.html`."""
     chosen = read_settings(config, overrides)  # before the slow imports, so that mistakes show at once
+    if os.environ.get("RANK", "0") != "0":  # the first process has the lock of output_dir for all
+        _train(chosen)
+        return
+    folder = Path(chosen.get("output_dir") or OUTPUT_DIR).expanduser()
+    with lock.held(folder):
+        if not chosen.get("resume_from_checkpoint"):
+            lock.check_new_run(folder, overwrite=chosen.get("overwrite_output_dir", False))
+        _train(chosen)
 
+
+def _train(chosen: dict[str, Any]) -> None:
     from fastdpo.report import samples
     from fastdpo.run import make_configs
 
@@ -155,6 +172,9 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
         trainer.save_model()
         trainer.save_state()
         shown = samples.after_training(trainer, shown)
+    except Preempted as stop:
+        failure = f"stopped by {name_of(stop.signum)}"
+        raise
     except BaseException as error:
         failure = stopped_by() or f"{type(error).__name__}: {error}"
         if stopped_by():
@@ -166,6 +186,8 @@ def train(config: Path, overrides: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         _print_tables(trainer.state.log_history)
         print(f"model: {args.output_dir}" + (f"\nreport: {page}" if page else ""))  # noqa: T201
+        if page is None:
+            raise OSError(f"the model in {args.output_dir} is complete, but its report could not be written; see above")
 
 
 def precompute(config: Path, overrides: dict[str, Any]) -> None:

@@ -236,6 +236,29 @@ class DPOConfig(TrainingArguments):
         },
     )
 
+    # Checkpoints
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Continue from a checkpoint: its folder, or true for the newest undamaged one of output_dir, or "
+            "auto for that one if there is one, else from the beginning."
+        },
+    )
+    resume_changed: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue from a checkpoint although it belongs to a run with other settings, data or models, or "
+            "has no manifest to check it by."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Start from the beginning although output_dir holds an earlier run: remove its checkpoints and "
+            "replace its results."
+        },
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastdpo import cli
+from fastdpo.settings.config_file import MANIFEST
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "examples/quickstart.yaml"
@@ -312,7 +313,7 @@ SMALL += ["--per_device_train_batch_size=2", "--dataset_test_split=none"]
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pictures would take longer than the few steps."""
-    monkeypatch.setattr(cli, "_report", lambda *_: None)
+    monkeypatch.setattr(cli, "_report", lambda *_: Path("report.html"))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], Any]) -> None:
@@ -330,17 +331,23 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], Any])
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("signum", "code", "name", "step"),
+    [(signal.SIGINT, 130, "Ctrl-C", 2), (signal.SIGTERM, 143, "SIGTERM", 3), (signal.SIGUSR1, 143, "SIGUSR1", 3)],
+    ids=["ctrl-c", "term", "usr1"],
+)
 def test_a_signal_says_what_was_saved_and_the_command_goes_on(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int, name: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int, name: str, step: int
 ) -> None:
+    """Ctrl-C stops at once, and the others save at the end of the step; none of them leaves a final model."""
     words = ("train", QUICKSTART, *SMALL, "--output_dir", tmp_path / "a folder")
     with monkeypatch.context() as patched:
-        stop_at(patched, 3, lambda: os.kill(os.getpid(), signum))
+        stop_at(patched, 2, lambda: os.kill(os.getpid(), signum))
         ended = run(*words)
     assert ended.code == code
     assert "Traceback" not in ended.err
-    saved = tmp_path / "a folder" / "checkpoint-2"
+    saved = tmp_path / "a folder" / f"checkpoint-{step}"
+    assert not (tmp_path / "a folder" / "model.safetensors").exists()
     line = ended.err.splitlines()[-1]
     assert line.startswith(f"fastdpo: stopped by {name}; saved: {saved}; continue with: fastdpo train {QUICKSTART} ")
     _, *command = shlex.split(line.partition("continue with: ")[2])
@@ -353,8 +360,9 @@ def test_a_signal_says_what_was_saved_and_the_command_goes_on(
 
 def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
-    os.utime(tmp_path / "checkpoint-7" / "trainer_state.json", (1, 1))  # of an earlier run
+    for name in ("trainer_state.json", MANIFEST):
+        (tmp_path / "checkpoint-7" / name).write_text("{}")
+        os.utime(tmp_path / "checkpoint-7" / name, (1, 1))  # of an earlier run
     monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     ended = run("train", QUICKSTART, "--output_dir", tmp_path)
     assert ended.code == 130

@@ -16,7 +16,7 @@ FLOORS = [
     {"head", "data"},
     {"loss", "model"},
     {"report", "reference", "config"},
-    {"compat", "run", "scoring"},
+    {"compat", "run", "scoring", "checkpoint"},
     {"plan", "trainer"},
     {"cli", "__init__"},
     {"__main__"},
