@@ -298,10 +298,12 @@ class SavingTrainer(PackedTrainer):
 
     def _raise_preempted(self) -> None:
         request = self._request or preempt.Request()
-        logger.warning(
-            "stopped by %s after step %d of %d, and saved checkpoint-%d; resume_from_checkpoint=auto continues from it",
-            *(request, self.state.global_step, self.state.max_steps, self._saved_step),
-        )
+        if self.is_world_process_zero():
+            logger.warning(
+                "stopped by %s after step %d of %d; checkpoint-%d is saved, and resume_from_checkpoint=auto continues "
+                "from it",
+                *(request, self.state.global_step, self.state.max_steps, self._saved_step),
+            )
         raise preempt.Preempted(request.signum or signal.SIGTERM)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 from tests.helpers.trainers import make_trainer, rows, tiny_llama, weights
 
 TIMES = ("tokens_per_second", "runtime", "per_second")
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 16384}
-"""24 million parameters, so that a save of 290 MB takes about a second."""
+LARGE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 12000}
+"""8 million parameters, so that a save of 120 MB takes about a second."""
 
 
 def records(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

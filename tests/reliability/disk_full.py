@@ -19,7 +19,6 @@ from unittest import mock
 import datasets
 import torch
 
-from fastdpo.checkpoint import resume
 from fastdpo.reference.cache import TokenCache
 from fastdpo.report.page import write_report
 from fastdpo.settings.dataset_files import load_splits

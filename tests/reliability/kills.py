@@ -7,7 +7,6 @@ a second.
 import functools
 import json
 import multiprocessing
-import os
 import random
 import signal
 import tempfile
@@ -80,9 +79,11 @@ def killed(number: int, in_save: bool, large: bool, folder: Path) -> bool:
         wait_for((folder / "out" / f".checkpoint-{step}.tmp").exists, process)
         time.sleep(chance.uniform(0.0, seconds / 8))
     else:
-        time.sleep(chance.uniform(0.0, seconds))
-    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(chance.uniform(0.0, 0.6 * seconds))
+    process.kill()
     process.join()
+    if process.exitcode != -signal.SIGKILL:
+        raise RuntimeError("the run ended before it was killed")
     leftovers = [path.name for path in (folder / "out").glob(".checkpoint*")]
     found = finish(folder, large)
     print(f"kill {number}: {'in a save' if leftovers else 'between saves'}", flush=True)  # noqa: T201
