@@ -134,7 +134,8 @@ def _stopped(words: list[str], started: float) -> str:
             ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]
         )
         return f"{stopped}; saved: {newest}; continue with: {go_on}"
-    if resumed := chosen.get("resume_from_checkpoint"):
+    resumed = chosen.get("resume_from_checkpoint")
+    if resumed := newest if resumed in (True, "auto") else resumed:
         return f"{stopped}; nothing was saved after {resumed}; the same command continues from that checkpoint"
     why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "no checkpoint was due yet"
     return f"{stopped}; nothing was saved, because {why}; the same command starts from the beginning"

@@ -358,6 +358,18 @@ def test_a_signal_says_what_was_saved_and_the_command_goes_on(
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
 
 
+def test_a_report_that_cannot_be_written_is_a_failure(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_report", lambda *_: None)
+    ended = run("train", QUICKSTART, *SMALL, "--max_steps=1", "--save_strategy=no", "--output_dir", tmp_path)
+    assert ended.code == 1
+    line = f"fastdpo: the model in {tmp_path} is complete, but its report could not be written; see above"
+    assert ended.err.splitlines()[-1] == line
+    assert (tmp_path / "model.safetensors").exists()
+    assert "has the results of an earlier run" in run("train", QUICKSTART, "--output_dir", tmp_path).err
+
+
 def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint-7").mkdir()
     for name in ("trainer_state.json", MANIFEST):

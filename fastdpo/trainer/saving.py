@@ -179,7 +179,8 @@ class SavingTrainer(PackedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # nothing reads this pickle, and a reader would have to run its code; the manifest holds the settings
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _check_weights(self) -> None:
         self._guard.check_now()
