@@ -1,7 +1,7 @@
-"""Checks that refuse or stop a training: its parallelism, its first loss, and losses or gradients not finite."""
+"""Checks that refuse or stop a training: how it runs and loads, its first loss, and losses or gradients not finite."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,23 @@ def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *
     )
 
 
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None if all are finite.
+
+    Quantised tensors are left out. It waits for the device once, and needs no memory of the tensors' size.
+    """
+    names: list[str] = []
+    largest: list[Tensor] = []
+    for name, tensor in named:
+        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
+        if local.is_floating_point() and local.element_size() > 1 and local.numel():
+            names.append(name)
+            largest.append(torch.linalg.vector_norm(local, math.inf).float().to(largest[0].device if largest else None))
+    if not largest or (finite := torch.isfinite(torch.stack(largest))).all():
+        return None
+    return names[int(finite.int().argmin())]
+
+
 class NonFiniteGuard:
     """Stop training at the first loss or gradient norm that is not finite.
 
@@ -141,6 +158,26 @@ class NonFiniteGuard:
             self._pending.pop(0)
             if not finite:
                 raise FloatingPointError(
-                    f"{what()} is not finite. Training stopped; checkpoints on disk are unharmed. Usual causes: a "
-                    "learning rate too high, fp16 overflow (use bf16), or weights that were not finite to begin with."
+                    f"{what()} is not finite. Training stopped, and no weight that is not finite was saved. Usual "
+                    "causes: a learning rate too high, fp16 overflow (use bf16), or weights that were not finite "
+                    "to begin with."
                 )
+
+
+def check_loading(args: Any, given: Any) -> None:
+    """Let each process read its own data, and let copies from pinned memory to the GPU run asynchronously.
+
+    Args:
+        args: a `fastdpo.DPOConfig`, whose `accelerator_config` this completes.
+        given: `accelerator_config` as the user wrote it; a `non_blocking` that it sets is kept.
+    """
+    loading: Any = args.accelerator_config
+    if loading.dispatch_batches:
+        raise ValueError(
+            "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but the tensors "
+            "of a packed batch differ in length; leave it out, and each process reads its part of the data itself"
+        )
+    loading.dispatch_batches = False
+    chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)
+    if not chosen and args.dataloader_pin_memory and not args.use_cpu and torch.cuda.is_available():
+        loading.non_blocking = True

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
+from fastdpo.checkpoint import lock
+from fastdpo.checkpoint.preempt import EXIT_CODE, Preempted
 from fastdpo.commands.tools import TOOLS, run_tool
-from fastdpo.settings.config_file import OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
-from fastdpo.settings.failures import one_line, signals_raise, stopped_by
+from fastdpo.settings.config_file import MANIFEST, OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.settings.failures import name_of, one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
 from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
 from fastdpo.untrusted.text import printable
@@ -27,7 +29,7 @@ exit codes:
   1    a failure: an expected one is explained in one line, a bug is shown with its traceback
   2    a command or setting that does not exist, or that lacks its value
   130  stopped by Ctrl-C
-  143  stopped by SIGTERM"""
+  143  stopped by SIGTERM, SIGUSR1 or SIGHUP; a training saves a checkpoint first"""
 
 # what the final table of throughput shows: metric, label, format
 THROUGHPUT = (
@@ -56,6 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     with signals_raise() as came:
         try:
             _run(words)
+        except Preempted as stop:
+            came.append(stop.signum)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"fastdpo: {_stopped(words, started)}", file=sys.stderr, flush=True)  # noqa: T201
+            sys.exit(EXIT_CODE)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) and not came:
                 came.append(signal.SIGINT)
@@ -136,12 +143,13 @@ def _stopped(words: list[str], started: float) -> str:
     if chosen is None:
         return f"{stopped}; nothing was saved"
     newest = newest_checkpoint(Path(chosen.get("output_dir") or OUTPUT_DIR))
-    if newest is not None and (newest / "trainer_state.json").stat().st_mtime >= started:
+    if newest is not None and (newest / MANIFEST).stat().st_mtime >= started:
         go_on = shlex.join(
             ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]
         )
         return f"{stopped}; saved: {newest}; continue with: {go_on}"
-    if resumed := chosen.get("resume_from_checkpoint"):
+    resumed = chosen.get("resume_from_checkpoint")
+    if resumed := newest if resumed in (True, "auto") else resumed:
         return f"{stopped}; nothing was saved after {resumed}; the same command continues from that checkpoint"
     why = "save_strategy is 'no'" if chosen.get("save_strategy") == "no" else "no checkpoint was due yet"
     return f"{stopped}; nothing was saved, because {why}; the same command starts from the beginning"
@@ -150,7 +158,17 @@ def _stopped(words: list[str], started: float) -> str:
 def train(config: Path | None, overrides: dict[str, Any]) -> None:
     """Train a model on preferences, evaluate it before and after, save it and write `report.html`."""
     chosen = read_settings(config, overrides)  # before the slow imports, so that mistakes show at once
+    if os.environ.get("RANK", "0") != "0":  # the first process has the lock of output_dir for all
+        _train(chosen)
+        return
+    folder = Path(chosen.get("output_dir") or OUTPUT_DIR).expanduser()
+    with lock.held(folder):
+        if not chosen.get("resume_from_checkpoint"):
+            lock.check_new_run(folder, overwrite=chosen.get("overwrite_output_dir", False))
+        _train(chosen)
 
+
+def _train(chosen: dict[str, Any]) -> None:
     from fastdpo.report import samples
     from fastdpo.run import make_configs
 
@@ -169,6 +187,9 @@ def train(config: Path | None, overrides: dict[str, Any]) -> None:
         trainer.save_model(_internal_call=True)  # which uploads nothing yet
         trainer.save_state()
         shown = samples.after_training(trainer, shown)
+    except Preempted as stop:
+        failure = f"stopped by {name_of(stop.signum)}"
+        raise
     except BaseException as error:
         failure = stopped_by() or f"{type(error).__name__}: {error}"
         if stopped_by():
@@ -182,6 +203,8 @@ def train(config: Path | None, overrides: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         _print_tables(trainer.state.log_history)
         print(f"model: {args.output_dir}" + (f"\nreport: {page}" if page else ""))  # noqa: T201
+        if page is None:
+            raise OSError(f"the model in {args.output_dir} is complete, but its report could not be written; see above")
 
 
 def precompute(config: Path | None, overrides: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastdpo.checks import check_loading
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, from_config, without_effect
 from fastdpo.model.attention.backends import BACKENDS
@@ -271,6 +272,29 @@ class DPOConfig(TrainingArguments):
         default=None, metadata={"help": "Becomes the tokenizer's pad token, which is saved with it. Unset: its own."}
     )
 
+    # Checkpoints
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Continue from a checkpoint: its folder, or true for the newest undamaged one of output_dir, or "
+            "auto for that one if there is one, else from the beginning."
+        },
+    )
+    resume_changed: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue from a checkpoint although it belongs to a run with other settings, data or models, or "
+            "has no manifest to check it by."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Start from the beginning although output_dir holds an earlier run: remove its checkpoints and "
+            "replace its results."
+        },
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -320,7 +344,7 @@ class DPOConfig(TrainingArguments):
         super().__post_init__()
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
-        self._resolve_loading(given)
+        check_loading(self, given)
         if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
             raise ValueError(f"model_init_kwargs must be a dict or a JSON object, got {self.model_init_kwargs!r}")
         if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
@@ -372,20 +396,3 @@ class DPOConfig(TrainingArguments):
             if getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
                 self.activation_checkpointing = self.gradient_checkpointing
             self.gradient_checkpointing = None
-
-    def _resolve_loading(self, given: Any) -> None:
-        """Let each process read its own data, and let copies from pinned memory to the GPU run asynchronously.
-
-        Args:
-            given: `accelerator_config` as the user wrote it; a `non_blocking` that it sets is kept.
-        """
-        loading: Any = self.accelerator_config
-        if loading.dispatch_batches:
-            raise ValueError(
-                "accelerator_config dispatch_batches=True cuts the tensors of a batch into equal rows, but the tensors "
-                "of a packed batch differ in length; leave it out, and each process reads its part of the data itself"
-            )
-        loading.dispatch_batches = False
-        chosen = given is not None and not (isinstance(given, dict) and "non_blocking" not in given)
-        if not chosen and self.dataloader_pin_memory and not self.use_cpu and torch.cuda.is_available():
-            loading.non_blocking = True

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastdpo import cli
+from fastdpo.settings.config_file import MANIFEST
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "examples/quickstart.yaml"
@@ -317,7 +318,7 @@ SMALL += ["--per_device_train_batch_size=2", "--dataset_test_split=none"]
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pictures would take longer than the few steps."""
-    monkeypatch.setattr(cli, "_report", lambda *_: None)
+    monkeypatch.setattr(cli, "_report", lambda *_: Path("report.html"))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], Any]) -> None:
@@ -335,17 +336,23 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], Any])
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("signum", "code", "name", "step"),
+    [(signal.SIGINT, 130, "Ctrl-C", 2), (signal.SIGTERM, 143, "SIGTERM", 3), (signal.SIGUSR1, 143, "SIGUSR1", 3)],
+    ids=["ctrl-c", "term", "usr1"],
+)
 def test_a_signal_says_what_was_saved_and_the_command_goes_on(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int, name: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int, name: str, step: int
 ) -> None:
+    """Ctrl-C stops at once, and the others save at the end of the step; none of them leaves a final model."""
     words = ("train", QUICKSTART, *SMALL, "--output_dir", tmp_path / "a folder")
     with monkeypatch.context() as patched:
-        stop_at(patched, 3, lambda: os.kill(os.getpid(), signum))
+        stop_at(patched, 2, lambda: os.kill(os.getpid(), signum))
         ended = run(*words)
     assert ended.code == code
     assert "Traceback" not in ended.err
-    saved = tmp_path / "a folder" / "checkpoint-2"
+    saved = tmp_path / "a folder" / f"checkpoint-{step}"
+    assert not (tmp_path / "a folder" / "model.safetensors").exists()
     line = ended.err.splitlines()[-1]
     assert line.startswith(f"fastdpo: stopped by {name}; saved: {saved}; continue with: fastdpo train {QUICKSTART} ")
     _, *command = shlex.split(line.partition("continue with: ")[2])
@@ -356,10 +363,23 @@ def test_a_signal_says_what_was_saved_and_the_command_goes_on(
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
 
 
+def test_a_report_that_cannot_be_written_is_a_failure(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_report", lambda *_: None)
+    ended = run("train", QUICKSTART, *SMALL, "--max_steps=1", "--save_strategy=no", "--output_dir", tmp_path)
+    assert ended.code == 1
+    line = f"fastdpo: the model in {tmp_path} is complete, but its report could not be written; see above"
+    assert ended.err.splitlines()[-1] == line
+    assert (tmp_path / "model.safetensors").exists()
+    assert "has the results of an earlier run" in run("train", QUICKSTART, "--output_dir", tmp_path).err
+
+
 def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
-    os.utime(tmp_path / "checkpoint-7" / "trainer_state.json", (1, 1))  # of an earlier run
+    for name in ("trainer_state.json", MANIFEST):
+        (tmp_path / "checkpoint-7" / name).write_text("{}")
+        os.utime(tmp_path / "checkpoint-7" / name, (1, 1))  # of an earlier run
     monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     ended = run("train", QUICKSTART, "--output_dir", tmp_path)
     assert ended.code == 130

@@ -17,7 +17,7 @@ FLOORS = [
     {"head", "data"},
     {"loss", "model"},
     {"report", "reference", "config"},
-    {"compat", "run", "scoring"},
+    {"compat", "run", "scoring", "checkpoint"},
     {"plan", "trainer"},
     {"commands"},
     {"cli", "__init__"},

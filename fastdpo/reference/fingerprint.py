@@ -51,7 +51,7 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
         "class": type(base).__qualname__,
         "weights": weights.hexdigest(),
         "adapters": factors,
-        "config": _numerics(base.config.to_dict()),
+        "config": numerics(base.config.to_dict()),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "device": device,
         "matmul_precision": _matmul_precision(device),
@@ -60,12 +60,12 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
     return hashlib.sha256(text.encode()).hexdigest(), description
 
 
-def _numerics(config: Any) -> Any:
+def numerics(config: Any) -> Any:
     """Return a config without cosmetic entries at any depth, and without dropout, which is off for a reference."""
     if not isinstance(config, dict):
         return config
     return {
-        str(key): _numerics(value)
+        str(key): numerics(value)
         for key, value in config.items()
         if key not in _COSMETIC and "dropout" not in str(key) and not str(key).endswith("_pdrop")
     }

@@ -70,7 +70,7 @@ def mix_into(ref_model: nn.Module, model: nn.Module, alpha: float) -> None:
 
 
 class SyncReference(TrainerCallback):
-    """Callback that mixes the policy into the reference at fixed intervals, and saves the reference in checkpoints.
+    """Callback that mixes the policy into the reference at fixed intervals.
 
     Args:
         ref_model: the reference of full fine-tuning, unwrapped.
@@ -88,13 +88,8 @@ class SyncReference(TrainerCallback):
             model = kwargs["model"]
             mix_into(self.ref_model, getattr(model, "module", model), self.alpha)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the reference beside the policy, because a resumed run cannot make it again."""
-        if state.is_world_process_zero:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
     def save(self, folder: Path) -> None:
-        """Write the reference's weights to a folder."""
+        """Write the reference's weights to a checkpoint, because a resumed run cannot make them again."""
         weights = {name: p.detach().cpu().contiguous() for name, p in self.ref_model.named_parameters()}
         write_file(folder / FILE, save(weights))
 

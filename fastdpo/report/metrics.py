@@ -50,6 +50,10 @@ class RunningSums:
         self._on_device: dict[tuple[str, ...], Tensor] = {}
         self._on_host: dict[str, list[float]] = {}
 
+    def state(self) -> dict[str, Any]:
+        """Return this process's sums as JSON values, from which `restore` makes them again; waits for the device."""
+        return {"host": self._on_host, "device": [[names, table.tolist()] for names, table in self._on_device.items()]}
+
     def add(self, names: tuple[str, ...], table: Tensor) -> None:
         """Add row i of `table` `[names, numbers]` to the row of `names[i]`."""
         table = table.detach().to(_exact_dtype(table.device))
@@ -68,6 +72,13 @@ class RunningSums:
     def tokens(self) -> float:
         """Return the tokens that this process added with `add_tokens`, without reading anything."""
         return self._on_host.get("num_tokens", [0.0])[0]
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Replace the sums by those of an earlier process, on `device`."""
+        self._on_host = dict(state["host"])
+        self._on_device.clear()
+        for names, table in state["device"]:
+            self.add(tuple(names), torch.tensor(table, dtype=_exact_dtype(device), device=device))
 
     def __len__(self) -> int:
         return len(self._on_device) + len(self._on_host)

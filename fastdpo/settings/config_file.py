@@ -20,6 +20,8 @@ from fastdpo.untrusted.yaml_file import read_yaml
 
 OUTPUT_DIR = "trainer_output"
 """The default of transformers."""
+MANIFEST = "fastdpo_manifest.json"
+"""The last file of a checkpoint that is written."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """From the suffix of a file to the builder of the datasets library that reads it."""
@@ -246,7 +248,7 @@ def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
     if path.is_dir() and not (isinstance(kwargs, dict) and "gguf_file" in kwargs):
         wanted = ("config.json",) if setting == "config_name" else ("config.json", "adapter_config.json")
         if not any((path / file).exists() for file in wanted):
-            newest = newest_checkpoint(path)
+            newest = newest_checkpoint(path, "trainer_state.json")
             hint = f"; did you mean {str(newest)!r}?" if newest else ""
             raise ValueError(f"{setting}: the folder {name!r} holds no {' or '.join(wanted)}, so no model{hint}")
         if (path / "adapter_config.json").exists():
@@ -278,10 +280,16 @@ def data_kind(path: Path) -> str | None:
     return DATA_FILES.get(inner.suffix)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the latest checkpoint in a folder that was written completely; None if there is none."""
+def newest_checkpoint(folder: Path, last: str = MANIFEST) -> Path | None:
+    """Return the latest checkpoint in a folder that was written completely; None if there is none.
+
+    Args:
+        folder: a run's output folder.
+        last: the last file that is written, by which a complete checkpoint is known; that of transformers' Trainer is
+            trainer_state.json.
+    """
     steps = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):  # the last file that is written
+    for path in folder.glob(f"checkpoint-*/{last}"):
         if (step := path.parent.name.removeprefix("checkpoint-")).isdigit():
             steps[int(step)] = path.parent
     return steps[max(steps)] if steps else None
@@ -296,16 +304,17 @@ def _check_output(values: dict[str, Any]) -> None:
     if not os.access(nearest_there, os.W_OK):
         raise ValueError(f"output_dir {str(output)!r} can't be written: no permission in {str(nearest_there)!r}")
     resume = values.get("resume_from_checkpoint")
-    if resume is True:
-        if (newest := newest_checkpoint(output)) is None:
-            raise ValueError(f"resume_from_checkpoint: there is no complete checkpoint in output_dir {str(output)!r}")
-        values["resume_from_checkpoint"] = str(newest)  # transformers would also take an incomplete one
-    elif isinstance(resume, str):
+    if resume is True and newest_checkpoint(output) is None:
+        raise ValueError(
+            f"resume_from_checkpoint: there is no complete checkpoint in output_dir {str(output)!r}; auto would start "
+            "from the beginning"
+        )
+    if isinstance(resume, str) and resume != "auto":
         path = Path(os.path.expanduser(resume))
         if not path.exists():
             raise ValueError(f"resume_from_checkpoint: there is no {resume!r}{sibling(path)}")
         if not (path / "trainer_state.json").exists():
-            newest = newest_checkpoint(path)
+            newest = newest_checkpoint(path, "trainer_state.json")
             hint = f"; did you mean {str(newest)!r}?" if newest else ""
             raise ValueError(f"resume_from_checkpoint: {resume!r} holds no trainer_state.json, so no checkpoint{hint}")
         values["resume_from_checkpoint"] = str(path)

@@ -215,6 +215,11 @@ def _on_signal(signum: int, _: FrameType | None) -> NoReturn:
     raise Interrupted(signum)
 
 
+def is_ours(handler: object) -> bool:
+    """Return whether a signal handler is that of `signals_raise`."""
+    return handler is _on_signal
+
+
 def _leave_signals_to_the_parent() -> None:
     """Ignore Ctrl-C in data-loading workers: the terminal sends it to them too, but the parent ends them."""
     if signal.getsignal(signal.SIGTERM) is _on_signal:

@@ -1,4 +1,4 @@
-"""The folder of fastdpo's caches, and the function that writes a file atomically."""
+"""The folder of fastdpo's caches, and functions that write a file atomically."""
 
 import contextlib
 import os
@@ -25,9 +25,18 @@ def write_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: a file could not be opened or written; for a folder this is ignored, as some file systems can't do it.
+    """
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)

@@ -38,7 +38,8 @@ from fastdpo.reference.resolve import prepare_reference, resolve_reference
 from fastdpo.reference.sync import sync_reference
 from fastdpo.report import console, log_output
 from fastdpo.settings.failures import loading
-from fastdpo.trainer.packed_trainer import EvalDataset, PackedTrainer
+from fastdpo.trainer.packed_trainer import EvalDataset
+from fastdpo.trainer.saving import SavingTrainer
 
 logger = logging.getLogger("fastdpo")
 
@@ -46,7 +47,7 @@ TAGS = ("fastdpo", "dpo")
 """Tags of a trained model on the Hub."""
 
 
-class DPOTrainer(TRLAttributes, PackedTrainer):
+class DPOTrainer(TRLAttributes, SavingTrainer):
     """Direct Preference Optimization of a causal language model, https://arxiv.org/abs/2305.18290.
 
     Args:
@@ -206,7 +207,7 @@ class DPOTrainer(TRLAttributes, PackedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:
+        if self._sync is not None:
             self._sync.load(resume_from_checkpoint)
 
     def evaluate(

@@ -166,11 +166,6 @@ class PackedTrainer(Trainer):
             self._guard.watch(norm, lambda: f"the gradient norm of step {step + 1}")
         return norm
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; raise FloatingPointError instead if a loss or gradient was not finite."""
-        self._guard.check_now()
-        super().save_model(output_dir, _internal_call)
-
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

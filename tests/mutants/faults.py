@@ -1,4 +1,4 @@
-"""Planted faults of the head: lines of its kernels and of the op, changed so that a result or a bound is wrong.
+"""Planted faults of the head and of checkpoints: lines changed so that a result, a bound or a guarantee is wrong.
 
 None is known to be equivalent to the line it replaces.
 """
@@ -37,6 +37,9 @@ TORCH = "tests/head/test_impl_torch.py"
 CELLS = "tests/head/test_sparse_backward.py -k 'not units'"
 OP = "tests/head/test_linear_logprobs.py -k 'not opcheck and not compiles and not holds and not low_rank'"
 RANKS = "tests/head/test_vocab_parallel.py -k ranks"
+FOLDERS = "tests/checkpoint/test_folders.py -k 'not two_runs and not signals'"
+SCORES = "tests/reliability/test_scores.py -k 'swapped or step or missing or flipped or nan or optimizer'"
+GOES_ON = "tests/checkpoint/test_resume.py -k 'records or finished or (goes_on and no) or needs_a_word'"
 
 # fmt: off
 FAULTS: dict[str, list[Fault]] = {  # by file
@@ -317,6 +320,68 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "if workspace < 2**9:"),
         Fault("shard-hidden", RANKS, "hidden's gradient is that of one shard",
               "hidden = vocab_parallel.sum_gradients(hidden, group)", "pass"),
+    ],
+    "fastdpo/checkpoint/manifest.py": [
+        Fault("no-fsync", FOLDERS, "files are hashed, but not brought to the disk",
+              "    sync(path)\n    return _hash(path)", "    return _hash(path)"),
+        Fault("manifest-unhashed", FOLDERS, "files in folders are not in the manifest", 'folder.rglob("*")',
+              'folder.glob("*")'),
+        Fault("hash-ignored", SCORES, "a file of the right size is believed", "if digest != files[name]",
+              "if not digest and digest != files[name]"),
+        Fault("step-ignored", FOLDERS, "the manifest of another step is believed", "not in (None, step):",
+              "not in (None, step, named):"),
+        Fault("link-followed", FOLDERS, "a link out of the folder is read", "not path.is_file() or path.is_symlink()",
+              "not path.is_file()"),
+        Fault("path-escapes", FOLDERS, "a manifest may name files of other folders",
+              '".." not in name.split("/")', '"." not in name.split("/")'),
+        Fault("oldest-first", GOES_ON, "the oldest checkpoint is resumed", "reverse=True", "reverse=False"),
+    ],
+    "fastdpo/checkpoint/write.py": [
+        Fault("rename-unsynced", FOLDERS, "the folder's new name is not brought to the disk",
+              "os.rename(written, place)\n    sync(place.parent)", "os.rename(written, place)"),
+        Fault("best-removed", FOLDERS, "the best checkpoint is removed", "if best is not None and path.name",
+              "if best is None and path.name"),
+        Fault("newest-removed", FOLDERS, "the newest checkpoint is removed", "for path in reversed(complete[1:]):",
+              "for path in [*complete]:"),
+        Fault("incomplete-counted", FOLDERS, "an incomplete folder stands for a complete one",
+              "if (path / MANIFEST).is_file()]", "]"),
+        Fault("later-kept", SCORES, "what lies after the checkpoint stays a checkpoint", "if step > after:",
+              "if step > after + 99:"),
+        Fault("model-in-place", FOLDERS, "the final model is written over the old one", "        yield hidden",
+              "        yield folder"),
+    ],
+    "fastdpo/trainer/saving.py": [
+        Fault("manifest-elsewhere", GOES_ON, "the manifest is that of the folder around the checkpoint",
+              "write_manifest(written, step", "write_manifest(written.parent, step"),
+        Fault("manifest-late", SCORES, "the manifest is written after the rename",
+              "        write_manifest(written, step=self.state.global_step, run=self._identity)\n"
+              "        write.move_into_place(written, place)\n",
+              "        write.move_into_place(written, place)\n"
+              "        write_manifest(place, step=self.state.global_step, run=self._identity)\n"),
+        Fault("weights-unchecked", SCORES, "weights are saved whether finite or not", "if bad is not None:",
+              "if bad is not None and not bad:"),
+        Fault("window-forgotten", GOES_ON, "the sums since the last log are lost",
+              'self._sums.restore(window["sums"], self.args.device)', "pass"),
+        Fault("loss-forgotten", GOES_ON, "the loss since the last log is lost", 'self._tr_loss += window["loss"]',
+              "pass"),
+        Fault("one-more-step", GOES_ON, "a finished run that is resumed makes one more step",
+              "self.state.global_step >= self.state.max_steps:", "self.state.global_step > self.state.max_steps:"),
+        Fault("start-again", GOES_ON, "the start is evaluated again", "evaluates and folder is None", "evaluates"),
+        Fault("signal-unsaved", GOES_ON, "a signal stops the run without a checkpoint",
+              "control.should_save = control.should_save or not ends", "pass"),
+    ],
+    "fastdpo/checkpoint/resume.py": [
+        Fault("other-run", "tests/reliability/test_scores.py -k 'beta or swapped or config'",
+              "a checkpoint of another run is resumed", "if others and not changed:",
+              "if others and not changed and not others:"),
+        Fault("unchecked", GOES_ON, "a checkpoint without a manifest is resumed without a word",
+              "if changed and (path / STATE)", "if (path / STATE)"),
+    ],
+    "fastdpo/checkpoint/lock.py": [
+        Fault("results-ignored", FOLDERS, "a finished run is trained over", "if not overwrite and results:",
+              "if not overwrite and results and old:"),
+        Fault("unlocked", "tests/checkpoint/test_folders.py -k two_runs", "two runs share a folder",
+              "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     ],
     "fastdpo/head/vocab_parallel.py": [
         Fault("shard-max", RANKS, "ranks merge relative to their maximum", "merged = largest[1] + total.log()",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastdpo.settings import config_file
-from fastdpo.settings.config_file import DTYPES, REPORTS, UsageError, newest_checkpoint, read_settings
+from fastdpo.settings.config_file import DTYPES, MANIFEST, REPORTS, UsageError, newest_checkpoint, read_settings
 
 
 @pytest.fixture
@@ -176,9 +176,10 @@ def test_an_output_folder_without_permission_is_refused(good: Path, monkeypatch:
 
 
 def test_the_newest_whole_checkpoint_goes_on(good: Path) -> None:
-    make(good.parent, {f"out/checkpoint-{n}/trainer_state.json": "{}" for n in (9, 10)} | {"out/checkpoint-11/x": ""})
+    make(good.parent, {f"out/checkpoint-{n}/{MANIFEST}": "{}" for n in (9, 10)} | {"out/checkpoint-11/x": ""})
     assert newest_checkpoint(Path("out")) == Path("out/checkpoint-10")
-    assert read_settings(good, {"resume_from_checkpoint": True})["resume_from_checkpoint"] == "out/checkpoint-10"
+    for wanted in (True, "auto"):  # the trainer looks for the newest undamaged one
+        assert read_settings(good, {"resume_from_checkpoint": wanted})["resume_from_checkpoint"] == wanted
 
 
 @pytest.mark.parametrize("given", [{"dtype": "float31"}, {"model_init_kwargs": {"torch_dtype": "float31"}}], ids=str)

@@ -1,0 +1,348 @@
+"""Saving and resuming: checkpoints that are complete or not there, of this run, and made in time before a job ends."""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from fastdpo import checks
+from fastdpo.checkpoint import lock, preempt, resume, write
+from fastdpo.checkpoint.identity import identity
+from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
+from fastdpo.reference.sync import SyncReference
+from fastdpo.report import metrics
+from fastdpo.settings.files import write_file
+from fastdpo.trainer.packed_trainer import PackedTrainer
+
+logger = logging.getLogger("fastdpo")
+
+
+class SavingTrainer(PackedTrainer):
+    """`PackedTrainer` with checkpoints that can be trusted, and with signals that save one before the process ends."""
+
+    _sync: SyncReference | None = None
+
+    def __init__(self, **others: Any) -> None:
+        self._request: preempt.Request | None = None  # while it trains
+        self._stopping = False
+        self._pending: tuple[Tensor, torch.Event] | None = None
+        self._found: resume.Found | None = None
+        self._writing: Path | None = None  # the folder beside, while a checkpoint is written
+        self._saved_step = -1
+        self._in_epoch = False
+        super().__init__(**others)
+        self.add_callback(_Watch(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the newest undamaged one of `output_dir`; "auto" for
+                that one if there is one, else the beginning; None for the config's `resume_from_checkpoint`.
+            args: as in `transformers.Trainer.train`.
+            kwargs: as in `transformers.Trainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is damaged or of another run, or `output_dir` has the results of another run or
+                is in use by one.
+            Preempted: SIGTERM, SIGUSR1 or SIGHUP came, and a checkpoint was saved. It is a SystemExit of code 143.
+            FloatingPointError: a loss, gradient or weight was not finite.
+        """
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        evaluates, self._stopping, self._pending = self.args.eval_on_start, False, None
+        with contextlib.ExitStack() as stack:
+            self._request = stack.enter_context(preempt.noted())
+            self._found = self._agree(functools.partial(self._begin, wanted, stack))
+            folder = None if self._found is None else str(self._found.folder)
+            try:
+                self.args.eval_on_start = evaluates and folder is None  # the first part of the run has done it
+                output: TrainOutput = super().train(folder, *args, **kwargs)
+            finally:
+                self.args.eval_on_start, self._request = evaluates, None
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _begin(self, wanted: str | bool | None, stack: contextlib.ExitStack) -> resume.Found | None:
+        folder = Path(self.args.output_dir)
+        stack.enter_context(lock.held(folder))
+        if not hasattr(self, "_identity"):
+            self._identity = identity(self)
+        return resume.begin(
+            folder,
+            wanted or None,
+            self._identity,
+            changed=self.args.resume_changed,
+            overwrite=self.args.overwrite_output_dir,
+            needs_optimizer=not self.is_fsdp_enabled,
+        )
+
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """Return in all processes what the main process decides, or raise its error; the others wait for it."""
+        answer: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = decide()
+            except (ValueError, OSError) as error:
+                answer[1] = error
+        if self.args.world_size > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    # Save
+
+    def _get_output_dir(self, trial: Any) -> str:
+        own: str = super()._get_output_dir(trial)
+        return own if self._writing is None else str(self._writing)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        place = run_dir / f"checkpoint-{self.state.global_step}"
+        beside = write.unfinished(place)
+        try:
+            self._agree(lambda: shutil.rmtree(beside, ignore_errors=True))
+            self._writing = beside
+            self._together(lambda: self._write(model, trial, run_dir, beside / place.name))
+            self._writing = None
+            self._agree(lambda: self._finish(beside / place.name, place))
+        finally:
+            self._writing = None
+            if self.is_world_process_zero():
+                shutil.rmtree(beside, ignore_errors=True)
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+
+    def _write(self, model: nn.Module, trial: Any, run_dir: Path, folder: Path) -> None:
+        """Let transformers write its files, and add what a resumed run needs besides."""
+        super()._save_checkpoint(model, trial)
+        write_file(folder / self._window_name(), json.dumps(self._window()).encode())
+        if not self.args.should_save:
+            return
+        if self._sync is not None:
+            self._sync.save(folder)
+        if (best := self.state.best_global_step) is not None:  # transformers has looked for it in the folder beside
+            path = run_dir / f"checkpoint-{best}"
+            if best == self.state.global_step or path.exists():
+                self.state.best_model_checkpoint = str(path)
+                self.state.save_to_json(str(folder / STATE))
+
+    def _finish(self, written: Path, place: Path) -> None:
+        write_manifest(written, step=self.state.global_step, run=self._identity)
+        write.move_into_place(written, place)
+        write.rotate(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do something in all processes; if it fails in one, raise an error in all of them."""
+        error = None
+        try:
+            work()
+        except Exception as own:
+            error = own
+        if self.args.world_size > 1:
+            errors = [each for each in gather_object([error and f"{type(error).__name__}: {error}"]) if each]
+            if errors and error is None:
+                raise OSError(f"another process could not save its part of the checkpoint: {errors[0]}")
+        if error is not None:
+            raise error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing is None:  # else it is not complete yet
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; raise FloatingPointError instead if a loss, a gradient or a weight was not finite."""
+        self._check_weights()
+        if self._writing is not None:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with write.replacing_files(folder) if self.args.should_save else contextlib.nullcontext(folder) as hidden:
+            super().save_model(str(hidden), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # nothing reads this pickle, and a reader would have to run its code; the manifest holds the settings
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _check_weights(self) -> None:
+        self._guard.check_now()
+        bad = checks.first_not_finite(self.model.named_parameters())
+        if self.is_fsdp_enabled and self.args.world_size > 1:  # another process may have found it in its shards
+            bad = next(filter(None, gather_object([bad])), None)
+        if bad is not None:
+            raise FloatingPointError(
+                f"{bad} is not finite after step {self.state.global_step}, though the loss and the gradient were: the "
+                "optimizer's update was not. Training stopped, and these weights were not saved. Usual causes: a "
+                "learning_rate too high, adam_epsilon=0, or a weight_decay that is not finite."
+            )
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        try:
+            self._agree(lambda: verify(best))
+        except Damaged as damage:
+            raise ValueError(
+                f"load_best_model_at_end: the best checkpoint {best} is damaged: {damage}. The last checkpoint is "
+                f"{best.with_name(f'checkpoint-{self._saved_step}')}."
+            ) from damage
+        super()._load_best_model()
+
+    # The sums since the last log
+
+    def _window_name(self) -> str:
+        return f"window_{self.args.process_index}.json"
+
+    def _window(self) -> dict[str, Any]:
+        """Return what was summed since the last log, so that the next record is the same if the run is resumed."""
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "seconds": None if self._clock is None else time.perf_counter() - self._clock,
+            "sums": self._sums.state(),
+            "histograms": self.histograms,
+        }
+
+    def _restore_window(self) -> None:
+        if self._found is None or not (path := self._found.folder / self._window_name()).is_file():
+            return
+        window = json.loads(path.read_bytes())
+        self._tr_loss += window["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = window["total_loss"], window["last_logged"]
+        self._clock = None if window["seconds"] is None else time.perf_counter() - window["seconds"]
+        self._sums.restore(window["sums"], self.args.device)
+        self.histograms = {
+            name: [(step, metrics.Histogram(*parts)) for step, parts in kept]
+            for name, kept in window["histograms"].items()
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; at the end of a run that a signal stopped, raise `Preempted` instead."""
+        if "train_loss" in logs:
+            if self._stopping:
+                self._raise_preempted()
+            self._check_weights()
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)  # of the whole run
+        super().log(logs, start_time)
+
+    # Resume
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of the next step; none if a run is resumed that has made all its steps."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        batches: tuple[list[Any], Any] = super().get_batch_samples(*args, **kwargs)
+        return batches
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        base_lrs = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._found is None or not self._found.new_optimizer_settings:
+            return
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"{'; '.join(self._found.new_optimizer_settings)} can't be applied to a resumed run with "
+                f"lr_scheduler_type={self.args.lr_scheduler_type}; set it back"
+            )
+        lrs = [lr * f(scheduler.last_epoch) for lr, f in zip(base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.base_lrs, scheduler._last_lr = base_lrs, lrs
+        for group, mine, lr in zip(self._groups(), own, lrs, strict=True):
+            group.update(mine | {"lr": lr})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+    # Signals
+
+    def _must_stop(self) -> bool:
+        """Return whether a signal came to any process; all processes get the same answer at the same step.
+
+        With several processes on accelerators, the answer is that of one step before, so that nobody waits for it.
+        """
+        if self._request is None:
+            return False
+        came = self._request.signum is not None
+        if self.args.world_size == 1:
+            return came
+        flag = torch.full((1,), float(came), device=self.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.device.type == "cpu":
+            return bool(flag.item())
+        host, event = flag.to("cpu", non_blocking=True), torch.Event(flag.device)
+        event.record()
+        before, self._pending = self._pending, (host, event)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0].item())
+
+    def _raise_preempted(self) -> None:
+        request = self._request or preempt.Request()
+        if self.is_world_process_zero():
+            logger.warning(
+                "stopped by %s after step %d of %d; checkpoint-%d is saved, and resume_from_checkpoint=auto continues "
+                "from it",
+                *(request, self.state.global_step, self.state.max_steps, self._saved_step),
+            )
+        raise preempt.Preempted(request.signum or signal.SIGTERM)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # with save_strategy="best" its result decides whether a checkpoint is saved
+        return bool(super()._determine_best_metric(metrics, trial)) or self._stopping
+
+
+class _Watch(TrainerCallback):
+    """Stops a training at the end of a step, or after an evaluation, if a signal came."""
+
+    def __init__(self, trainer: SavingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._restore_window()
+        self._steps_before = state.global_step
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._in_epoch = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if trainer._stopping or trainer._must_stop():
+            trainer._stopping = control.should_training_stop = True
+            # at the end of an epoch, what is due then is still logged and evaluated before the checkpoint is saved
+            ends = trainer._in_epoch and trainer.accelerator.gradient_state.end_of_dataloader
+            control.should_save = control.should_save or not ends
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            self.on_step_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        trainer._in_epoch = False
+        if state.global_step == self._steps_before:  # nothing was left to do
+            control.should_log = control.should_evaluate = control.should_save = False
+        elif trainer._stopping and trainer._saved_step == state.global_step:
+            trainer._raise_preempted()
+        elif trainer._stopping:
+            control.should_save = True

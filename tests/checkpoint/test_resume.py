@@ -1,0 +1,152 @@
+"""A resumed trainer equals one that never stopped, in all it computes and logs; and signals save before they stop."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastdpo.checkpoint.manifest import checkpoints
+from fastdpo.checkpoint.preempt import Preempted
+from tests.helpers.resumable import records
+from tests.helpers.trainers import lora, rows, tiny_llama, weights
+
+Make = Callable[..., Any]
+BASE: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "logging_steps": 3, "data": rows(20)}
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step: int, signum: int = signal.SIGTERM) -> None:
+        self.step, self.signum = step, signum
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert records(ours.state.log_history) == records(theirs.state.log_history)
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert repr(ours.histograms) == repr(theirs.histograms)  # an empty bin has no mean, but NaN
+
+
+def test_records_histograms_and_mean_loss_go_on_where_they_were(make: Make, tmp_path: Path) -> None:
+    """The checkpoint lies between two logs; the start is evaluated once; a third run finds that all is done."""
+    settings = BASE | {"eval_dataset": rows(5, 9), "eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True}
+    through = make(**settings)
+    mean_loss = through.train().training_loss
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    resumed = make(**settings)
+    assert resumed.train(resume_from_checkpoint="auto").training_loss == mean_loss
+    assert_same(resumed, through)
+    assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [0, 5, 6]
+    again = make(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert_same(again, through)
+
+
+@pytest.mark.parametrize("own_reference", [False, True], ids=["base", "ref-adapter"])
+def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer() -> Any:
+        if not own_reference:
+            return make(peft_config=lora(lora_dropout=0.1), disable_dropout=False, **BASE)
+        torch.manual_seed(3)
+        return make(peft.get_peft_model(tiny_llama(), lora(init_lora_weights=False)), **BASE)
+
+    through = trainer()
+    through.train()
+    saved = {path.name for path in (tmp_path / "out" / "checkpoint-4").iterdir()}
+    assert {"adapter_model.safetensors", "fastdpo_manifest.json"} <= saved
+    assert ("ref" in saved) is own_reference
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(resumed, through)
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        (3, {"save_strategy": "no"}),
+        (5, {"save_strategy": "epoch", "logging_strategy": "epoch", "eval_strategy": "epoch"}),
+        (3, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}),
+    ],
+    ids=["no", "epoch", "best"],
+)
+def test_a_signal_saves_and_the_next_run_goes_on(
+    make: Make, tmp_path: Path, settings: dict[str, Any], step: int
+) -> None:
+    """Whatever the strategy of saving is; an epoch has 5 steps, and what is due at its end is done before."""
+    settings = BASE | {"eval_dataset": rows(4, 9), "max_steps": 7} | settings
+    through, stopped, resumed = (make(**settings, output_dir=str(tmp_path / name)) for name in ("a", "b", "b"))
+    through.train()
+    stopped.add_callback(SignalAt(step))
+    with pytest.raises(Preempted) as stop:
+        stopped.train()
+    assert stop.value.code == 143
+    assert next(iter(checkpoints(tmp_path / "b"))) == step
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    assert not any("train_loss" in entry for entry in stopped.state.log_history)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_same(resumed, through)
+
+
+def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_loaded(make: Make, tmp_path: Path) -> None:
+    settings = BASE | {"save_steps": 1, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    settings |= {"save_total_limit": 2, "eval_dataset": rows(4, 9)}
+    trainer = make(**settings)
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = 1 + evaluated.index(min(evaluated))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"checkpoint-{n}" for n in (best, 4)}
+    again = make(**settings)
+    model = tmp_path / "out" / f"checkpoint-{best}" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + bytes([model.read_bytes()[-1] ^ 1]))
+    with pytest.raises(
+        ValueError, match=rf"the best checkpoint .*checkpoint-{best} is damaged: model.safetensors is not"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_transformers_itself_needs_a_word(make: Make, tmp_path: Path) -> None:
+    trainer = make(**BASE)
+    trainer.train()
+    place = tmp_path / "out" / "checkpoint-4"
+    (place / "fastdpo_manifest.json").unlink()
+    trainer = make(**BASE, output_dir=str(tmp_path / "new"))
+    with pytest.raises(ValueError, match=r"has no fastdpo_manifest.json.*resume_changed=true uses it unchecked"):
+        trainer.train(resume_from_checkpoint=str(place))
+    trainer.args.resume_changed = True
+    trainer.train(resume_from_checkpoint=str(place))
+    assert trainer.state.global_step == 6
+
+
+def test_a_plain_trainer_finds_all_its_files_in_a_checkpoint(make: Make, tmp_path: Path) -> None:
+    """And nothing in it needs code to be run: every pickle loads with weights_only, and there is no training_args."""
+    make(**BASE).train()
+    names = {path.name for path in (tmp_path / "out" / "checkpoint-4").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
+    assert "training_args.bin" not in names
+    for name in ("optimizer.pt", "scheduler.pt"):
+        assert torch.load(tmp_path / "out" / "checkpoint-4" / name, weights_only=True)
+
+
+def test_a_finished_run_is_not_trained_over(make: Make, tmp_path: Path) -> None:
+    settings = BASE | {"max_steps": 1, "save_strategy": "no"}
+    trainer = make(**settings)
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match=r"has the results of an earlier run \(model.safetensors\)"):
+        make(**settings).train()
+    make(**settings, overwrite_output_dir=True).train()
