@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fastdpo.checks import check_loading
 from fastdpo.config import DPOConfig
 from fastdpo.run import RunConfig, load_datasets, make_configs
 from fastdpo.settings.config_file import read_settings
@@ -157,7 +158,7 @@ def test_copies_from_pinned_memory_do_not_wait(
         setattr(args, name, value)
     args.accelerator_config.non_blocking = False  # on a GPU it has been set by now
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    args._resolve_loading(given)
+    check_loading(args, given)
     assert args.accelerator_config.non_blocking is expected
 
 

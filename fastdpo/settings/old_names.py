@@ -32,7 +32,6 @@ OLD_NAMES = {
     # settings of transformers 4
     "evaluation_strategy": "use eval_strategy",
     "no_cuda": "use use_cpu",
-    "overwrite_output_dir": "leave it out, because files in output_dir are always overwritten",
     "per_gpu_train_batch_size": "use per_device_train_batch_size",
     "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
 }
