@@ -15,7 +15,7 @@ Shapes: M rows, D hidden size, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -139,21 +139,36 @@ def fused_scores(head: Head, hidden: Tensor, targets: Tensor, with_stats: bool, 
     op = linear_logprobs_with_stats if with_stats else linear_logprobs
     options |= {"logit_scale": head.logit_scale, "softcap": head.softcap}
 
-    def cut(x: Any) -> Any:
-        return x if x is None or head.vocab is None else x[: head.vocab]
-
     def compute(linear: Any, hidden: Tensor) -> Any:
-        base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
-        weight, bias = cut(base.weight), cut(base.bias)
-        hidden = hidden.to(weight.dtype)  # Mamba's residual is float32
-        low_rank = _low_rank(linear, hidden)
-        if low_rank is not None:
-            low_rank = low_rank[0], cut(low_rank[1])
+        hidden, weight, bias, low_rank = _operands(head, linear, hidden)
         return op(hidden, weight, targets, bias, low_rank=low_rank, **options)
 
     assert head.lm_head is not None
     with _computing(head.linears, compute):
         return head.lm_head(hidden)
+
+
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+"""The tensors hidden, weight, bias and low_rank, arguments of `linear_logprobs`."""
+
+
+def operands(head: Head, hidden: Tensor) -> Operands:
+    """Call the head's module on `hidden` `[M, D]`, and return what its Linear would multiply."""
+    assert head.lm_head is not None
+    with _computing(head.linears, lambda linear, hidden: _operands(head, linear, hidden)):
+        result: Operands = head.lm_head(hidden)
+    return result
+
+
+def _operands(head: Head, linear: Any, hidden: Tensor) -> Operands:
+    def cut(x: Any) -> Any:
+        return x if x is None or head.vocab is None else x[: head.vocab]
+
+    base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
+    weight, bias = cut(base.weight), cut(base.bias)
+    hidden = hidden.to(weight.dtype)  # Mamba's residual is float32
+    low_rank = _low_rank(linear, hidden)
+    return hidden, weight, bias, None if low_rank is None else (low_rank[0], cut(low_rank[1]))
 
 
 def own_scores(
