@@ -35,13 +35,13 @@ FIRST, LAST = (0, 24), (1, 16)
 """The releases of TRL that the tests have run with, and those between them."""
 
 TRAINERS = ("dpo", "kto", "sft", "grpo", "rloo")
-MODEL_CALLS = (
-    *("compute_loss", "get_batch_loss_metrics"),
+GENERATE = ("grpo", "rloo")
+MODEL_CALLS = ("_get_per_token_logps", "_get_per_token_logps_and_entropies")
+MODEL_CALLS_WITHOUT_GENERATION = (
+    *("compute_loss", "get_batch_loss_metrics", "prediction_step"),
     *("compute_ref_log_probs", "compute_reference_log_probs", "_compute_ref_log_probs"),
-    *("_get_per_token_logps", "_get_per_token_logps_and_entropies", "prediction_step"),
 )
-"""Methods of TRL's trainers that call a model and reduce its logits. Those of GRPO and RLOO that also generate, which
-needs logits, are left out by `_methods`."""
+"""Methods that call a model and reduce its logits. Those of GRPO and RLOO also generate, which needs logits."""
 OF_LOGITS = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
 
 _restore: list[Callable[[], object]] = []
@@ -120,20 +120,14 @@ def _import_trainers() -> None:
 # Names
 
 
-def _modules() -> Iterator[Any]:
-    for name, module in list(sys.modules.items()):
-        if module is not None and name.partition(".")[0] == "trl":
-            yield module
-
-
 def _replace_everywhere(original: Any, replacement: Any) -> list[str]:
-    """Replace an object in all modules of TRL. `unpatch_trl` also finds modules that are imported in the meantime."""
+    """Replace an object in all modules that refer to it. To undo it, modules imported in the meantime are searched."""
 
     def swap(old: Any, new: Any) -> list[str]:
         changed = []
-        for module in _modules():
-            for name, value in list(vars(module).items()):
-                if value is old:
+        for module in list(sys.modules.values()):
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is old and module.__name__ != __name__:
                     setattr(module, name, new)
                     changed.append(f"{module.__name__}.{name}")
         return changed
@@ -302,30 +296,41 @@ def _real(logits: Any, asked: str) -> Any:
     return logits.realise(asked) if isinstance(logits, LazyLogits) else logits
 
 
+def _trainer(name: str) -> Any:
+    return getattr(sys.modules.get(f"trl.trainer.{name}_trainer"), f"{name.upper()}Trainer", None)
+
+
 def _methods() -> Iterator[tuple[type, str]]:
+    """Find the methods of TRL's trainers that call a model and reduce its logits."""
     for name in TRAINERS:
-        module = sys.modules.get(f"trl.trainer.{name}_trainer")
-        trainer = getattr(module, f"{name.upper()}Trainer", None)
-        for cls in trainer.__mro__ if trainer is not None else ():
+        calls = MODEL_CALLS if name in GENERATE else (*MODEL_CALLS, *MODEL_CALLS_WITHOUT_GENERATION)
+        for cls in getattr(_trainer(name), "__mro__", ()):
             if cls.__module__.partition(".")[0] == "trl":
-                generates = name in ("grpo", "rloo")
-                calls = MODEL_CALLS[5:7] if generates else MODEL_CALLS
                 yield from ((cls, call) for call in calls if call in vars(cls))
 
 
 def _patch_methods() -> list[str]:
     changed = []
-    for cls, name in dict.fromkeys(_methods()):
+
+    def patch(cls: type, name: str, only: tuple[type, ...]) -> None:
         original = vars(cls)[name]
-        setattr(cls, name, _with_lazy_heads(original))
+        setattr(cls, name, _with_lazy_heads(original, only))
         _restore.append(functools.partial(setattr, cls, name, original))
         changed.append(f"{cls.__name__}.{name}")
+
+    for cls, name in dict.fromkeys(_methods()):
+        patch(cls, name, (object,))
+    # trainers derived from TRL's may override all of these methods
+    trainers = tuple(_trainer(name) for name in TRAINERS if name not in GENERATE and _trainer(name) is not None)
+    patch(import_module("transformers").Trainer, "training_step", trainers)
     return changed
 
 
-def _with_lazy_heads(method: Any) -> Any:
+def _with_lazy_heads(method: Any, only: Any) -> Any:
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, only):
+            return method(self, *args, **kwargs)
         models = [self.model, getattr(self, "ref_model", None), *args, *kwargs.values()]
         with lazy_heads(dict.fromkeys(m for m in models if isinstance(m, nn.Module))):
             result = method(self, *args, **kwargs)

@@ -83,6 +83,9 @@ class LazyLogits:
     def __iter__(self) -> Iterator["LazyLogits"]:
         return (replace(self, rows=rows) for rows in self.rows)
 
+    def needs_grad(self) -> bool:
+        return self.requires_grad and torch.is_grad_enabled()
+
     # What is asked of it
 
     def __getitem__(self, index: Any) -> Any:
@@ -135,10 +138,9 @@ class LazyLogits:
 
     def means(self) -> Tensor:
         """Return the mean over the vocabulary `[*]`, differentiable if the head's call was."""
-        grad = self.requires_grad and torch.is_grad_enabled()
         if self.transform.factor is None:
             return self._own(self.head.mean_logits(self.rows.flatten()) * self.transform.scale)
-        return self.in_chunks(lambda logits: logits.mean(-1)) if grad else self.statistics().mean_logits
+        return self.in_chunks(lambda logits: logits.mean(-1)) if self.needs_grad() else self.statistics().mean_logits
 
     def realise(self, asked: str) -> Tensor:
         """Compute what this stands for, `[*, V]`, and log once that the function `asked` made it necessary."""
@@ -149,7 +151,7 @@ class LazyLogits:
         """Reduce the last dimension of a chunk of rows at a time; a chunk is computed again in the backward."""
         rows = self.rows.flatten()
         size = max(CHUNK_BYTES // (8 * self.shape[-1]), 1)
-        grad = self.requires_grad and torch.is_grad_enabled()
+        grad = self.needs_grad()
 
         def chunk(rows: Tensor) -> Tensor:
             return reduce(self._values(rows))
@@ -162,6 +164,8 @@ class LazyLogits:
         return logits if self.log_softmax_times is None else self.log_softmax_times * logits.log_softmax(-1)
 
     def _own(self, flat: Tensor) -> Tensor:
+        if self.version != self.head.version:
+            raise RuntimeError("logits are used of which a view was changed in place after fastdpo.patch_trl()")
         flat = flat.detach() if self.detached else flat
         return flat.view(*self.rows.shape, *flat.shape[1:])
 
@@ -180,8 +184,6 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _answer(name: str, func: Any, x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """Answer without logits, or return NotImplemented."""
     raw = x.log_softmax_times is None
-    if x.version != x.head.version:
-        raise RuntimeError(f"{name} is called on logits of which a view was changed in place after fastdpo.patch_trl()")
     if name in ("mul_", "div_") and raw:
         changed = _answer(name[:-1], func, x, *args, **kwargs)
         if isinstance(changed, LazyLogits):
@@ -212,9 +214,9 @@ def _answer(name: str, func: Any, x: LazyLogits, *args: Any, **kwargs: Any) -> A
         return replace(x, log_softmax_times=1.0)
     if name == "gather":
         return _gather(x, *args, **kwargs)
-    if name == "logsumexp" and x.log_softmax_times == 2 and _is_last(x, *args, **kwargs):
-        return x.statistics().log_sum_sq_probs  # WPO's weight
     if name in REDUCTIONS and _is_last(x, *args, **kwargs):
+        if name == "logsumexp" and x.log_softmax_times == 2 and not x.needs_grad():
+            return x.statistics().log_sum_sq_probs  # WPO's weight
         return x.in_chunks(lambda logits: func(logits, -1))
     if name == "cross_entropy" and raw and x.ndim == 2:
         return _cross_entropy(x, *args, **kwargs)
