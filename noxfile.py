@@ -14,7 +14,8 @@ ERAS = {
     "0.29": ["trl==0.29.1", "transformers==4.57.6", "peft==0.18.1", "accelerate==1.12.0"],
     "1.8": ["trl==1.8.0", "transformers==5.17.0", "peft==0.21.2"],
     "1.14": ["trl==1.14.0", "transformers==5.23.0", "peft==0.21.2"],
-    "1.15": ["trl==1.15.0", "transformers==5.23.0", "peft==0.21.2"],
+    # without Triton, no trainer of this release runs; the tests run Triton in its interpreter
+    "1.15": ["trl==1.15.0", "transformers==5.23.0", "peft==0.21.2", "triton"],
     "1.16": ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2"],
 }
 TORCH = "torch==2.13.0"
