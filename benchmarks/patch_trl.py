@@ -1,7 +1,7 @@
 """Time and memory of a training step of TRL's trainers, without and with `fastdpo.patch_trl()`.
 
-    python -m benchmarks.patch_trl --out benchmarks/results/cpu-2-cores/patch_trl.jsonl
-    python -m benchmarks.patch_trl --table benchmarks/results/cpu-2-cores/patch_trl.jsonl
+    python -m benchmarks.patch_trl --out runs/patch_trl.jsonl
+    python -m benchmarks.patch_trl --table runs/patch_trl.jsonl
 
 The two take turns in one process, on the same trainer and batch. Memory is what a step needs in addition to the weights
 and gradients. The steps of GRPO and RLOO are measured on completions that were generated before.
@@ -26,11 +26,11 @@ TRAINERS = ("DPO", "KTO", "SFT", "GRPO", "RLOO")
 
 
 def make(kind: str, folder: Path, vocab: int) -> Any:
-    """Return one of TRL's trainers of a Llama with 4 rows (DPO: 4 pairs) of about 160 tokens in a batch."""
+    """Return one of TRL's trainers of a Llama with 4 rows (DPO: 4 pairs) of about 150 tokens in a batch."""
     import trl
 
     config = LlamaConfig(
-        **{"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
     )
     torch.manual_seed(0)

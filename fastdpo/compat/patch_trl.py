@@ -72,10 +72,11 @@ def patch_trl() -> None:
             ("trl.trainer.sft_trainer", "_chunked_cross_entropy_loss", _chunked_loss),
         ):
             original = getattr(sys.modules.get(home), name, None)
-            replacement = None if original is None else make(original)
+            known = original is not None and original.__module__ != __name__  # else it was replaced just now
+            replacement = make(original) if known else None
             if replacement is not None:
                 changes += _replace_everywhere(original, replacement)
-        if not any("ChunkedLogProbFunction" in change for change in changes) or found < (1, 15):
+        if found < (1, 15) or not changes:
             for name in OF_LOGITS:
                 if original := getattr(utils, name, None):
                     changes += _replace_everywhere(original, _of_lazy_logits(name, original))
