@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdpo.compat.patch_trl import patch_trl, unpatch_trl
     from fastdpo.compat.preference_losses import (
         FusedLinearCPOLoss,
         FusedLinearDPOLoss,
@@ -31,8 +32,10 @@ __all__ = [
     "dpo_loss",
     "linear_logprobs",
     "linear_logprobs_with_stats",
+    "patch_trl",
     "score",
     "shared_prefix_batch",
+    "unpatch_trl",
 ]
 
 _HOME = {
@@ -47,8 +50,10 @@ _HOME = {
     "dpo_loss": "loss.batch_loss",
     "linear_logprobs": "head.linear_logprobs",
     "linear_logprobs_with_stats": "head.linear_logprobs",
+    "patch_trl": "compat.patch_trl",
     "score": "scoring",
     "shared_prefix_batch": "data.packing",
+    "unpatch_trl": "compat.patch_trl",
 }
 
 

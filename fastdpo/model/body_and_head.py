@@ -15,7 +15,7 @@ Shapes: M rows, D hidden size, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -127,21 +127,36 @@ def fused_scores(head: Head, hidden: Tensor, targets: Tensor, with_stats: bool, 
     op = linear_logprobs_with_stats if with_stats else linear_logprobs
     options |= {"logit_scale": head.logit_scale, "softcap": head.softcap}
 
-    def cut(x: Any) -> Any:
-        return x if x is None or head.vocab is None else x[: head.vocab]
-
     def compute(linear: Any, hidden: Tensor) -> Any:
-        base = base_linear(linear)
-        weight, bias = cut(base.weight), cut(base.bias)
-        hidden = hidden.to(weight.dtype)  # Mamba's residual is float32
-        added = low_rank(linear, hidden)
-        if added is not None:
-            added = added[0], cut(added[1])
-        return op(hidden, weight, targets, bias, low_rank=added, **options)
+        hidden, weight, bias, low_rank = _operands(head, linear, hidden)
+        return op(hidden, weight, targets, bias, low_rank=low_rank, **options)
 
     assert head.lm_head is not None
     with _computing(head.linears, compute):
         return head.lm_head(hidden)
+
+
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
+"""The tensors hidden, weight, bias and low_rank, arguments of `linear_logprobs`."""
+
+
+def operands(head: Head, hidden: Tensor) -> Operands:
+    """Call the head's module on `hidden` `[M, D]`, and return what its Linear would multiply."""
+    assert head.lm_head is not None
+    with _computing(head.linears, lambda linear, hidden: _operands(head, linear, hidden)):
+        result: Operands = head.lm_head(hidden)
+    return result
+
+
+def _operands(head: Head, linear: Any, hidden: Tensor) -> Operands:
+    def cut(x: Any) -> Any:
+        return x if x is None or head.vocab is None else x[: head.vocab]
+
+    base = base_linear(linear)
+    weight, bias = cut(base.weight), cut(base.bias)
+    hidden = hidden.to(weight.dtype)  # Mamba's residual is float32
+    added = low_rank(linear, hidden)
+    return hidden, weight, bias, None if added is None else (added[0], cut(added[1]))
 
 
 def own_scores(

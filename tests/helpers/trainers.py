@@ -60,7 +60,7 @@ class NoTokenizer:
 
 def make_trainer(
     folder: Path, model: Any = None, ref_model: Any = None, peft_config: Any = None, data: Any = None, **args: Any
-) -> fastdpo.DPOTrainer:
+) -> "fastdpo.DPOTrainer":
     """A trainer of a tiny model on a few rows that writes into `folder`; `args` go to its config."""
     args = {
         "output_dir": str(folder / "out"),

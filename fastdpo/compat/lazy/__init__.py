@@ -1,0 +1,1 @@
+"""Logits that a model's head promises and that are hardly ever computed."""
