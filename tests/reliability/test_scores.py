@@ -1,12 +1,14 @@
 """A part of what `python -m tests.reliability` counts, small enough for every run of the tests."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.reliability import changed_settings, checkpoint_faults, disk_full, kills, not_finite
+from tests.reliability.__main__ import MODULES
 
 CASES = [
     *checkpoint_faults.cases(),
@@ -26,3 +28,11 @@ def test_a_fault_is_handled_right(name: str, handles: Callable[[Path], bool], tm
 def test_a_killed_run_resumes_bitwise(kill: int, tmp_path: Path) -> None:
     _, handles = kills.cases(2, large=False)[kill]
     assert handles(tmp_path)
+
+
+def test_the_documentation_has_a_full_score_of_each_module() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    for name, what in MODULES.items():
+        score = re.search(rf"\| {re.escape(what)} \| `python -m tests.reliability {name}` \| (\d+) of (\d+) \|", table)
+        assert score, name
+        assert score[1] == score[2]
