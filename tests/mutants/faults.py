@@ -334,7 +334,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "not path.is_file()"),
         Fault("path-escapes", FOLDERS, "a manifest may name files of other folders",
               '".." not in name.split("/")', '"." not in name.split("/")'),
-        Fault("oldest-first", GOES_ON, "the oldest checkpoint is resumed", "reverse=True", "reverse=False"),
+        Fault("oldest-first", SCORES, "the oldest checkpoint is resumed", "reverse=True", "reverse=False"),
     ],
     "fastdpo/checkpoint/write.py": [
         Fault("rename-unsynced", FOLDERS, "the folder's new name is not brought to the disk",
@@ -367,8 +367,6 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("one-more-step", GOES_ON, "a finished run that is resumed makes one more step",
               "self.state.global_step >= self.state.max_steps:", "self.state.global_step > self.state.max_steps:"),
         Fault("start-again", GOES_ON, "the start is evaluated again", "evaluates and folder is None", "evaluates"),
-        Fault("signal-unsaved", GOES_ON, "a signal stops the run without a checkpoint",
-              "control.should_save = control.should_save or not ends", "pass"),
     ],
     "fastdpo/checkpoint/resume.py": [
         Fault("other-run", "tests/reliability/test_scores.py -k 'beta or swapped or config'",
