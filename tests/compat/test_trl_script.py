@@ -128,7 +128,7 @@ def run(
         places = {
             "model_name_or_path": files / "model",
             "dataset_name": files / data,
-            "output_dir": tmp_path / f"out-{swapped}",
+            "output_dir": tmp_path / f"out-{len(trainers)}",
         }
         words = [f"--{name}={place}" for name, place in places.items()]
         parsed = module.make_parser().parse_args_and_config([*words, *COMMON, *flags], fail_with_unknown_args=False)
