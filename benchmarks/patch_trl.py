@@ -36,7 +36,7 @@ def make(kind: str, folder: Path, vocab: int, max_length: int) -> Any:
     tokenizer = lengths.tokenizer(vocab)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # transformers 4 adds what models do not take
     config = LlamaConfig(
-        **{"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
         **{"num_key_value_heads": 2, "vocab_size": vocab, "bos_token_id": None},
         **{"eos_token_id": lengths.EOS, "pad_token_id": lengths.PAD},
     )
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS, help="which trainers to measure")
     parser.add_argument("--vocab", type=int, default=32000, help="size of the vocabulary")
-    parser.add_argument("--max-length", type=int, default=256, help="longest prompt and response together, in tokens")
+    parser.add_argument("--max-length", type=int, default=128, help="longest prompt and response together, in tokens")
     parser.add_argument("--repetitions", type=int, default=3, help="timed steps of each variant")
     parser.add_argument("--out", type=Path, help="append the rows to this file of JSON lines")
     parser.add_argument("--table", type=Path, help="print the rows of this file as a table, and measure nothing")
