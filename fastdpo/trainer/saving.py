@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from fastdpo import checks
+from fastdpo import checks, sharding
 from fastdpo.checkpoint import lock, preempt, resume, write
 from fastdpo.checkpoint.identity import identity
 from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
@@ -63,6 +63,7 @@ class SavingTrainer(PackedTrainer):
             FloatingPointError: a loss, gradient or weight was not finite.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        sharding.reshard(self.model)  # an evaluation may have left weights gathered, which differ from their shards
         evaluates, self._stopping, self._pending = self.args.eval_on_start, False, None
         with contextlib.ExitStack() as stack:
             self._request = stack.enter_context(preempt.noted())
@@ -131,10 +132,10 @@ class SavingTrainer(PackedTrainer):
         """Let transformers write its files, and add what a resumed run needs besides."""
         super()._save_checkpoint(model, trial)
         write_file(folder / self._window_name(), json.dumps(self._window()).encode())
+        if self._sync is not None:
+            self._sync.save(folder, writes=self.args.should_save)
         if not self.args.should_save:
             return
-        if self._sync is not None:
-            self._sync.save(folder)
         if (best := self.state.best_global_step) is not None:  # transformers has looked for it in the folder beside
             path = run_dir / f"checkpoint-{best}"
             if best == self.state.global_step or path.exists():
@@ -172,7 +173,10 @@ class SavingTrainer(PackedTrainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         with write.replacing_files(folder) if self.args.should_save else contextlib.nullcontext(folder) as hidden:
-            super().save_model(str(hidden), _internal_call=True)
+            if self.is_fsdp_enabled:  # transformers saves no model where checkpoints are sharded
+                self._save(str(hidden), state_dict=self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(str(hidden), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
