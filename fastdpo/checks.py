@@ -32,6 +32,11 @@ def check_parallelism(trainer: Trainer) -> None:
             "several GPUs are visible to one process, and transformers would use DataParallel, which is not supported; "
             "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+    if args.save_on_each_node and args.world_size > 1:
+        raise ValueError(
+            "save_on_each_node=True is not supported, because a checkpoint is written once, with a manifest of all its "
+            "files; leave it out, and give an output_dir that all machines share"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
     sizes = getattr(trainer.accelerator, "parallelism_config", None)

@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -339,7 +340,7 @@ class DPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
-            self.use_cpu = True  # otherwise accelerate takes each of several processes for the only one
+            self.use_cpu |= "LOCAL_RANK" in os.environ  # else accelerate takes each process for the only one
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()

@@ -33,8 +33,8 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
 
     Args:
         model: a causal LM, or a PEFT model. Adapters count as they are at this moment: off, or the active ones. With
-            all of them off, the key is that of the model without any. If it is sharded, all processes must call this, and
-            the key is that of the whole weights.
+            all of them off, the key is that of the model without any. If it is sharded, all processes must
+            call this, and the key is that of the whole weights.
         autocast: the dtype that it will compute in under autocast; None if autocast is off.
 
     Returns:

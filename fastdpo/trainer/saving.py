@@ -25,7 +25,9 @@ from fastdpo.checkpoint.identity import identity
 from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
 from fastdpo.reference.sync import SyncReference
 from fastdpo.report import metrics
+from fastdpo.settings.config_file import MANIFEST
 from fastdpo.settings.files import write_file
+from fastdpo.trainer.failing_together import failing_together
 from fastdpo.trainer.packed_trainer import PackedTrainer
 
 logger = logging.getLogger("fastdpo")
@@ -67,7 +69,9 @@ class SavingTrainer(PackedTrainer):
         evaluates, self._stopping, self._pending = self.args.eval_on_start, False, None
         with contextlib.ExitStack() as stack:
             self._request = stack.enter_context(preempt.noted())
+            stack.enter_context(failing_together(self.args))
             self._found = self._agree(functools.partial(self._begin, wanted, stack))
+            self._check_shared()
             folder = None if self._found is None else str(self._found.folder)
             try:
                 self.args.eval_on_start = evaluates and folder is None  # the first part of the run has done it
@@ -89,6 +93,20 @@ class SavingTrainer(PackedTrainer):
             overwrite=self.args.overwrite_output_dir,
             needs_optimizer=not self.is_fsdp_enabled,
         )
+
+    def _check_shared(self) -> None:
+        """Make sure that all processes see the checkpoint that the main one has chosen."""
+        if self._found is None or self.args.world_size == 1:
+            return
+        folder = self._found.folder
+        manifest = folder / MANIFEST
+        seen = manifest.read_text() if manifest.is_file() else str(folder.is_dir())
+        everyones = gather_object([seen])
+        if others := [i for i, each in enumerate(everyones) if each != everyones[0]]:
+            raise ValueError(
+                f"{folder} can't be resumed from, because process {others[0]} does not see there what process 0 sees; "
+                "output_dir must be a folder that all machines share"
+            )
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Return in all processes what the main process decides, or raise its error; the others wait for it."""

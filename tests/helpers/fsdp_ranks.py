@@ -1,13 +1,13 @@
 """Run by test_fsdp.py under torchrun: training runs on two processes with FSDP2, results to a folder."""
 
-import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
 from fastdpo.sharding import plain_name, whole
@@ -21,7 +21,7 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
-    "given": {"given": True, "max_grad_norm": 0.5},
+    "clipped": {"given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
     "copy-tied": {"tied": True, "evaluate_first": True},
     "synced-tied": {"tied": True} | SYNC,
     "precomputed-given": {"given": True} | PRECOMPUTE,
@@ -90,6 +90,15 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     return found
 
 
+class FailsInOne(TrainerCallback):
+    """Raises an error in the second process, while the first one waits and can't be interrupted by a signal."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == 1:
+            raise FileNotFoundError("row 5 of this process's data is gone")
+        time.sleep(60)
+
+
 def main(folder: Path, names: list[str]) -> None:
     keep_fsdp_on_cpu()
     for name in names:
@@ -100,7 +109,9 @@ def main(folder: Path, names: list[str]) -> None:
             ]
         if torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
-    torch.distributed.destroy_process_group()
+    trainer = trainer_of(folder, "clipped", sharded=True)
+    trainer.add_callback(FailsInOne())
+    trainer.train(resume_from_checkpoint=False)
 
 
 if __name__ == "__main__":
