@@ -194,6 +194,15 @@ class NonFiniteGuard:
                 )
 
 
+def stay_on_cpu(args: Any) -> None:
+    """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none."""
+    if torch.accelerator.is_available():
+        return
+    args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
+    if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
+        args.use_cpu = True
+
+
 def leave_checkpointing_to_fsdp(args: Any) -> None:
     """Switch `activation_checkpointing` off if FSDP's settings do the same; transformers takes only one of them.
 

@@ -4,14 +4,13 @@
 """
 
 import logging
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp
+from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, from_config, without_effect
 from fastdpo.model.attention.backends import BACKENDS
@@ -338,9 +337,7 @@ class DPOConfig(TrainingArguments):
         self.bf16_is_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
-            self.use_cpu |= "LOCAL_RANK" in os.environ  # else accelerate takes each process for the only one
+        stay_on_cpu(self)
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()

@@ -16,7 +16,7 @@ from tests.helpers.two_ranks import keep_fsdp_on_cpu
 
 FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-PRECOMPUTE = {"precompute_ref_log_probs": True}
+PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
