@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU at once: the tests that need CUDA, those that use it if it is there, the table of the
-# head, and whole training steps beside TRL.
+# Run everything that needs a GPU at once, figures before tests: a probe of the versions and of what the head asks of
+# PyTorch, the table of the head, whole training steps beside TRL, the tests that need CUDA, and those that use it if it
+# is there.
 #
 #     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh OUT_DIR
 #
@@ -8,12 +9,16 @@
 # wheels, in a folder wheels/ where the command is run. Fill it where there is a network; the wheels serve only this
 # run:
 #
-#     pip download --no-deps -d wheels trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+#     pip download --no-deps -d wheels trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 datasets dill \
+#         multiprocess xxhash
 #
-# Every part has its time limit, and all parts together have BUDGET seconds (540). A failing part stops no other. A
+# The head and its tests need none of them; whole training steps need datasets.
+#
+# Every part has its time limit, and all parts together have BUDGET seconds (540). With less time on the device, run it
+# twice: for 540 seconds, then with BUDGET=200 for what is left. A failing part stops no other. A
 # second run with the same OUT_DIR does what is still missing: it repeats no part that came to its end, and the tables
 # go on at the first case that they lack. Put OUT_DIR back if it was moved, and start a fresh one when the code has
-# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), tests.log, head.log and training.log,
+# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), probe.log, head.log, training.log and tests.log,
 # and head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts
 # have ended well.
 #
@@ -63,32 +68,54 @@ fi
 
 tests() { # NAME SECONDS ARGUMENTS...
     part "$1" "$2" tests.log "124 137" \
-        "$python" -m pytest -q -p no:cacheprovider -W default --durations=5 "${plugins[@]}" "${@:3}"
+        "$python" -m pytest -q -p no:cacheprovider -W default --durations=5 --continue-on-collection-errors \
+        "${plugins[@]}" "${@:3}"
 }
 
-head_table() { # CASES
-    while part head 540 head.log "1 3 124 137" "$python" -m benchmarks.head --cases "$1" --out "$out/head.jsonl"
+probe() { # the head's matmuls add 16-bit products to float32 sums
+    part probe 60 probe.log "124 137" "$python" -c '
+import importlib, sys, torch
+print("python", sys.version.split()[0])
+for name in ("torch", "triton", "transformers", "datasets", "trl", "liger_kernel", "cut_cross_entropy"):
+    try:
+        print(name, getattr(importlib.import_module(name), "__version__", "installed"))
+    except ImportError as error:
+        print(name, "is missing:", error)
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    a, out = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16), torch.ones(64, 64, device="cuda")
+    torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    assert (out == 65).all(), out
+    print("16-bit products are added to float32 sums")
+'
+}
+
+head_table() { # CASES SECONDS
+    while part head "$2" head.log "1 3 124 137" "$python" -m benchmarks.head --cases "$1" --out "$out/head.jsonl"
         (($? == 3)); do # without the variant that ended the process
         :
     done
 }
 
-training_table() { # CASES; it ends early, because a case begun in its last seconds would be cut off
-    part training 540 training.log "1 3 5 124 137" "$python" -m benchmarks.training --cases "$1" \
-        --seconds "$((deadline - SECONDS - 10))" --out "$out/training.jsonl"
+training_table() { # CASES SECONDS; it ends early, because a case begun in its last seconds would be cut off
+    local left=$((deadline - SECONDS))
+    part training "$2" training.log "1 3 5 124 137" "$python" -m benchmarks.training --cases "$1" \
+        --seconds "$((($2 < left ? $2 : left) - 10))" --out "$out/training.jsonl"
 }
 
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then
+    probe
+    head_table smoke 540
+    training_table smoke 540
     tests accuracy 540 tests/head/test_accuracy.py
-    head_table smoke
-    training_table smoke
 else
-    mapfile -t marked < <(grep -l "mark\.gpu" tests/test_*.py)
+    probe
+    head_table h200 330
+    training_table gpu 120
+    mapfile -t marked < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
     tests gpu 90 -m gpu "${marked[@]}"
-    mapfile -t on_devices < <(grep -l "device: torch\.device" tests/test_*.py)
+    mapfile -t on_devices < <(grep -rl --include="test_*.py" "device: torch\.device" tests)
     tests kernels 270 -m "not gpu" "${on_devices[@]}"
-    head_table h200
-    training_table gpu
 fi
 
 echo "== summary"

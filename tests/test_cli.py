@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from fastdpo import cli
 from fastdpo.settings.config_file import MANIFEST
+from tests.helpers.command import Run, command
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "examples/quickstart.yaml"
@@ -143,31 +144,12 @@ def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_
 # Failures, in this process
 
 
-class Ended(NamedTuple):
-    """What is left of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command in this process, from the repository's root: its exit code and what it printed."""
     monkeypatch.chdir(ROOT)
 
-    def run(*words: object) -> Ended:
-        code = 0
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    return run
+    return command(capsys)
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,19 @@ def test_a_wrong_entry_of_a_mixture_is_named(data: Path, entry: dict[str, Any], 
     entry = entry | ({"path": str(data / entry["path"])} if "path" in entry else {})
     with pytest.raises(ValueError, match=message):
         load_datasets(RunConfig(datasets=[{"path": str(data / "a")}, entry]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"prompt": "p", "chosen": "c", "rejected": ' + "[" * 700 + "]" * 700 + "}\n",
+            ", line 2: JSON nested more than",
+        ),
+        ('{"prompt": "p",\n', " can't be read: JSON parse error"),
+    ],
+)
+def test_the_files_of_an_entry_are_checked_as_a_dataset_is(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.txt").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n' + text)
+    with pytest.raises(ValueError, match=rf"datasets\[0\]: '.*rows.txt'{message}"):
+        load_datasets(RunConfig(datasets=[{"path": "json", "data_files": [str(tmp_path / "*.txt")]}]))

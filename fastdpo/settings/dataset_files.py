@@ -83,9 +83,9 @@ class _Unsafe(ValueError):
     """What is wrong with a file that was refused before it was read."""
 
 
-def _check_depth(file: Path) -> None:
-    """Refuse deep nesting, which would end the process in the reader."""
-    if data_kind(file) != "json":
+def _check_depth(file: Path, *, is_json: bool = False) -> None:
+    """Refuse deep nesting in a file that is JSON by its name or as `is_json` says; it would end the process."""
+    if not is_json and data_kind(file) != "json":
         return
     opener: Any = OPENERS.get(file.suffix, open)
     if file.suffix == ".zst":
@@ -179,7 +179,12 @@ def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
     with loading(where, path):
         if "data_files" in entry or "data_dir" in entry:
             files = {name: entry[name] for name in ("data_dir", "data_files") if name in entry}
-            splits = load_dataset(path, entry.get("name"), streaming=streaming, **files)
+            named = load_dataset_builder(path, entry.get("name"), **files).config.data_files or {}
+            local = [file for each in named.values() for file in map(Path, each) if file.is_file()]
+            with _naming(local[0] if local else Path(path), where), _quiet():
+                for file in local:
+                    _check_depth(file, is_json=path == "json")
+                splits = load_dataset(path, entry.get("name"), streaming=streaming, **files)
         else:
             splits = load_splits(path, entry.get("name"), streaming=streaming)
     name, bracket, rest = split.partition("[")
@@ -216,16 +221,16 @@ def _as_splits(found: Any) -> DatasetDict:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path, setting: str = "dataset_name") -> Iterator[None]:
     """Inside the block, turn any error of the datasets library about a file into a one-line ValueError."""
     try:
         yield
     except (PermissionError, ImportError, DatasetNotFoundError):
         raise
     except _Unsafe as error:
-        raise ValueError(f"dataset_name: {error}") from None
+        raise ValueError(f"{setting}: {error}") from None
     except Exception as error:  # by pyarrow, pandas, json or gzip; StopIteration for an empty file
-        raise ValueError(f"dataset_name: {_broken(path, error)}") from error
+        raise ValueError(f"{setting}: {_broken(path, error)}") from error
 
 
 @contextmanager
@@ -243,7 +248,8 @@ def _quiet() -> Iterator[None]:
 def _broken(path: Path, error: Exception) -> str:
     """Say what is wrong with a file, or with the first unreadable file of a folder."""
     if path.is_file():
-        return _broken_file(path) or f"{str(path)!r} can't be read as {data_kind(path)}: {_innermost(error)}"
+        kind = f" as {data_kind(path)}" if data_kind(path) else ""
+        return _broken_file(path) or f"{str(path)!r} can't be read{kind}: {_innermost(error)}"
     if not (files := _data_files(path)):
         return f"the folder {str(path)!r} holds no .jsonl, .json, .csv or .parquet file"
     for file in files:

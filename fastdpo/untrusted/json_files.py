@@ -48,7 +48,10 @@ def too_deep(file: IO[bytes], limit: int = MAX_DEPTH) -> int | None:
 
 def _rows(chunk: bytes, limit: int) -> int:
     """Return the number of lines if each is a row with at most `limit` opening brackets; else 0."""
-    import numpy as np  # late, because settings are read without it
+    first, _, more = chunk.partition(b"\n")
+    if not more or not first.startswith(b"{") or not first.rstrip(b"\r").endswith(b"}"):
+        return 0
+    import numpy as np  # late, because a model's config, which is no row, is read before the slow imports
 
     data = np.frombuffer(chunk, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))

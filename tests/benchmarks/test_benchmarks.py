@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -228,22 +229,33 @@ def test_gpu_suite(tmp_path: Path) -> None:
     first = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("status", "tests.log", "head.log", "head.jsonl", "training.log", "training.jsonl")
+        *("status", "probe.log", "tests.log", "head.log", "head.jsonl", "training.log", "training.jsonl")
     }
     assert " passed" in (tmp_path / "out" / "tests.log").read_text()
     assert [line.split()[:2] for line in (tmp_path / "out" / "status").read_text().splitlines()] == [
-        ["accuracy", "0"],
+        ["probe", "0"],
         ["head", "0"],
         ["training", "0"],
+        ["accuracy", "0"],
     ]
+    assert f"torch {torch.__version__}" in (tmp_path / "out" / "probe.log").read_text()
 
-    (tmp_path / "out" / "status").write_text("accuracy 1 5\nhead 0 5\ntraining 0 5\n")
+    (tmp_path / "out" / "status").write_text("probe 0 5\nhead 0 5\ntraining 0 5\naccuracy 1 5\n")
     again = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "accuracy" in again.stdout
     assert "== head" not in again.stdout, "a part that came to its end is not repeated"
 
-    (tmp_path / "out" / "status").write_text("accuracy 124 5\nhead 0 5\ntraining 0 5\n")
+    (tmp_path / "out" / "status").write_text("probe 0 5\nhead 0 5\ntraining 0 5\naccuracy 124 5\n")
     spent = subprocess.run(call, cwd=tmp_path, env=environment | {"BUDGET": "0"}, capture_output=True, text=True)
     assert spent.returncode == 1
-    assert (tmp_path / "out" / "status").read_text().splitlines()[3:] == ["accuracy 124 0"]
+    assert (tmp_path / "out" / "status").read_text().splitlines()[4:] == ["accuracy 124 0"]
+
+
+def test_the_gpu_suite_finds_the_tests_of_all_folders() -> None:
+    """By the two patterns that its script greps for."""
+    script = (ROOT / "benchmarks" / "gpu_suite.sh").read_text()
+    for pattern, least in ((r"mark\.gpu", 4), (r"device: torch\.device", 8)):
+        assert f'"{pattern}" tests' in script
+        found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(pattern, path.read_text())]
+        assert len({path for path in found if path.parent.name != "tests"}) >= least

@@ -8,30 +8,19 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from fastdpo import cli
 from fastdpo.commands import device_report, head_check
 from fastdpo.commands.findings import Findings
 from fastdpo.model.attention import backends
+from tests.helpers.command import Run, command
 from tests.helpers.tiny import make_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Ended(NamedTuple):
-    """What is left of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -40,15 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(head_check, "SHAPES", {})
     monkeypatch.setattr(head_check, "REPEATS", 1)
 
-    def run(*words: object) -> Ended:
-        code = 0
-        try:
-            cli.main(["doctor", *map(str, words)])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    return run
+    return command(capsys, "doctor")
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdpo import cli
 from tests.helpers.byte_tokenizer import TEMPLATE, byte_tokenizer
+from tests.helpers.command import Ended, Run, command
 from tests.helpers.tiny import make_model
 
 peft = pytest.importorskip("peft")
@@ -60,29 +60,14 @@ def with_adapter(base: Path, adapter: Path) -> Any:
     return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
 
 
-class Ended(NamedTuple):
-    """What is left of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
 def merge(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Run:
     """The command in this process; what it logs counts as said on stderr."""
+    merge = command(capsys, "merge")
 
     def run(*words: object) -> Ended:
-        code = 0
-        try:
-            cli.main(["merge", *map(str, words)])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Ended(code, out, caplog.text + err)
+        ended = merge(*words)
+        return ended._replace(err=caplog.text + ended.err)
 
     return run
 

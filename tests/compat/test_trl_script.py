@@ -125,7 +125,11 @@ def run(
         hub = Hub()
         monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
         module = script(swapped=swapped)
-        places = {"model_name_or_path": files / "model", "dataset_name": files / data, "output_dir": tmp_path / "out"}
+        places = {
+            "model_name_or_path": files / "model",
+            "dataset_name": files / data,
+            "output_dir": tmp_path / f"out-{len(trainers)}",
+        }
         words = [f"--{name}={place}" for name, place in places.items()]
         parsed = module.make_parser().parse_args_and_config([*words, *COMMON, *flags], fail_with_unknown_args=False)
         if "--use_liger_kernel" in flags:  # in Triton's interpreter only its kernel of positions runs

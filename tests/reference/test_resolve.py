@@ -163,8 +163,7 @@ def test_a_wrapped_policy_is_unwrapped() -> None:
 def test_the_reference_is_in_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-6").mkdir()
     kept = SyncReference(tiny_llama(), alpha=0.5, every=3)
-    state = SimpleNamespace(global_step=6, is_world_process_zero=True)
-    kept.on_save(SimpleNamespace(output_dir=tmp_path), state, None)
+    kept.save(tmp_path / "checkpoint-6")
     other = SyncReference(tiny_llama(), alpha=0.5, every=3)
     with torch.no_grad():
         for p in other.ref_model.parameters():

@@ -249,12 +249,12 @@ def test_a_run_and_others_that_break_off_after_it(
 
     interrupt_at(0, monkeypatch)  # the first evaluation is logged, but no step
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        run()
+        run("--overwrite_output_dir")
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == page
 
     interrupt_at(2, monkeypatch)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        run()
+        run("--overwrite_output_dir")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Broke off: stopped by Ctrl-C, after step 2 of 4" in page
     assert page.count("(not generated)") == 4
