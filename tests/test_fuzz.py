@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastdpo.checkpoint import resume
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.data.prepare import tokenize_row
 from fastdpo.data.sampler import BudgetSampler
@@ -27,6 +29,7 @@ from fastdpo.untrusted.json_files import too_deep
 from fastdpo.untrusted.model_folder import check_model_folder
 from fastdpo.untrusted.yaml_file import parse, read_yaml
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.trainers import lora, make_trainer, rows
 
 BY_HAND = os.environ.get("HYPOTHESIS_PROFILE") == "hand"
 HEALTH = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
@@ -257,6 +260,48 @@ def test_the_head_is_the_plain_formula(
         assert float((a - b).norm()) <= skips * (1 + float(b.norm()))
 
 
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The output folder of a run with LoRA that saved three checkpoints, and what the run is."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("trained")
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "data": rows(13)}
+    trainer = make_trainer(folder, peft_config=lora(), **settings)
+    trainer.train()
+    return folder / "out", trainer._identity
+
+
+@examples(60, 1_000)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_damage_to_checkpoints_is_never_resumed_from(
+    trained: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    """The checkpoint that is chosen has every file as it was written; a damaged one is never newer and chosen."""
+    (source, identity), chance = trained, random.Random(seed)
+    output = Path(shutil.copytree(source, tmp_path_factory.mktemp("damaged") / "out"))
+    for _ in range(chance.randint(1, 5)):
+        files = sorted(path for path in output.rglob("*") if path.is_file())
+        damage(chance.choice(files), files, chance)
+    whole = [
+        step for step in (3, 2, 1) if _files(output / f"checkpoint-{step}") == _files(source / f"checkpoint-{step}")
+    ]
+    found = resume.begin(output, "auto", identity)
+    if found is None:
+        assert not whole
+    else:
+        step = int(found.folder.name.rpartition("-")[2])
+        written = _files(source / f"checkpoint-{step}")
+        assert {name: _files(found.folder).get(name) for name in written} == written
+        assert step == whole[0]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # The cache
 
 
@@ -270,7 +315,7 @@ def test_random_damage_to_the_cache_is_never_read(tmp_path_factory: pytest.TempP
     for _ in range(chance.randint(1, 4)):
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if files:
-            _damage(chance.choice(files), files, chance)
+            damage(chance.choice(files), files, chance)
     found = TokenCache(folder)
     for key, value in true.items():
         assert key not in found or np.array_equal(found[key], value)
@@ -281,7 +326,7 @@ def test_random_damage_to_the_cache_is_never_read(tmp_path_factory: pytest.TempP
     assert all(np.array_equal(again[key], value) for key, value in true.items())
 
 
-def _damage(path: Path, files: list[Path], chance: random.Random) -> None:
+def damage(path: Path, files: list[Path], chance: random.Random) -> None:
     """Do something to a file that a disk, a user or another program could do."""
     raw = bytearray(path.read_bytes())
     at = chance.randrange(len(raw) + 1)

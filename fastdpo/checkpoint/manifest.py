@@ -51,8 +51,14 @@ def write_manifest(folder: Path, *, step: int, run: Mapping[str, Any]) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, hashes, strict=True)
     }
-    said = {"format": FORMAT, "step": step, "files": files, "run": run}
+    said: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "run": run}
+    said["sha256"] = _hash_of(said)
     write_file(folder / MANIFEST, json.dumps(said, indent=1).encode())
+
+
+def _hash_of(said: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, so that damage to the manifest itself is found too."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_and_hash(path: Path) -> str:
@@ -106,7 +112,7 @@ def _read(manifest: Path) -> tuple[dict[str, dict[str, Any]], int, dict[str, Any
         raise Damaged(f"{MANIFEST} is larger than {_MAX_BYTES:,} bytes")
     try:
         said = json.loads(manifest.read_bytes())
-        files, step, run = said["files"], said["step"], said["run"]
+        digest, files, step, run = said.pop("sha256"), said["files"], said["step"], said["run"]
         right = said["format"] == FORMAT and type(step) is int and isinstance(files, dict) and isinstance(run, dict)
         right = right and all(
             type(each["bytes"]) is int and isinstance(each["sha256"], str) and _stays_inside(name)
@@ -116,6 +122,8 @@ def _read(manifest: Path) -> tuple[dict[str, dict[str, Any]], int, dict[str, Any
         raise Damaged(f"{MANIFEST} can't be read ({type(error).__name__})") from error
     if not right:
         raise Damaged(f"{MANIFEST} is not of format {FORMAT}")
+    if digest != _hash_of(said):
+        raise Damaged(f"{MANIFEST} is not the file that was written, because its SHA-256 differs")
     return files, step, run
 
 
@@ -133,8 +141,9 @@ def step_of(folder: Path) -> int | None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """Return everything in a folder that is named like a checkpoint, by step, the newest first."""
-    found = {step: path for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    """Return the folders in a folder that are named like a checkpoint, by step, the newest first."""
+    named = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    found = {step: path for path in named if (step := step_of(path)) is not None}
     return dict(sorted(found.items(), reverse=True))
 
 

@@ -96,7 +96,11 @@ def _check_depth(file: Path, *, is_json: bool = False) -> None:
 
 
 def _check_saved(folder: Path) -> None:
-    """Refuse a folder written by `save_to_disk` whose `state.json` names files outside it."""
+    """Refuse a folder written by `save_to_disk` that names splits or files outside it."""
+    if (splits := folder / "dataset_dict.json").exists():
+        for name in map(str, read_json(splits, 2**24)["splits"]):
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise _Unsafe(f"{str(splits)!r} names the split {name!r}, which is not in the folder")
     for state in (*folder.glob("state.json"), *folder.glob("*/state.json")):
         files = read_json(state, 2**24)["_data_files"]
         for name in (str(file["filename"]) for file in files):
@@ -110,7 +114,7 @@ def _check_inside(folder: Path, **options: Any) -> None:
         return
     files = load_dataset_builder(str(folder.absolute()), **options).config.data_files or {}
     for name in (str(name) for names in files.values() for name in names):
-        if not Path(os.path.abspath(name)).is_relative_to(folder.absolute()):
+        if not os.path.isabs(name) or not Path(os.path.abspath(name)).is_relative_to(folder.absolute()):  # or a URL
             raise _Unsafe(f"{str(folder / 'README.md')!r} names the data file {name!r}, which is not in the folder")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -46,6 +47,7 @@ class SavingTrainer(PackedTrainer):
         self._writing: Path | None = None  # the folder beside, while a checkpoint is written
         self._saved_step = -1
         self._in_epoch = False
+        self._place = (0, 0)  # finished passes over the training data, and micro-batches of the pass under way
         super().__init__(**others)
         self.add_callback(_Watch(self))
 
@@ -241,6 +243,7 @@ class SavingTrainer(PackedTrainer):
             "seconds": None if self._clock is None else time.perf_counter() - self._clock,
             "sums": self._sums.state(),
             "histograms": self.histograms,
+            "place": self._place,
         }
 
     def _restore_window(self) -> None:
@@ -273,7 +276,20 @@ class SavingTrainer(PackedTrainer):
             self.control.should_training_stop = True
             return [], None
         batches: tuple[list[Any], Any] = super().get_batch_samples(*args, **kwargs)
+        self._place = (self._place[0], self._place[1] + len(batches[0]))
         return batches
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the finished passes over the data, and the micro-batches of the next pass that are to be skipped.
+
+        transformers computes both from the step and the length of the data, and a stream has no length.
+        """
+        self._place = super()._init_training_state(*args, **kwargs)
+        if self._found is not None and not isinstance(self.train_dataset, Dataset) and not self.args.ignore_data_skip:
+            path = self._found.folder / self._window_name()
+            saved = json.loads(path.read_bytes()).get("place") if path.is_file() else None
+            self._place = self._place if saved is None else tuple(saved)
+        return self._place
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         own = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
@@ -342,10 +358,14 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._restore_window()
+        self._is_first_pass = True
         self._steps_before = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._in_epoch = True
+        if not self._is_first_pass:
+            self._trainer._place = (self._trainer._place[0] + 1, 0)
+        self._is_first_pass = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

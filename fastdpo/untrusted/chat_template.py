@@ -4,13 +4,16 @@ transformers runs it in jinja's sandbox, so it reads and writes nothing but its 
 text can still take hours or all memory.
 """
 
+import faulthandler
+import io
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 try:
@@ -20,6 +23,8 @@ except ImportError:  # Windows: memory is not bounded
 
 SECONDS = 10.0
 """CPU time for one rendering; that of a long conversation takes milliseconds."""
+_AT_LAST = 6
+"""After this multiple of `SECONDS` the process is ended: an operation of the interpreter can't be interrupted."""
 HEADROOM = 4 * 2**30
 """Bytes by which the process may grow in one rendering; more than other threads allocate at the same time."""
 MAX_TEMPLATE = 2**20
@@ -39,14 +44,43 @@ class TooMuch(ValueError):
 def bounded() -> Iterator[None]:
     """Inside the block, at most `SECONDS` of this thread's CPU time and `HEADROOM` bytes of new memory can be used.
 
-    Memory is bounded on Linux only.
+    Memory is bounded on Linux only. A single operation of the interpreter, such as a comparison of lists that are
+    nested in each other many times, raises nothing until it has ended; if it takes too long, the operating system ends
+    the process with SIGVTALRM, after a traceback has been written to stderr.
 
     Raises:
         TooMuch: the time is over, from within the block.
         MemoryError: the memory is used up, from within the block.
     """
-    with _memory(HEADROOM), _alarm(SECONDS) if _has_alarm() else _traced(SECONDS):
+    with _memory(HEADROOM), _ended(_AT_LAST * SECONDS), _alarm(SECONDS) if _has_alarm() else _traced(SECONDS):
         yield
+
+
+@contextmanager
+def _ended(seconds: float) -> Iterator[None]:
+    """End the process after so much CPU time of its own, unless the program uses this timer for something else."""
+    if (
+        not hasattr(signal, "setitimer")
+        or signal.getsignal(signal.SIGVTALRM) is not signal.SIG_DFL
+        or signal.getitimer(signal.ITIMER_VIRTUAL)[0]
+    ):
+        yield
+        return
+    _say_where()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@cache
+def _say_where() -> None:
+    """Let SIGVTALRM write the traceback before it ends the process; a program without a stderr does without."""
+    if sys.__stderr__ is None:
+        return
+    with suppress(io.UnsupportedOperation, ValueError, RuntimeError):
+        faulthandler.register(signal.SIGVTALRM, file=sys.__stderr__, all_threads=False, chain=True)
 
 
 def _has_alarm() -> bool:

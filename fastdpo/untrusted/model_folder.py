@@ -54,7 +54,16 @@ def check_model_folder(setting: str, folder: str | Path, *, trusts_code: bool = 
         elif path.name.endswith(".index.json"):
             _check_index(setting, path, root)
         elif path.suffix == ".json" and path.name not in _PARSED_IN_RUST and path.stat().st_size <= _SMALL:
-            for name, value in items(_json(setting, path, wanted=None)):
+            found = _json(setting, path, wanted=None)
+            files = (
+                found.get("fast_tokenizer_files")
+                if path.name == "tokenizer_config.json" and isinstance(found, dict)
+                else None
+            )
+            for file in files if isinstance(files, list) else ():
+                if not (path.parent / str(file)).resolve().is_relative_to(root):
+                    raise ValueError(f"{setting}: {str(path)!r} names {file!r}, which is not in the model's folder")
+            for name, value in items(found):
                 if not trusts_code and is_kernel_on_hub(name, value):
                     raise ValueError(
                         f"{setting}: {str(path)!r} names the kernel {value!r}, whose code would come from the Hub; set "

@@ -1,6 +1,7 @@
 """fastdpo.checkpoint's files and folders, without a trainer: manifests, rotation, the lock."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -40,6 +41,12 @@ def test_a_checkpoint_says_what_it_belongs_to_and_may_be_moved(tmp_path: Path) -
     assert verify(place.rename(tmp_path / "kept")) == {"seed": 7}
 
 
+def test_a_file_that_is_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-12").write_text("notes")
+    place = save(tmp_path, 7)
+    assert checkpoints(tmp_path) == {7: place}
+
+
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, then the manifest, then the folder's name; a crash of the machine can lose only what comes later."""
     happened: list[str] = []
@@ -75,13 +82,18 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatc
         ({"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "is not of format 1"),
         ({"files": {}}, "trainer_state.json is not in its manifest"),
         ({"step": 6}, "is that of step 6"),
+        ({"run": {"seed": 6}}, "fastdpo_manifest.json is not the file that was written"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_manifest_of_another_form_is_refused(tmp_path: Path, said: object, reason: str) -> None:
     place = save(tmp_path, 5)
     if isinstance(said, dict):
-        said = json.dumps(json.loads((place / MANIFEST).read_text()) | said)
+        changed = json.loads((place / MANIFEST).read_text()) | said
+        if "run" not in said:  # what is wrong must be found though the manifest's own hash is right
+            del changed["sha256"]
+            changed["sha256"] = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+        said = json.dumps(changed)
     (place / MANIFEST).write_text(str(said))
     with pytest.raises(Damaged) as error:
         verify(place)

@@ -54,6 +54,18 @@ def test_records_histograms_and_mean_loss_go_on_where_they_were(make: Make, tmp_
     assert_same(again, through)
 
 
+@pytest.mark.parametrize("kept", [4, 8, 10], ids=["the end of a pass", "the second pass", "the third pass"])
+def test_a_shuffled_stream_resumes_in_the_pass_where_it_was(make: Make, tmp_path: Path, kept: int) -> None:
+    """A pass has 4 steps of 2 micro-batches, and each pass has an order of its own."""
+    settings = BASE | {"data": rows(31).to_iterable_dataset().shuffle(seed=3, buffer_size=7), "max_steps": 11}
+    settings |= {"gradient_accumulation_steps": 2, "save_steps": 2}
+    through = make(**settings)
+    through.train()
+    resumed = make(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{kept}"))
+    assert_same(resumed, through)
+
+
 @pytest.mark.parametrize("own_reference", [False, True], ids=["base", "ref-adapter"])
 def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> None:
     peft = pytest.importorskip("peft")

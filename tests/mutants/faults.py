@@ -334,6 +334,8 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               'folder.glob("*")'),
         Fault("hash-ignored", SCORES, "a file of the right size is believed", "if digest != files[name]",
               "if not digest and digest != files[name]"),
+        Fault("manifest-believed", FOLDERS, "damage to what the manifest says is believed",
+              "if digest != _hash_of(said):", "if not digest:"),
         Fault("step-ignored", FOLDERS, "the manifest of another step is believed", "not in (None, step):",
               "not in (None, step, named):"),
         Fault("link-followed", FOLDERS, "a link out of the folder is read", "not path.is_file() or path.is_symlink()",

@@ -127,3 +127,11 @@ def test_a_folder_of_several_kinds_of_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text("prompt,chosen\na,b\n")
     with pytest.raises(ValueError, match=r"holds files of several kinds, such as 'more.csv' and 'train.jsonl'"):
         load_splits(str(tmp_path))
+
+
+def test_the_splits_of_a_saved_dataset_lie_in_its_folder(tmp_path: Path) -> None:
+    Dataset.from_list([{"prompt": "elsewhere"}]).save_to_disk(str(tmp_path / "elsewhere"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
+    with pytest.raises(ValueError, match=r"names the split '../elsewhere', which is not in the folder"):
+        load_splits(str(tmp_path / "data"))

@@ -3,6 +3,7 @@
 import itertools
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -68,6 +69,33 @@ def test_memory_and_output_are_bounded(
 def test_time_is_bounded(where: Callable[..., list[BaseException]]) -> None:
     (error,) = where(lambda: render(CHAT, "prompt", byte_tokenizer(), LOOPS))
     assert str(error).startswith("the chat template is refused: to render `prompt`, it takes more than 0.2 s of CPU")
+
+
+HASHES = "{% set ns=namespace(x=(0,)) %}{% for i in range(60) %}{% set ns.x=(ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}"
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_an_operation_that_nothing_interrupts_ends_the_process(thread: bool) -> None:
+    """The hash of a tuple that has itself twice, 60 times over, takes 2^60 steps and runs no line of Python."""
+    program = f"""if True:
+        import threading
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from fastdpo.untrusted import chat_template
+        chat_template.SECONDS = 0.2
+        template = ImmutableSandboxedEnvironment().from_string({HASHES!r})
+        def work():
+            with chat_template.bounded():
+                template.render()
+        if {thread}:
+            worker = threading.Thread(target=work)
+            worker.start()
+            worker.join()
+        else:
+            work()
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == -signal.SIGVTALRM
+    assert 'File "<template>"' in run.stderr
 
 
 def test_a_timer_and_limits_of_others_are_kept() -> None:

@@ -100,3 +100,13 @@ def test_code_may_be_allowed(tmp_path: Path) -> None:
 def test_control_characters_are_escaped_and_letters_kept() -> None:
     assert printable("é\n\t中\x1b[2J\u202e\x07") == "é\n\t中\\x1b[2J\\u202e\\x07"
     assert printable("a\nb", "") == "a\\nb"
+
+
+def test_files_of_a_tokenizer_lie_in_its_folder(tmp_path: Path) -> None:
+    """transformers reads the file of this list that fits its version."""
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.4.json", "tokenizer.json"]}))
+    check_model_folder("model", tmp_path)
+    config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.json", "../x/tokenizer.1.json"]}))
+    with pytest.raises(ValueError, match=r"names '../x/tokenizer.1.json', which is not in the model's folder"):
+        check_model_folder("model", tmp_path)
