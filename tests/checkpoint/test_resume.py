@@ -133,6 +133,18 @@ def test_a_checkpoint_of_transformers_itself_needs_a_word(make: Make, tmp_path: 
     assert trainer.state.global_step == 6
 
 
+def test_a_save_that_fails_at_its_manifest_leaves_no_checkpoint(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space is left")
+
+    monkeypatch.setattr("fastdpo.trainer.saving.write_manifest", fail)
+    with pytest.raises(OSError, match="no space is left"):
+        make(**BASE).train()
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_plain_trainer_finds_all_its_files_in_a_checkpoint(make: Make, tmp_path: Path) -> None:
     """And nothing in it needs code to be run: every pickle loads with weights_only, and there is no training_args."""
     make(**BASE).train()

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastdpo.checkpoint.preempt import Preempted
 from tests.helpers.resumable import hash_of, records
 from tests.helpers.trainers import make_trainer
 
@@ -32,11 +33,15 @@ def run(folder: Path, *callbacks: TrainerCallback) -> None:
 
 
 def main(folder: Path) -> None:
-    if (folder / "stopped").exists():
-        run(folder / "stopped")
-    else:
-        run(folder / "through")
+    """Train through; train until the signal stops it, and then to the end; exit as the stopped training did."""
+    run(folder / "through")
+    try:
         run(folder / "stopped", Signal())
+    except Preempted:
+        if os.environ["RANK"] == "0":
+            (folder / "left").write_text(" ".join(os.listdir(folder / "stopped" / "out")))
+        run(folder / "stopped")
+        raise
 
 
 if __name__ == "__main__":

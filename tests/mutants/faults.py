@@ -1,6 +1,7 @@
-"""Planted faults of the head and of checkpoints: lines changed so that a result, a bound or a guarantee is wrong.
+"""Planted faults of the head, of checkpoints and of the checks of strangers' files.
 
-None is known to be equivalent to the line it replaces.
+Lines are changed so that a result, a bound or a guarantee is wrong. None is known to be equivalent to the line it
+replaces.
 """
 
 from typing import NamedTuple
@@ -39,6 +40,11 @@ OP = "tests/head/test_linear_logprobs.py -k 'not opcheck and not compiles and no
 RANKS = "tests/head/test_vocab_parallel.py -k ranks"
 FOLDERS = "tests/checkpoint/test_folders.py -k 'not two_runs and not signals'"
 SCORES = "tests/reliability/test_scores.py -k 'swapped or step or missing or flipped or nan or optimizer'"
+MODEL_FOLDER = "tests/untrusted/test_model_folder.py"
+CHAT_TEMPLATE = "tests/untrusted/test_chat_template.py"
+YAML = "tests/untrusted/test_yaml_file.py"
+JSON = "tests/untrusted/test_json_files.py"
+TRUST = "tests/settings/test_config_file.py -k trust"
 GOES_ON = "tests/checkpoint/test_resume.py -k 'records or finished or (goes_on and no) or needs_a_word'"
 
 # fmt: off
@@ -353,7 +359,8 @@ FAULTS: dict[str, list[Fault]] = {  # by file
     "fastdpo/trainer/saving.py": [
         Fault("manifest-elsewhere", GOES_ON, "the manifest is that of the folder around the checkpoint",
               "write_manifest(written, step", "write_manifest(written.parent, step"),
-        Fault("manifest-late", SCORES, "the manifest is written after the rename",
+        Fault("manifest-late", "tests/checkpoint/test_resume.py -k at_its_manifest",
+              "the manifest is written after the rename",
               "        write_manifest(written, step=self.state.global_step, run=self._identity)\n"
               "        write.move_into_place(written, place)\n",
               "        write.move_into_place(written, place)\n"
@@ -380,6 +387,81 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "if not overwrite and results and old:"),
         Fault("unlocked", "tests/checkpoint/test_folders.py -k two_runs", "two runs share a folder",
               "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    ],
+    "fastdpo/untrusted/model_folder.py": [
+        Fault("link-leaves", MODEL_FOLDER, "a link may lead out of the model's folder",
+              "if not real.is_relative_to(root):", "if not real.is_relative_to(real.anchor):"),
+        Fault("hub-link-leaves", MODEL_FOLDER, "a link in the Hub's cache may lead anywhere",
+              'root = home.parent.parent if', 'root = Path(home.anchor) if'),
+        Fault("shard-leaves", MODEL_FOLDER, "an index may name a shard anywhere",
+              "resolve().is_relative_to(root) or", "resolve().is_absolute() or"),
+        Fault("shard-climbs", MODEL_FOLDER, "a shard's path may have ..", ' or ".." in Path(shard).parts:', ":"),
+        Fault("base-unchecked", MODEL_FOLDER, "the base of an adapter is not checked",
+              'if path.name == "adapter_config.json":', "if not path.name:"),
+        Fault("template-size", MODEL_FOLDER, "a template file may be as large as a vocabulary",
+              'if path.suffix == ".jinja" else', 'if path.suffix == "" else'),
+        Fault("pipe-read", MODEL_FOLDER, "a pipe is opened, and waited for", "if not stat.S_ISREG(info.st_mode):",
+              "if stat.S_ISLNK(info.st_mode):"),
+        Fault("kernel-allowed", MODEL_FOLDER, "a config may name a kernel on the Hub",
+              "if not trusts_code and is_kernel_on_hub", "if trusts_code and is_kernel_on_hub"),
+        Fault("kernel-nested", MODEL_FOLDER, "a kernel in a nested config is not seen",
+              "        yield from items(each)", "        yield from ()"),
+    ],
+    "fastdpo/untrusted/json_files.py": [
+        Fault("depth-unbounded", JSON, "deep JSON reaches a parser that overflows its stack",
+              "                    if depth > limit:", "                    if depth > limit + 10**6:"),
+        Fault("depth-restarts", JSON, "levels opened in earlier lines are forgotten",
+              "max(depth + 2 * opened - len(brackets), 0)", "0"),
+        Fault("rows-unbounded", JSON, "a row among rows may be as deep as it likes",
+              "if len(lines) > limit and (lines[limit:]", "if len(lines) < limit and (lines[limit:]"),
+        Fault("quote-escaped", JSON, "an escaped quote ends a string",
+              """.replace(b'\\\\"', b"")""", ""),
+        Fault("size-unbounded", JSON, "a file of any size is read", "if len(data) > most_bytes:",
+              "if len(data) > most_bytes + 1:"),
+        Fault("pipe-opened", JSON, "a pipe passes for an empty file",
+              "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):",
+              "if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):"),
+    ],
+    "fastdpo/untrusted/yaml_file.py": [
+        Fault("yaml-depth", YAML, "deep YAML overflows the stack", "if self._depth == MAX_DEPTH:",
+              "if self._depth == -1:"),
+        Fault("yaml-aliases", YAML, "aliases may repeat each other for ever", "or count > MAX_VALUES:",
+              "or count < 0:"),
+        Fault("yaml-chain", YAML, "a chain of aliases may be as deep as it likes", "if depth > MAX_DEPTH or",
+              "if"),
+        Fault("yaml-key-twice", YAML, "the last of two values wins without a word", "if key.value in lines:",
+              "if key.value in ():"),
+        Fault("yaml-size", YAML, "a file of any size is parsed", "if len(data) > MAX_BYTES:",
+              "if len(data) > MAX_BYTES + 1:"),
+        Fault("yaml-code", YAML, "a tag of a file builds a Python object", "class _Loader(yaml.SafeLoader):",
+              "class _Loader(yaml.UnsafeLoader):"),
+    ],
+    "fastdpo/untrusted/chat_template.py": [
+        Fault("template-time", CHAT_TEMPLATE + " -k time_is_bounded", "a template may run for ever in the main thread",
+              "if time.thread_time() - started >= seconds:", "if time.thread_time() - started < 0:"),
+        Fault("template-thread", CHAT_TEMPLATE + " -k time_is_bounded", "a template may run for ever in a thread",
+              "        if time.thread_time() > end:", "        if time.thread_time() > end + 5:"),
+        Fault("template-memory", CHAT_TEMPLATE + " -k memory", "a template may take all memory",
+              "resource.setrlimit(resource.RLIMIT_AS, (min([limit, *others]), hard))", "pass"),
+        Fault("template-output", CHAT_TEMPLATE + " -k memory", "a template may write as much as it likes",
+              "if len(text) > _FREE and", "if len(text) < _FREE and"),
+        Fault("template-limit-kept", CHAT_TEMPLATE, "the bound of memory stays after the template",
+              "        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))", "        pass"),
+        Fault("template-timer", CHAT_TEMPLATE, "the timer of someone else is forgotten", "        if left:",
+              "        if not left:"),
+        Fault("template-clock", CHAT_TEMPLATE, "a slow machine is taken for a slow template",
+              "started, clock = time.thread_time(), time.monotonic()", "started, clock = -99.0, time.monotonic()"),
+    ],
+    "fastdpo/untrusted/text.py": [
+        Fault("controls-shown", MODEL_FOLDER, "control characters reach the terminal", "if c.isprintable() or",
+              "if c or"),
+    ],
+    "fastdpo/settings/config_file.py": [
+        Fault("trust-from-file", TRUST, "a file may allow the model's code to run",
+              'if in_file.get("trust_remote_code") and', "if in_file is None and"),
+        Fault("code-in-arguments", TRUST, "model_init_kwargs may run code", "    _check_code(values)", "    pass"),
+        Fault("folder-trusted", TRUST, "a model's folder is trusted without the flag",
+              'trusts_code=values.get("trust_remote_code") is True)', "trusts_code=True)"),
     ],
     "fastdpo/head/vocab_parallel.py": [
         Fault("shard-max", RANKS, "ranks merge relative to their maximum", "merged = largest[1] + total.log()",

@@ -50,6 +50,23 @@ def test_a_broken_file_is_named_with_the_place(good: Path, text: str, message: s
         read_settings(good, {})
 
 
+def test_trust_in_code_is_typed_and_not_read_from_a_file(good: Path) -> None:
+    good.write_text(good.read_text() + "trust_remote_code: true\n")
+    with pytest.raises(ValueError, match=r"run.yaml sets trust_remote_code, .* type --trust_remote_code"):
+        read_settings(good, {})
+    assert read_settings(good, {"trust_remote_code": True})["trust_remote_code"] is True
+
+
+def test_without_trust_no_argument_and_no_model_config_brings_code(good: Path) -> None:
+    kernel = "attn_implementation"
+    with pytest.raises(ValueError, match="attn_implementation 'org/fast' of model_init_kwargs runs a kernel"):
+        read_settings(good, {"model_init_kwargs": {kernel: "org/fast"}})
+    (good.parent / "weights" / "config.json").write_text(f'{{"_{kernel}": "org/fast"}}')
+    with pytest.raises(ValueError, match="names the kernel 'org/fast'"):
+        read_settings(good, {})
+    assert read_settings(good, {"trust_remote_code": True})
+
+
 def test_bytes_that_are_no_text_are_named(good: Path) -> None:
     good.write_bytes(b"run_name: caf\xe9\n")
     with pytest.raises(ValueError, match="is not UTF-8 text: byte 13 is 0xe9"):

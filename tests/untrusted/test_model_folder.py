@@ -1,6 +1,7 @@
 """fastdpo.untrusted.model_folder: files stay in their folder and have a sensible size."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,26 @@ def test_shards_may_lie_in_a_folder_below(tmp_path: Path) -> None:
     check_model_folder("model", tmp_path)
 
 
+@pytest.mark.parametrize("shard", ["../1.safetensors", "/tmp/1.safetensors", "parts/../1.safetensors"])
+def test_shards_elsewhere_are_refused(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match=f"names the shard '{shard}', which is not in the model's folder"):
+        check_model_folder("model", tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model", config={})
+    (tmp_path / "model" / "vocab.txt").symlink_to("../private.txt")
+    with pytest.raises(ValueError, match=r"vocab.txt' is a link to '.*private.txt', which is not in the model's"):
+        check_model_folder("model", tmp_path / "model")
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "merges.txt")
+    with pytest.raises(ValueError, match=r"merges.txt' is not a regular file; remove it"):
+        check_model_folder("model", tmp_path)
+
+
 def test_a_link_in_a_cache_of_the_hub_may_not_leave_its_repository(tmp_path: Path) -> None:
     folder = tmp_path / "models--a" / "snapshots" / "1"
     write(folder, config={})
@@ -53,6 +74,10 @@ def test_sizes_and_depths_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match=r"config.json' can't be read: it is nested more than 100 levels deep"):
         check_model_folder("model", tmp_path)
     write(tmp_path, config={"a": 1})
+    (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))
+    with pytest.raises(ValueError, match=r"chat_template.jinja' has 1,048,577 bytes, more than the 1,048,576"):
+        check_model_folder("model", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x")
     monkeypatch.setattr(model_folder, "_LARGE", 5)
     with pytest.raises(ValueError, match=r"config.json' has 8 bytes, more than the 5"):
         check_model_folder("model", tmp_path)

@@ -62,6 +62,14 @@ def test_what_grows_or_repeats_is_refused(text: str, message: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["!!python/name:os.getcwd", "!!python/object/apply:os.getcwd []", "!!python/tuple [1]"]
+)
+def test_a_tag_builds_no_object(text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
+        parse(f"a: {text}")
+
+
 def test_a_few_aliases_are_read() -> None:
     assert parse("a: &a {x: 1}\nb: {<<: *a, y: *a}\n") == {"a": {"x": 1}, "b": {"x": 1, "y": {"x": 1}}}
 
