@@ -24,7 +24,8 @@ ALIKE = {
     "copy-tied": "precomputed-tied",
     "checkpointed": "precomputed-given",
     "cached-lora": "precomputed-lora",
-    "checkpointed-lora": "precomputed-lora",
+    "ddp-precomputed-given": "precomputed-given",
+    "ddp-precomputed-lora": "precomputed-lora",
     "saved-full": "saved-sharded",
 }
 """Runs that are the same in one process."""

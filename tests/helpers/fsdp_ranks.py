@@ -1,4 +1,4 @@
-"""Run by test_fsdp.py under torchrun: training runs on two processes with FSDP2, results to a folder."""
+"""Run by test_fsdp.py under torchrun: training runs on two processes, most with FSDP2, results to a folder."""
 
 import sys
 import time
@@ -21,6 +21,9 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
+    # before those with FSDP, whose settings stay in the environment
+    "ddp-precomputed-given": {"given": True, "fsdp": None} | PRECOMPUTE,
+    "ddp-precomputed-lora": {"lora": {}, "fsdp": None} | PRECOMPUTE,
     "clipped": {"given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
     "copy-tied": {"tied": True, "evaluate_first": True},
     "synced-tied": {"tied": True} | SYNC,
@@ -29,7 +32,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "precomputed-lora": {"lora": {}} | PRECOMPUTE,
     "cached-lora": {"lora": {}, "cache_of": "precomputed-lora"},
     "checkpointed": {"given": True, "fsdp": CHECKPOINTED, "gradient_checkpointing": True},
-    "checkpointed-lora": {"lora": {}, "fsdp": CHECKPOINTED},
     "own-head": {"lora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunk_bytes": 2**15},
     "saved-sharded": SAVED | {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
     "saved-full": SAVED | {"fsdp": {"state_dict_type": "FULL_STATE_DICT"}},
@@ -42,12 +44,12 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
     """The trainer of a run: three steps of eight pairs."""
     settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
     tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
-    fsdp, cache_of = FSDP | settings.pop("fsdp", {}), settings.pop("cache_of", name)
+    fsdp, cache_of = settings.pop("fsdp", {}), settings.pop("cache_of", name)
     settings.pop("evaluate_first", None)
     body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
     if sharded:
-        settings |= {"fsdp": True, "fsdp_config": fsdp, "per_device_train_batch_size": 2}
-        settings["gradient_accumulation_steps"] = 2
+        settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        settings |= {} if fsdp is None else {"fsdp": True, "fsdp_config": FSDP | fsdp}
     else:
         settings["per_device_train_batch_size"] = 8
     reference = None
@@ -73,8 +75,8 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
 
 def trained(model: Any) -> dict[str, Any]:
     """The whole weights that a trainer trains."""
-    parameters = [(plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
-    return {name: whole(p).clone() for name, p in sorted(parameters)}
+    parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p).clone() for name, p in sorted(parameters.items())}
 
 
 def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) -> dict[str, Any]:
