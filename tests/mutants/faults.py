@@ -440,7 +440,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("template-time", CHAT_TEMPLATE + " -k time_is_bounded", "a template may run for ever in the main thread",
               "if time.thread_time() - started >= seconds:", "if time.thread_time() - started < 0:"),
         Fault("template-thread", CHAT_TEMPLATE + " -k time_is_bounded", "a template may run for ever in a thread",
-              "        if time.thread_time() > end:", "        if time.thread_time() > end + 5:"),
+              "        if time.thread_time() > end:", "        if time.thread_time() < 0:"),
         Fault("template-memory", CHAT_TEMPLATE + " -k memory", "a template may take all memory",
               "resource.setrlimit(resource.RLIMIT_AS, (min([limit, *others]), hard))", "pass"),
         Fault("template-output", CHAT_TEMPLATE + " -k memory", "a template may write as much as it likes",

@@ -17,7 +17,8 @@ from fastdpo.untrusted.chat_template import TooMuch, bounded
 from tests.helpers.byte_tokenizer import TEMPLATE, byte_tokenizer, messages
 
 CHAT = messages(("user", "Hello"))
-LOOPS = "{% for i in range(50000) %}{% for j in range(50000) %}{% endfor %}{% endfor %}"
+LOOPS = "{% for i in range(6000) %}{% for j in range(6000) %}{% endfor %}{% endfor %}"
+"""It takes about a second, so that a test ends where time is not bounded."""
 DOUBLES = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 WRITES = "{% for i in range(50000) %}" + "x" * 200 + "{% endfor %}"
 
