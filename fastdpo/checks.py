@@ -1,6 +1,8 @@
 """Checks that refuse or stop a training: how it runs and loads, its first loss, and losses or gradients not finite."""
 
+import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,12 +10,18 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+logger = logging.getLogger("fastdpo")
+
 LN_2_AT_FIRST = ("sigmoid", "robust", "sigmoid_norm")
 """Objectives whose loss is ln 2 if policy and reference are equal, for every beta and label_smoothing."""
 
 
+_SPLITS = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}
+"""The kinds of accelerate's ParallelismConfig that split layers or sequences, instead of batches."""
+
+
 def check_parallelism(trainer: Trainer) -> None:
-    """Refuse kinds of parallelism that give wrong results or are untested: DataParallel, DeepSpeed, FSDP version 1.
+    """Refuse what gives wrong results or is untested: DataParallel, DeepSpeed, FSDP 1, splits of layers or sequences.
 
     Raises:
         ValueError: the run uses one of them; the message names it and what to use instead.
@@ -24,13 +32,35 @@ def check_parallelism(trainer: Trainer) -> None:
             "several GPUs are visible to one process, and transformers would use DataParallel, which is not supported; "
             "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+    if args.save_on_each_node and args.world_size > 1:
+        raise ValueError(
+            "save_on_each_node=True is not supported, because a checkpoint is written once, with a manifest of all its "
+            "files; leave it out, and give an output_dir that all machines share"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
+    sizes = getattr(trainer.accelerator, "parallelism_config", None)
+    for name, kind in _SPLITS.items():
+        if (size := getattr(sizes, f"{name}_size", 1)) > 1:
+            raise ValueError(
+                f"parallelism_config {name}_size={size} ({kind}) is not supported, because a packed batch is not split "
+                f"over processes; set {name}_size=1, and dp_shard_size={size} to shard the model with FSDP2 instead"
+            )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "a model that from_pretrained(tp_plan=...) or (distributed_config=...) has split over processes is not "
+            "supported; load it without, and set fsdp_config={'version': 2, ...} to shard it"
+        )
     if not trainer.is_fsdp_enabled:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and args.world_size > 1:
+            logger.warning("accelerate leaves FSDP out on the CPU, so each process has all weights (DDP)")
         return
     if trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError("FSDP version 1 is not supported; set fsdp_config={'version': 2, ...}")
-    for name in ("precompute_ref_log_probs", "sync_ref_model", "activation_offloading"):
+        raise ValueError(
+            "FSDP version 1 is not supported; set `fsdp_version: 2` in accelerate's YAML (which means 1 if it is left "
+            "out; `accelerate to-fsdp2` converts a file), or fsdp_config={'version': 2, ...}"
+        )
+    for name in ("activation_offloading", "torch_compile"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported with FSDP yet; leave it out, or use DDP")
 
@@ -162,6 +192,32 @@ class NonFiniteGuard:
                     "causes: a learning rate too high, fp16 overflow (use bf16), or weights that were not finite "
                     "to begin with."
                 )
+
+
+def stay_on_cpu(args: Any) -> None:
+    """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none."""
+    if torch.accelerator.is_available():
+        return
+    args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
+    if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
+        args.use_cpu = True
+
+
+def leave_checkpointing_to_fsdp(args: Any) -> None:
+    """Switch `activation_checkpointing` off if FSDP's settings do the same; transformers takes only one of them.
+
+    Args:
+        args: a `fastdpo.DPOConfig`. FSDP's settings are in it, or in the environment, where `accelerate launch` puts
+            those of its YAML.
+    """
+    if (given := getattr(args, "fsdp_plugin_args", None)) is not None:
+        checkpoints = bool(given.get("activation_checkpointing"))
+    else:
+        names = ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+        checkpoints = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
+    if checkpoints and getattr(args, "activation_checkpointing", False):
+        logger.info("gradient_checkpointing is off, because FSDP's activation_checkpointing does the same")
+        args.activation_checkpointing = False
 
 
 def check_loading(args: Any, given: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.checks import check_loading
+from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, from_config, without_effect
 from fastdpo.model.attention.backends import BACKENDS
@@ -337,11 +337,11 @@ class DPOConfig(TrainingArguments):
         self.bf16_is_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
+        stay_on_cpu(self)
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()
+        leave_checkpointing_to_fsdp(self)
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
         check_loading(self, given)

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import itertools
 import json
+import logging
 import os
 from importlib.util import find_spec
 
@@ -117,6 +118,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # or libraries would take what is left for leaks
+
+
+@pytest.fixture(autouse=True)
+def log_as_before_any_command() -> None:
+    """The command line sets the level of fastdpo's logger, which decides what a later test finds in `caplog`."""
+    logging.getLogger("fastdpo").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,14 @@
-"""fastdpo.checks: the stop at what is not finite."""
+"""fastdpo.checks: the stop at what is not finite, and the kinds of parallelism that are refused."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 
-from fastdpo.checks import NonFiniteGuard
+from fastdpo.checks import NonFiniteGuard, check_parallelism, leave_checkpointing_to_fsdp, stay_on_cpu
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -25,3 +28,94 @@ def test_an_error_is_worded_only_when_needed(device: torch.device) -> None:
     guard = NonFiniteGuard()
     guard.watch(torch.tensor(0.0, device=device), lambda: pytest.fail("worded for nothing"))
     guard.check_now()
+
+
+# Several processes
+
+
+def a_trainer(**changes: Any) -> Any:
+    """What `check_parallelism` reads of a trainer."""
+    given = {"parallelism_config": None, "is_fsdp_enabled": False, "fsdp_version": 2, "world_size": 2} | changes
+    args = {"n_gpu": 1, "save_on_each_node": False, "activation_offloading": False, "torch_compile": False}
+    accelerator = SimpleNamespace(
+        parallelism_config=given["parallelism_config"],
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=given["fsdp_version"])),
+    )
+    return SimpleNamespace(
+        args=SimpleNamespace(**{name: given.get(name, value) for name, value in (args | {"world_size": 2}).items()}),
+        accelerator=accelerator,
+        is_deepspeed_enabled=given.get("is_deepspeed_enabled", False),
+        is_fsdp_enabled=given["is_fsdp_enabled"],
+        is_distributed_loading_by_transformers=given.get("is_distributed_loading_by_transformers", False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_gpu": 2}, "accelerate launch"),
+        ({"is_deepspeed_enabled": True}, "use one process per GPU"),
+        ({"is_fsdp_enabled": True, "fsdp_version": 1}, "set `fsdp_version: 2` in accelerate's YAML"),
+        ({"is_fsdp_enabled": True, "torch_compile": True}, "torch_compile is not supported with FSDP"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "set tp_size=1, and dp_shard_size=2"),
+        ({"parallelism_config": ParallelismConfig(cp_size=4)}, "set cp_size=1, and dp_shard_size=4"),
+        ({"parallelism_config": SimpleNamespace(sp_size=2)}, "set sp_size=1, and dp_shard_size=2"),
+        ({"is_distributed_loading_by_transformers": True}, "load it without"),
+        ({"save_on_each_node": True}, "give an output_dir that all machines share"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_parallelism_that_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_parallelism(a_trainer(**changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_fsdp_enabled": True}], ids=str)
+def test_supported_parallelism_passes(changes: dict[str, Any]) -> None:
+    check_parallelism(a_trainer(parallelism_config=ParallelismConfig(dp_replicate_size=2), **changes))
+
+
+@pytest.mark.parametrize("asked", ["true", "false"])
+def test_fsdp_left_out_on_the_cpu_is_said(
+    asked: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
+    check_parallelism(a_trainer())
+    assert ("accelerate leaves FSDP out on the CPU" in caplog.text) == (asked == "true")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "environment", "expected"),
+    [
+        ({"activation_checkpointing": True}, {}, False),
+        ({"activation_checkpointing": False}, {"ACCELERATE_USE_FSDP": "true"}, True),
+        (None, {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, False),
+        (None, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, True),
+        (None, {}, True),
+    ],
+    ids=str,
+)
+def test_checkpointing_is_left_to_fsdp_if_it_does_it(
+    plugin: Any, environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(fsdp_plugin_args=plugin, activation_checkpointing=True)
+    leave_checkpointing_to_fsdp(args)
+    assert args.activation_checkpointing is expected
+
+
+@pytest.mark.parametrize(("has_accelerator", "is_launched"), [(False, True), (False, False), (True, True)])
+def test_launched_processes_without_an_accelerator_know_each_other(
+    has_accelerator: bool, is_launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if is_launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    args = SimpleNamespace(use_cpu=False, dataloader_pin_memory=True)
+    stay_on_cpu(args)
+    assert args.use_cpu is (is_launched and not has_accelerator)
+    assert args.dataloader_pin_memory is has_accelerator

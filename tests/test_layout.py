@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A folder, or a module at the package's top, may import what stands on lower floors only.
 FLOORS = [
     {"untrusted"},
-    {"kernels", "settings", "checks"},
+    {"kernels", "settings", "checks", "sharding"},
     {"head", "data"},
     {"loss", "model"},
     {"report", "reference", "config"},

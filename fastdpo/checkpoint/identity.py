@@ -15,6 +15,7 @@ from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.reference.fingerprint import numerics
 from fastdpo.report.facts import versions
+from fastdpo.sharding import local, plain_name
 
 IRRELEVANT = {
     *("output_dir", "run_name", "project", "report_to", "log_level", "log_level_replica", "log_on_each_node"),
@@ -69,8 +70,8 @@ def identity(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     settings = {name: value for name, value in args.to_dict().items() if name not in IRRELEVANT}
     policy = unwrap(trainer.model)
-    frozen = ((name, p) for name, p in policy.named_parameters() if not p.requires_grad)
-    shapes = [(name, str(p.dtype), tuple(p.shape)) for name, p in policy.named_parameters()]
+    frozen = ((plain_name(name), p) for name, p in policy.named_parameters() if not p.requires_grad)
+    shapes = [(plain_name(name), str(p.dtype), tuple(p.shape)) for name, p in policy.named_parameters()]
     columns = trainer.train_dataset.column_names if isinstance(trainer.train_dataset, Dataset) else []
     in_data = sorted(REFERENCES.keys() & set(columns))
     reference = None
@@ -123,8 +124,7 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return 16 hex digits of names, dtypes, shapes and evenly spaced elements of tensors; see `_SAMPLE`."""
     parts, described = [], []
     for name, tensor in named:
-        local: Tensor = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
-        flat = local.detach().reshape(-1)
+        flat = local(tensor).reshape(-1)
         parts.append(flat[:: max(1, len(flat) // _SAMPLE)].contiguous().view(torch.uint8))
         described.append((name, str(tensor.dtype), tuple(tensor.shape)))
     found = hashlib.sha256()

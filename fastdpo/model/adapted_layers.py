@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
+from fastdpo.sharding import plain_name
+
 
 def unwrap(model: Any) -> Any:
     """Return the causal LM inside PEFT's wrapper, or the model itself."""
@@ -127,7 +129,7 @@ def tensors_in_use(model: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str
         if any(name.startswith(prefix) for prefix in skipped):
             continue
         prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
-        tensors.append((renamed.get(prefix, "") + name.removeprefix(prefix), tensor))
+        tensors.append((plain_name(renamed.get(prefix, "") + name.removeprefix(prefix)), tensor))
     return sorted(tensors, key=lambda pair: pair[0]), factors
 
 
@@ -155,7 +157,7 @@ def _prefixes(model: nn.Module) -> tuple[set[str], dict[str, str], dict[str, flo
                         skipped.add(prefix)
             for i, adapter in enumerate(active):
                 if adapter in getattr(layer, "scaling", {}):
-                    factors[f"{path}.{i}"] = float(layer.scaling[adapter])
+                    factors[plain_name(f"{path}.{i}")] = float(layer.scaling[adapter])
         else:
             active = [] if layer.disable_adapters else list(layer.active_adapters)
             copies = _names(getattr(layer, "modules_to_save", None))

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdpo.head.eager import Stats
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
 from fastdpo.model.adapted_layers import base_linear, linears_of_head, low_rank
+from fastdpo.sharding import is_sharded, largest
 
 CHUNK_BYTES = 2**27
 """Most bytes of float32 logits that the model's own head computes in one chunk of rows."""
@@ -189,11 +190,28 @@ def own_scores(
     vocab = model.config.get_text_config().vocab_size
     rows = max(CHUNK_BYTES // (4 * vocab), 1)
     parts = []
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for h, t in _chunks(model, hidden, targets, rows):
         # the backward computes a chunk's logits again, so none are kept
         parts.append(checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t))
     logps, *stats = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    if len(logps) > len(targets):  # rows were repeated
+        logps, *stats = (column[: len(targets)].clone() for column in (logps, *stats))
     return (logps, Stats(*stats)) if with_stats else logps
+
+
+def _chunks(model: nn.Module, hidden: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of at most `rows` rows.
+
+    The weights of a sharded head are gathered for each chunk by all processes together, so there all of them make as
+    many chunks as the one with most rows; where rows are too few, the last one is repeated.
+    """
+    chunks = -(-len(targets) // rows)
+    if is_sharded(model):
+        chunks = largest(chunks, hidden.device)
+        index = torch.arange(max(len(targets), chunks), device=hidden.device).clamp(max=len(targets) - 1)
+        yield from zip(hidden[index].tensor_split(chunks), targets[index].tensor_split(chunks), strict=True)
+    else:
+        yield from zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
 class _Hidden(tuple):  # type: ignore[type-arg]
@@ -202,7 +220,7 @@ class _Hidden(tuple):  # type: ignore[type-arg]
     router_logits: tuple[Tensor, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):  # whoever finds `_fields` takes it for a namedtuple
             raise AttributeError(name)
         return self[0] if name == "last_hidden_state" else None
 

@@ -182,7 +182,8 @@ def align_pad_token(model: Any, tokenizer: Any) -> None:
 
 def smallest_vocab(*models: Any) -> int:
     """Return the fewest embedding rows of all models that are not None; ids below this number are known to all."""
-    return min(int(model.get_input_embeddings().weight.shape[0]) for model in models if model is not None)
+    weights = [model.get_input_embeddings().weight for model in models if model is not None]
+    return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)  # ZeRO-3 leaves no rows in it
 
 
 def _options(args: Any) -> dict[str, Any]:

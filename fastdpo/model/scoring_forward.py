@@ -26,6 +26,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
 from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit
+from fastdpo.sharding import is_sharded
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
@@ -238,6 +239,8 @@ def _padded_hidden(
             model,
             f"beyond {limit} tokens its {rope_type} RoPE depends on earlier batches; set max_length <= {limit}",
         )
+    if is_sharded(model):  # processes would call it for different numbers of rows, and wait for each other
+        raise refusal(model, f"beyond {limit} tokens it reads rows one by one; with FSDP, set max_length <= {limit}")
     # the longest row of a call chooses the frequencies for all its rows, so each row has a call of its own
     position_ids = batch["position_ids"] * attention_mask
     rows = zip(input_ids.split(1), attention_mask.split(1), position_ids.split(1), strict=True)

@@ -30,6 +30,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.registered import NAME
 from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
+from fastdpo.sharding import is_sharded, reshard
 
 _PADDING = 8
 # allowed errors, relative to 1 + the largest log-prob; that of float32 is about 1000 times its rounding
@@ -71,9 +72,13 @@ def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> La
     """
     args: Any = trainer.args
     examples = list(islice(trainer.train_dataset, 2))
-    models = [trainer.model, *([] if ref_model is None else [ref_model.to(args.device)])]
+    models = [trainer.model]
+    if ref_model is not None:
+        models.append(ref_model if is_sharded(ref_model) else ref_model.to(args.device))
     with trainer.accelerator.autocast():
         layouts = [checked_layout(models, examples, layout, fallback=args.self_check == "fallback")]
+    for each in models:
+        reshard(each)
     broadcast_object_list(layouts)  # rounding might differ between processes
     return layouts[0]
 

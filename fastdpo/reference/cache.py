@@ -43,7 +43,7 @@ FORMAT = 1
 
 KEY_BYTES = 32
 _MANIFEST = re.compile(r"shard-[0-9a-f]{32}\.json")
-_LEFTOVER = re.compile(r"\.?shard-[0-9a-f]{32}\.(safetensors|(json|safetensors)(\.\d+)?\.tmp)")
+_LEFTOVER = re.compile(r"\.?shard-[0-9a-f]{32}\.(safetensors|(json|safetensors)(\.[0-9a-f]+)?\.tmp)")
 _MANIFEST_BYTES = 2**16
 _STALE_SECONDS = 3600.0  # no process takes this long between the renames of a shard's two files
 

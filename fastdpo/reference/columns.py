@@ -11,7 +11,9 @@ from transformers import Trainer
 from fastdpo.data import prepare
 from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
+from fastdpo.reference.fingerprint import fingerprint
 from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
+from fastdpo.sharding import largest
 
 logger = logging.getLogger("fastdpo")
 
@@ -19,15 +21,17 @@ logger = logging.getLogger("fastdpo")
 def is_complete(trainer: Trainer) -> bool:
     """Whether the cache holds the log-probs that the policy, as its own reference, gives all rows of the datasets."""
     args: Any = trainer.args
-    if trainer.is_fsdp_enabled or args.sync_ref_model:
+    if args.sync_ref_model:
         return False
     folder = reference_folder(args.reference_cache_dir)
     datasets = [trainer.train_dataset]
     prepare.each(trainer.eval_dataset, lambda rows, _: datasets.append(rows))
-    held = [False]
-    if trainer.is_world_process_zero():
-        with _answering(trainer.model, trainer.model, None):
-            held = [holds(datasets, trainer.model, folder=folder, autocast=options_of(args)["autocast"])]
+    held, key, autocast = [False], None, options_of(args)["autocast"]
+    with _answering(trainer.model, trainer.model, None):
+        if trainer.is_fsdp_enabled:  # all processes read sharded weights together
+            key = fingerprint(trainer.model, autocast=autocast)[0]
+        if trainer.is_world_process_zero():
+            held = [holds(datasets, trainer.model, folder=folder, autocast=autocast, key=key)]
     broadcast_object_list(held)  # a process whose own cache lacks them computes them
     if held[0]:
         logger.info(
@@ -68,14 +72,18 @@ def with_logps(trainer: Trainer, reference: Any, layout: Layout, rows: Any, name
     options = options_of(args) | {
         "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
-        "model": reference if home == device else reference.to(device),
+        "model": reference if home == device or trainer.is_fsdp_enabled else reference.to(device),
         "process_index": args.process_index,
         "num_processes": args.world_size,
         "wait_for_everyone": trainer.accelerator.wait_for_everyone,
     }
+    if trainer.is_fsdp_enabled:
+        options["largest"] = functools.partial(largest, device=device)
     with _answering(reference, trainer.model, args.ref_adapter_name):
         rows = with_reference(rows, name=name, **options)
-    if home != device and reference is not trainer.model:  # so that it takes no memory of the device in training
+    if (
+        home != device and reference is not trainer.model and not trainer.is_fsdp_enabled
+    ):  # so that it takes no memory of the device in training
         reference.to(home)
     return rows
 

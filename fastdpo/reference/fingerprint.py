@@ -13,6 +13,7 @@ import torch
 
 from fastdpo.model.adapted_layers import tensors_in_use, unwrap
 from fastdpo.reference.cache import FORMAT
+from fastdpo.sharding import reshard, whole
 
 _COSMETIC = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
@@ -32,19 +33,22 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
 
     Args:
         model: a causal LM, or a PEFT model. Adapters count as they are at this moment: off, or the active ones. With
-            all of them off, the key is that of the model without any.
+            all of them off, the key is that of the model without any. If it is sharded, all processes must
+            call this, and the key is that of the whole weights.
         autocast: the dtype that it will compute in under autocast; None if autocast is off.
 
     Returns:
         64 hex digits, and the description whose SHA-256 they are.
     """
     base = unwrap(model)
+    reshard(model)
     tensors, factors = tensors_in_use(base)
     weights = hashlib.sha256()
     device = "cpu"
-    for name, tensor in tensors:
+    for name, each in tensors:
+        tensor = whole(each)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        weights.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         device = tensor.device.type
     description = {
         "format": FORMAT,

@@ -94,6 +94,7 @@ def token_logps(
     process_index: int = 0,
     num_processes: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
+    largest: Callable[[int], int] = lambda number: number,
     disable_tqdm: bool = False,
 ) -> list[list[Logps]]:
     """Return the log-probs that `model` gives each token of each response, in nats, from the cache if it has them.
@@ -111,6 +112,8 @@ def token_logps(
         num_processes: number of processes that share the work; each computes its share, and reads all others from
             `folder`.
         wait_for_everyone: a function that returns when all of these processes have called it.
+        largest: a function that returns the largest number that any of these processes gives it, if the model is
+            sharded: then each process must call the model as often as the one with most to score.
         disable_tqdm: show no progress bar.
 
     Returns:
@@ -135,22 +138,30 @@ def token_logps(
     options: dict[str, Any] = {"layout": layout, "autocast": autocast}
     with evaluating(model):
         cache = _open(folder, model, autocast)
-        if known := [item for item in items if all(key in cache for key in item.keys)]:
+        known = [item for item in items if all(key in cache for key in item.keys)]
+        others_check = largest(len(known)) > 0
+        if known:
             _check(cache, known, model, name, options)
+        elif others_check:
+            score_batch(model, items[:1], name, **options)
+        spare = (largest, items[:1])
         share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
         with cache.filling(share):
             # shares are cut from all items by length, which no other process can change, so they do not overlap
             by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
             batches = _batches(_missing(by_length[process_index::num_processes], cache), layout, budget)
-            _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options)
+            _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options, *spare)
         wait_for_everyone()
         cache.refresh()
         # this computes nothing, unless another process failed or writes to a disk of its own
-        _fill(cache, _batches(_missing(items, cache), layout, budget), model, name, disable_tqdm, options)
+        batches = _batches(_missing(items, cache), layout, budget)
+        _fill(cache, batches, model, name, disable_tqdm, options, *spare)
     return [[cache[key] for key in item.keys] for item in items]
 
 
-def holds(datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: torch.dtype | None) -> bool:
+def holds(
+    datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: torch.dtype | None, key: str | None = None
+) -> bool:
     """Whether the cache has every value that `token_logps` would return for each of `datasets`.
 
     Nothing is computed or written; weights are hashed only where the folder holds some model's values.
@@ -160,6 +171,7 @@ def holds(datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: 
         model: as in `token_logps`.
         folder: the cache.
         autocast: as in `token_logps`.
+        key: the model's `fingerprint`, if it is known.
     """
     folder, datasets = Path(folder), list(datasets)
     if (
@@ -168,7 +180,7 @@ def holds(datasets: Iterable[Any], model: Any, *, folder: Path | str, autocast: 
         or not any(folder.iterdir())
     ):
         return False
-    home = folder / fingerprint(model, autocast=autocast)[0][:32]
+    home = folder / (key or fingerprint(model, autocast=autocast)[0])[:32]
     if not home.is_dir():
         return False
     cache = TokenCache(home)
@@ -239,8 +251,12 @@ def _fill(
     name: str,
     disable_tqdm: bool,
     options: dict[str, Any],
+    largest: Callable[[int], int],
+    spare: Sequence[Item],
 ) -> None:
-    if not batches:
+    """Score batches and add them to the cache; score `spare` beside other processes that have more batches."""
+    more = largest(len(batches)) - len(batches)
+    if not batches and not more:
         return
     total = sum(len(response) for batch in batches for item in batch for response in item.responses)
     unsaved: dict[bytes, Logps] = {}
@@ -257,6 +273,8 @@ def _fill(
                 unsaved, waiting = {}, 0
             bar.update(tokens)
         cache.add(unsaved)
+    for _ in range(more):
+        score_batch(model, spare, name, **options)
 
 
 def score_batch(

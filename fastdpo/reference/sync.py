@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapters import is_peft_model
 from fastdpo.settings.files import write_file
+from fastdpo.sharding import local, plain_name, reshard, set_whole, whole
 
 FILE = "reference.safetensors"
 
@@ -59,9 +60,12 @@ def check_sync(model: Any, ref_model: nn.Module | None) -> None:
 @torch.no_grad()
 def mix_into(ref_model: nn.Module, model: nn.Module, alpha: float) -> None:
     """Set `ref = alpha * policy + (1 - alpha) * ref` for each parameter, in place; alpha=1 copies the policy."""
-    policy = dict(model.named_parameters())
-    for name, parameter in ref_model.named_parameters():
-        new = policy[name].detach().to(parameter.device)
+    reshard(model)
+    reshard(ref_model)
+    policy = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, each in ref_model.named_parameters():
+        parameter = local(each)  # both models are sharded alike, so each process mixes its own shards
+        new = local(policy[plain_name(name)]).to(parameter.device)
         if alpha == 1:
             parameter.copy_(new)
         else:
@@ -88,10 +92,21 @@ class SyncReference(TrainerCallback):
             model = kwargs["model"]
             mix_into(self.ref_model, getattr(model, "module", model), self.alpha)
 
-    def save(self, folder: Path) -> None:
-        """Write the reference's weights to a checkpoint, because a resumed run cannot make them again."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.ref_model.named_parameters()}
-        write_file(folder / FILE, save(weights))
+    def save(self, folder: Path, *, writes: bool = True) -> None:
+        """Write the reference's weights to a checkpoint, because a resumed run cannot make them again.
+
+        Args:
+            folder: the checkpoint.
+            writes: whether this process writes; where the reference is sharded, the others must call this too.
+        """
+        reshard(self.ref_model)
+        weights = {}
+        for name, parameter in self.ref_model.named_parameters():
+            value = whole(parameter)
+            if writes:
+                weights[plain_name(name)] = value.cpu().contiguous()
+        if writes:
+            write_file(folder / FILE, save(weights))
 
     def load(self, folder: Path | str) -> None:
         """Read the reference's weights from a folder.
@@ -103,9 +118,9 @@ class SyncReference(TrainerCallback):
         if not path.is_file():
             raise ValueError(f"{folder} holds no {FILE}: it was not saved with sync_ref_model=True, so it can't resume")
         weights = load(path.read_bytes())
-        own = dict(self.ref_model.named_parameters())
+        reshard(self.ref_model)
+        own = {plain_name(name): p for name, p in self.ref_model.named_parameters()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
             raise ValueError(f"{path} holds the weights of another model")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
+        for name, parameter in own.items():
+            set_whole(parameter, weights[name])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from pathlib import Path
 
 
@@ -16,7 +17,8 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: the file could not be written; no temporary file is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # processes may write the same file at once
+    # processes may write the same file at once; on several machines, or in containers, they may share a process id
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from fastdpo import checks
+from fastdpo import checks, sharding
 from fastdpo.compat import liger, trl
 from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_collator
 from fastdpo.config import DPOConfig
@@ -38,6 +38,7 @@ from fastdpo.reference.resolve import prepare_reference, resolve_reference
 from fastdpo.reference.sync import sync_reference
 from fastdpo.report import console, log_output
 from fastdpo.settings.failures import loading
+from fastdpo.trainer.failing_together import failing_together
 from fastdpo.trainer.packed_trainer import EvalDataset
 from fastdpo.trainer.saving import SavingTrainer
 
@@ -150,13 +151,14 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
-        if data_collator is None:
-            if self.is_fsdp_enabled:
-                logger.warning("no self-check of the model, because its weights will be sharded")
-            else:
+        with failing_together(args):
+            sharding.shard_policy(self.accelerator, self.model)
+            if self.is_fsdp_enabled and ref_model is not None:
+                ref_model = prepare_reference(self.accelerator, ref_model)
+            if data_collator is None:
                 self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
-            self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
-        self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
+                self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
+            self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             settings.loss_type,

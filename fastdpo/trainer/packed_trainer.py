@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo import checks
+from fastdpo import checks, sharding
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.sampler import planned
@@ -57,6 +57,12 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
         return planned(super().get_train_dataloader(), self.args, self._layout)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer of the sharded weights, also where an evaluation has left some of them gathered."""
+        sharding.reshard(self.model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
+        return optimizer
 
     # One step
 

@@ -19,13 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from fastdpo import checks
+from fastdpo import checks, sharding
 from fastdpo.checkpoint import lock, preempt, resume, write
 from fastdpo.checkpoint.identity import identity
 from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
 from fastdpo.reference.sync import SyncReference
 from fastdpo.report import metrics
+from fastdpo.settings.config_file import MANIFEST
 from fastdpo.settings.files import write_file
+from fastdpo.trainer.failing_together import failing_together
 from fastdpo.trainer.packed_trainer import PackedTrainer
 
 logger = logging.getLogger("fastdpo")
@@ -63,10 +65,13 @@ class SavingTrainer(PackedTrainer):
             FloatingPointError: a loss, gradient or weight was not finite.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        sharding.reshard(self.model)  # an evaluation may have left weights gathered, which differ from their shards
         evaluates, self._stopping, self._pending = self.args.eval_on_start, False, None
         with contextlib.ExitStack() as stack:
             self._request = stack.enter_context(preempt.noted())
+            stack.enter_context(failing_together(self.args))
             self._found = self._agree(functools.partial(self._begin, wanted, stack))
+            self._check_shared()
             folder = None if self._found is None else str(self._found.folder)
             try:
                 self.args.eval_on_start = evaluates and folder is None  # the first part of the run has done it
@@ -88,6 +93,20 @@ class SavingTrainer(PackedTrainer):
             overwrite=self.args.overwrite_output_dir,
             needs_optimizer=not self.is_fsdp_enabled,
         )
+
+    def _check_shared(self) -> None:
+        """Make sure that all processes see the checkpoint that the main one has chosen."""
+        if self._found is None or self.args.world_size == 1:
+            return
+        folder = self._found.folder
+        manifest = folder / MANIFEST
+        seen = manifest.read_text() if manifest.is_file() else str(folder.is_dir())
+        everyones = gather_object([seen])
+        if others := [i for i, each in enumerate(everyones) if each != everyones[0]]:
+            raise ValueError(
+                f"{folder} can't be resumed from, because process {others[0]} does not see there what process 0 sees; "
+                "output_dir must be a folder that all machines share"
+            )
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Return in all processes what the main process decides, or raise its error; the others wait for it."""
@@ -131,10 +150,10 @@ class SavingTrainer(PackedTrainer):
         """Let transformers write its files, and add what a resumed run needs besides."""
         super()._save_checkpoint(model, trial)
         write_file(folder / self._window_name(), json.dumps(self._window()).encode())
+        if self._sync is not None:
+            self._sync.save(folder, writes=self.args.should_save)
         if not self.args.should_save:
             return
-        if self._sync is not None:
-            self._sync.save(folder)
         if (best := self.state.best_global_step) is not None:  # transformers has looked for it in the folder beside
             path = run_dir / f"checkpoint-{best}"
             if best == self.state.global_step or path.exists():
@@ -172,7 +191,10 @@ class SavingTrainer(PackedTrainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         with write.replacing_files(folder) if self.args.should_save else contextlib.nullcontext(folder) as hidden:
-            super().save_model(str(hidden), _internal_call=True)
+            if self.is_fsdp_enabled:  # transformers saves no model where checkpoints are sharded
+                self._save(str(hidden), state_dict=self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(str(hidden), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

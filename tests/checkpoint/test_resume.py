@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from fastdpo.checkpoint.manifest import checkpoints
 from fastdpo.checkpoint.preempt import Preempted
+from fastdpo.trainer import saving
 from tests.helpers.resumable import records
 from tests.helpers.trainers import lora, rows, tiny_llama, weights
 
@@ -162,3 +163,17 @@ def test_a_finished_run_is_not_trained_over(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has the results of an earlier run \(model.safetensors\)"):
         make(**settings).train()
     make(**settings, overwrite_output_dir=True).train()
+
+
+@pytest.mark.parametrize("theirs", ["another manifest", "False"])
+def test_a_checkpoint_that_another_machine_does_not_have_is_refused(
+    theirs: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a disk of its own, a machine would go on from other weights, or end with a traceback."""
+    make(**BASE).train()
+    trainer = make(**BASE, resume_changed=True)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(trainer, "_agree", lambda decide: decide())
+    monkeypatch.setattr(saving, "gather_object", lambda mine: [*mine, theirs])
+    with pytest.raises(ValueError, match="process 1 does not see there what process 0 sees; output_dir must be a fol"):
+        trainer.train(resume_from_checkpoint="auto")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastdpo.config import DPOConfig
-from fastdpo.model.policy import _keep_differentiable, load_policy
+from fastdpo.model.policy import _keep_differentiable, load_policy, smallest_vocab
 from fastdpo.run import RunConfig, load_model, lora
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import tiny_llama
@@ -138,3 +138,12 @@ def test_4_bit_weights_stay_differentiable(rewritten: bool) -> None:
     else:
         _keep_differentiable(model)
         assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_the_vocabulary_of_partitioned_weights_is_known() -> None:
+    """DeepSpeed's ZeRO-3 leaves an empty tensor, and keeps the shape beside it."""
+    model = tiny_llama()
+    vocab, width = model.get_input_embeddings().weight.shape
+    model.set_input_embeddings(nn.Embedding(0, width))
+    model.get_input_embeddings().weight.ds_shape = torch.Size([vocab, width])
+    assert smallest_vocab(model, None, tiny_llama(vocab_size=vocab + 5)) == vocab

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fastdpo.model.attention import registered
-from fastdpo.model.body_and_head import fused_scores
+from fastdpo.model.body_and_head import _Hidden, fused_scores
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import TokenScores, find_head, patch_forward
 from tests.helpers.packed import (
@@ -397,3 +397,12 @@ def test_refuses_a_batch_that_is_not_packed(change, message):
     model, _ = make_patched()
     with pytest.raises(ValueError, match=message):
         model(**pack() | change)
+
+
+def test_outputs_of_an_own_head_are_taken_for_no_namedtuple() -> None:
+    """DeepSpeed's hooks would rebuild one from its fields."""
+    outputs = _Hidden((torch.ones(1, 2, 3),))
+    assert not hasattr(outputs, "_fields")
+    assert not hasattr(outputs, "_asdict")
+    assert outputs.past_key_values is None
+    assert outputs.last_hidden_state is outputs[0]

@@ -196,6 +196,17 @@ def test_write_file_replaces_all_or_nothing(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_files_written_at_once_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes on two machines, or in two containers, may have the same id."""
+    replace, names = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda source, target: (names.append(Path(source)), replace(source, target)))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for _ in range(2):
+        write_file(tmp_path / f"shard-{'0' * 32}.json", b"{}")
+    assert names[0] != names[1]
+    assert all(cache._LEFTOVER.fullmatch(path.name) for path in names)  # so that one of a killed process is removed
+
+
 FILL = """
 import sys
 from pathlib import Path

@@ -1,0 +1,118 @@
+"""Run by test_fsdp.py under torchrun: training runs on two processes with FSDP2, results to a folder."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import TrainerCallback
+
+from fastdpo.model import body_and_head
+from fastdpo.sharding import plain_name, whole
+from tests.helpers.trainers import make_trainer, rows, tiny_llama
+from tests.helpers.two_ranks import keep_fsdp_on_cpu
+
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+CHECKPOINTED = {"activation_checkpointing": True}
+SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    "clipped": {"given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
+    "copy-tied": {"tied": True, "evaluate_first": True},
+    "synced-tied": {"tied": True} | SYNC,
+    "precomputed-given": {"given": True} | PRECOMPUTE,
+    "precomputed-tied": {"tied": True} | PRECOMPUTE,
+    "precomputed-lora": {"lora": {}} | PRECOMPUTE,
+    "cached-lora": {"lora": {}, "cache_of": "precomputed-lora"},
+    "checkpointed": {"given": True, "fsdp": CHECKPOINTED, "gradient_checkpointing": True},
+    "checkpointed-lora": {"lora": {}, "fsdp": CHECKPOINTED},
+    "own-head": {"lora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunk_bytes": 2**15},
+    "saved-sharded": SAVED | {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "saved-full": SAVED | {"fsdp": {"state_dict_type": "FULL_STATE_DICT"}},
+    "saved-lora": ADAMW | {"lora": {}, "save_strategy": "steps", "save_steps": 2},
+}
+"""Settings of `DPOConfig`, and those of `trainer_of`."""
+
+
+def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
+    """The trainer of a run: three steps of eight pairs."""
+    settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
+    tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
+    fsdp, cache_of = FSDP | settings.pop("fsdp", {}), settings.pop("cache_of", name)
+    settings.pop("evaluate_first", None)
+    body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
+    if sharded:
+        settings |= {"fsdp": True, "fsdp_config": fsdp, "per_device_train_batch_size": 2}
+        settings["gradient_accumulation_steps"] = 2
+    else:
+        settings["per_device_train_batch_size"] = 8
+    reference = None
+    if given:
+        reference = tiny_llama()
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.05)
+    return make_trainer(
+        folder / name,
+        model=tiny_llama(tie_word_embeddings=tied),
+        ref_model=reference,
+        peft_config=None
+        if lora is None
+        else peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora),
+        data=rows(32),
+        eval_dataset=rows(7, seed=5),
+        reference_cache_dir=str(folder / "cache" / cache_of),
+        self_check="error",
+        train_sampling_strategy="sequential",
+        **{"max_steps": 3} | settings,
+    )
+
+
+def trained(model: Any) -> dict[str, Any]:
+    """The whole weights that a trainer trains."""
+    parameters = [(plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: whole(p).clone() for name, p in sorted(parameters)}
+
+
+def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) -> dict[str, Any]:
+    trainer = trainer_of(folder, name, sharded=sharded)
+    first = trainer.evaluate()["eval_loss"] if RUNS[name].get("evaluate_first") else None
+    start = trained(trainer.model)
+    trainer.train(resume_from_checkpoint=resume)
+    end = trained(trainer.model)
+    found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
+    found["eval"] = trainer.evaluate()["eval_loss"]
+    if "saved" in name:
+        trainer.save_model(str(folder / name / "model"))
+    return found
+
+
+class FailsInOne(TrainerCallback):
+    """Raises an error in the second process, while the first one waits and can't be interrupted by a signal."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == 1:
+            raise FileNotFoundError("row 5 of this process's data is gone")
+        time.sleep(60)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    keep_fsdp_on_cpu()
+    for name in names:
+        found = run(folder, name, sharded=True)
+        if "saved" in name:
+            found["resumed"] = run(folder, name, sharded=True, resume=str(folder / name / "out" / "checkpoint-2"))[
+                "end"
+            ]
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{name}.pt")
+    trainer = trainer_of(folder, "clipped", sharded=True)
+    trainer.add_callback(FailsInOne())
+    trainer.train(resume_from_checkpoint=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(RUNS))

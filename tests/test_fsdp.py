@@ -1,0 +1,115 @@
+"""Two processes that shard the weights with FSDP2 train what one process trains, and leave a model that loads."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.helpers import fsdp_ranks
+from tests.helpers.fsdp_ranks import RUNS
+from tests.helpers.trainers import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+ALIKE = {
+    "copy-tied": "precomputed-tied",
+    "checkpointed": "precomputed-given",
+    "cached-lora": "precomputed-lora",
+    "checkpointed-lora": "precomputed-lora",
+    "saved-full": "saved-sharded",
+}
+"""Runs that are the same in one process."""
+
+
+@pytest.fixture(scope="module")
+def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have trained all runs, one after the other, and then failed."""
+    return Path(once("fsdp", lambda: run_all(tmp_path_factory.mktemp("fsdp"))))
+
+
+def run_all(folder: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "tests/helpers/fsdp_ranks.py", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    (folder / "stderr").write_text(done.stderr)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def one_process(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that trains a run in this process, once for all that are alike."""
+
+    @functools.cache
+    def train(name: str) -> Any:
+        return fsdp_ranks.run(tmp_path_factory.mktemp("one"), name, sharded=False)
+
+    return lambda name: train(ALIKE.get(name, name))
+
+
+def flat(weights: dict[str, Any]) -> torch.Tensor:
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RUNS))
+def test_sharded_training_equals_that_of_one_process(name: str, folder: Path, one_process: Any) -> None:
+    two, one = torch.load(folder / f"{name}.pt"), one_process(name)
+    assert two["end"].keys() == one["end"].keys()
+    moved = (flat(one["end"]) - flat(one["start"])).norm()
+    error = (flat(two["end"]) - flat(one["end"])).norm()
+    bound = 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5
+    assert moved > 1e-3
+    assert error <= bound * moved, f"{name}: {error / moved:.1e}"
+    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    if RUNS[name].get("evaluate_first"):
+        assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUNS if "saved" in name])
+def test_a_resumed_sharded_run_ends_as_the_uninterrupted_one(name: str, folder: Path) -> None:
+    found = torch.load(folder / f"{name}.pt")
+    assert found["end"]
+    assert all(torch.equal(found["resumed"][key], weight) for key, weight in found["end"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["saved-sharded", "saved-full"])
+def test_both_kinds_of_checkpoints_end_with_a_model_that_loads(name: str, folder: Path) -> None:
+    model, info = LlamaForCausalLM.from_pretrained(folder / name / "model", output_loading_info=True)
+    assert not any(info.values())
+    trained = torch.load(folder / f"{name}.pt")["end"]
+    assert all(torch.equal(trained[key], weight) for key, weight in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_with_fsdp_loads(folder: Path) -> None:
+    model = peft.PeftModel.from_pretrained(tiny_llama(), folder / "saved-lora" / "model", is_trainable=True)
+    trained = torch.load(folder / "saved-lora.pt")["end"]
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(trained[name], weight) for name, weight in found.items())
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_others_with_its_message(folder: Path) -> None:
+    said = "process 1 failed: FileNotFoundError: row 5 of this process's data is gone; this process ends too"
+    assert said in (folder / "stderr").read_text()
