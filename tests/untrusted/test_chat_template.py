@@ -19,7 +19,7 @@ from tests.helpers.byte_tokenizer import TEMPLATE, byte_tokenizer, messages
 CHAT = messages(("user", "Hello"))
 LOOPS = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}"
 """It takes some tenths of a second, so that a test ends where time is not bounded."""
-DOUBLES = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+DOUBLES = "{% set ns = namespace(x='ab') %}{% for i in range(29) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 WRITES = "{% for i in range(50000) %}" + "x" * 200 + "{% endfor %}"
 
 
