@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,17 @@ def test_an_unknown_release_is_refused(found: str, monkeypatch: pytest.MonkeyPat
         fastdpo.patch_trl()
 
 
+def test_without_trl_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(patch_trl, "version", version)
+    with pytest.raises(ImportError, match=r"fastdpo.patch_trl\(\) needs TRL: pip install 'fastdpo\[trl\]'"):
+        fastdpo.patch_trl()
+
+
 def test_a_release_without_the_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_trl._import_trainers()
     before = names_of_trl()
     monkeypatch.setattr(patch_trl, "_replace_everywhere", lambda *_: [])
     with pytest.raises(
