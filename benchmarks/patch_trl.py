@@ -95,7 +95,7 @@ def compare(kind: str, vocab: int, max_length: int, repetitions: int) -> list[di
         fastdpo.unpatch_trl()
     losses = {name: loss.item() for name, loss in found.items()}
     for what, (theirs, ours) in {"loss": losses.values(), "gradient's norm": norms.values()}.items():
-        if not math.isclose(theirs, ours, rel_tol=1e-4, abs_tol=1e-5):
+        if not math.isclose(theirs, ours, rel_tol=1e-4, abs_tol=1e-4):  # RLOO's loss is 0 but for rounding of its sums
             raise SystemExit(f"{kind}: the {what} is {theirs} without patch_trl and {ours} with it")
     measured = {name: Measured(times[name], peaks[name]) for name in peaks}
     return [

@@ -8,12 +8,14 @@ import os
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import copy
+import inspect
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +285,17 @@ def test_an_unknown_release_is_refused(found: str, monkeypatch: pytest.MonkeyPat
         fastdpo.patch_trl()
 
 
+def test_without_trl_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(patch_trl, "version", version)
+    with pytest.raises(ImportError, match=r"fastdpo.patch_trl\(\) needs TRL: pip install 'fastdpo\[trl\]'"):
+        fastdpo.patch_trl()
+
+
 def test_a_release_without_the_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_trl._import_trainers()
     before = names_of_trl()
     monkeypatch.setattr(patch_trl, "_replace_everywhere", lambda *_: [])
     with pytest.raises(
@@ -441,6 +453,24 @@ def test_lazy_logits_answer_as_logits_do(expression: Callable[..., Any], detache
         found.append([result.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", patch_trl.OF_LOGITS)
+def test_trls_functions_of_logits_take_the_stand_in(name: str) -> None:
+    """With each option that the release has; a row that is masked out has log-prob and entropy 0."""
+    original = getattr(trl.trainer.utils, name, None)
+    if original is None:
+        pytest.skip("not a function of this release")
+    model = tiny_llama(vocab_size=53).double()
+    ids, targets = torch.randint(3, 53, (2, 9)), torch.randint(53, (2, 9))
+    given = {"temperature": 0.7, "row_mask": (targets % 3 > 0).int()}
+    given = {option: value for option, value in given.items() if option in inspect.signature(original).parameters}
+    with heads.lazy_heads([model]):
+        x = model(input_ids=ids).logits
+    positional = () if name == "entropy_from_logits" else (targets,)
+    ours = patch_trl._of_lazy_logits(name, original)(x, *positional, **given)
+    theirs = original(model(input_ids=ids).logits, *positional, **given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_lazy_logits_say_once_why_logits_are_computed(caplog: pytest.LogCaptureFixture) -> None:
