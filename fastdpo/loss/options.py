@@ -296,9 +296,14 @@ def without_effect(config: Any) -> list[str]:
     return [name for name in unread if getattr(config, name) != getattr(ObjectiveSettings, name)]
 
 
+_OLD_LOSSES = {"dpo": "sigmoid", "kto_pair": "kto"}
+"""Names that scripts use and for which the nearest spelling would mislead, each with the objective that they mean."""
+
+
 def _check_name(field: str, name: object, table: Collection[str]) -> None:
     if name not in table:
-        near = ["sigmoid"] if name == "dpo" else difflib.get_close_matches(str(name), table, n=1)
+        old = _OLD_LOSSES.get(str(name))
+        near = [old] if old else difflib.get_close_matches(str(name), table, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {_names(table)}"
         raise ValueError(f"{field} {name!r} is unknown: {hint}")
 

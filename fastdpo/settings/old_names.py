@@ -34,6 +34,17 @@ OLD_NAMES = {
     "no_cuda": "use use_cpu",
     "per_gpu_train_batch_size": "use per_device_train_batch_size",
     "per_gpu_eval_batch_size": "use per_device_eval_batch_size",
+    "group_by_length": "use tokens_per_batch, which fills batches with examples up to a number of tokens",
+    "include_inputs_for_metrics": "leave it out, because no logits are computed",
+    "include_tokens_per_second": "leave it out, because tokens_per_second is always logged",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "push_to_hub_model_id": "use hub_model_id",
+    "push_to_hub_organization": "put it in front of the name in hub_model_id, as organization/name",
+    "push_to_hub_token": "use hub_token",
+    "save_safetensors": "leave it out, because models are always saved as safetensors",
+    "use_mps_device": "leave it out, because the device is found without it",
+    "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
+    **dict.fromkeys(("fp16_backend", "half_precision_backend", "fp16_opt_level"), "use fp16 or bf16 alone"),
 }
 
 

@@ -19,6 +19,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown: did you mean 'sigmoid'?"),
     ({"loss_type": ["sigmoid", "aot_unpared"]}, "loss_type 'aot_unpared' is unknown: did you mean 'aot_unpaired'?"),
     ({"loss_type": "dpo"}, "loss_type 'dpo' is unknown: did you mean 'sigmoid'?"),
+    ({"loss_type": "kto_pair"}, "loss_type 'kto_pair' is unknown: did you mean 'kto'?"),
     ({"loss_type": "zzz"}, "loss_type 'zzz' is unknown: choose from 'sigmoid', 'hinge'"),
     ({"loss_type": []}, "loss_type must name an objective, got none"),
     ({"loss_type": ["hinge", "hinge"]}, "loss_type names 'hinge' twice; name it once and set its weight"),
