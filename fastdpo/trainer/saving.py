@@ -38,6 +38,7 @@ class SavingTrainer(PackedTrainer):
     """`PackedTrainer` with checkpoints that can be trusted, and with signals that save one before the process ends."""
 
     _sync: SyncReference | None = None
+    _owns_output = False  # what is in output_dir is this trainer's own, so it may train there again
 
     def __init__(self, **others: Any) -> None:
         self._request: preempt.Request | None = None  # while it trains
@@ -87,14 +88,16 @@ class SavingTrainer(PackedTrainer):
         stack.enter_context(lock.held(folder))
         if not hasattr(self, "_identity"):
             self._identity = identity(self)
-        return resume.begin(
+        found = resume.begin(
             folder,
             wanted or None,
             self._identity,
             changed=self.args.resume_changed,
-            overwrite=self.args.overwrite_output_dir,
+            overwrite=self.args.overwrite_output_dir or self._owns_output,
             needs_optimizer=not self.is_fsdp_enabled,
         )
+        self._owns_output = True
+        return found
 
     def _check_shared(self) -> None:
         """Make sure that all processes see the checkpoint that the main one has chosen."""
@@ -192,6 +195,7 @@ class SavingTrainer(PackedTrainer):
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self._owns_output |= output_dir is None
         with write.replacing_files(folder) if self.args.should_save else contextlib.nullcontext(folder) as hidden:
             if self.is_fsdp_enabled:  # transformers saves no model where checkpoints are sharded
                 self._save(str(hidden), state_dict=self.accelerator.get_state_dict(self.model))

@@ -177,6 +177,21 @@ def test_a_finished_run_is_not_trained_over(make: Make, tmp_path: Path) -> None:
     make(**settings, overwrite_output_dir=True).train()
 
 
+def test_the_same_trainer_may_train_again(make: Make, tmp_path: Path) -> None:
+    """As in a notebook: what it replaces is its own. Another trainer's results are still refused."""
+    trainer = make(**BASE)
+    trainer.train()
+    trainer.save_model()
+    trainer.train()
+    assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        make(**BASE).train()
+    other = make(**BASE)
+    other.save_model(str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        other.train()
+
+
 @pytest.mark.parametrize("theirs", ["another manifest", "False"])
 def test_a_checkpoint_that_another_machine_does_not_have_is_refused(
     theirs: str, make: Make, monkeypatch: pytest.MonkeyPatch
