@@ -5,8 +5,9 @@ weights are left to torch, which builds nothing but tensors of them.
 """
 
 import json
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ _PARSED_IN_RUST = ("tokenizer.json", "vocab.json", "added_tokens.json")
 def check_model_folder(setting: str, folder: str | Path, *, trusts_code: bool = False) -> None:
     """Check the files that loading a model, an adapter or a tokenizer from a local folder would open.
 
-    A symbolic link must lead to a file in the folder. In a cache of the Hub, where all files are links, it must lead
-    to a file of the same repository.
+    A symbolic link must lead to a file in the folder, or into the user's cache of the Hub, as those of older versions
+    of `huggingface_hub` do. In a cache of the Hub, where all files are links, it must lead to a file of the same
+    repository.
 
     Args:
         setting: what an error calls the folder.
@@ -42,9 +44,12 @@ def check_model_folder(setting: str, folder: str | Path, *, trusts_code: bool = 
     if not folder.is_dir():
         return
     home = folder.resolve()
-    root = home.parent.parent if home.parent.name == "snapshots" else home
+    repository = home.parent.parent
+    # the folder of blobs may itself be a link, to another disk
+    is_cached = home.parent.name == "snapshots"
+    roots = (repository, (repository / "blobs").resolve()) if is_cached else (home, *_blobs_of_cache())
     for path in _files(folder):
-        problem = _problem(path, root)
+        problem = _problem(path, roots)
         if problem:
             raise ValueError(f"{setting}: {str(path)!r} {problem}")
         if path.name == "adapter_config.json":
@@ -52,7 +57,7 @@ def check_model_folder(setting: str, folder: str | Path, *, trusts_code: bool = 
             if isinstance(base, str) and base and Path(base).is_dir() and Path(base).resolve() != home:
                 check_model_folder(setting, base, trusts_code=trusts_code)
         elif path.name.endswith(".index.json"):
-            _check_index(setting, path, root)
+            _check_index(setting, path, roots)
         elif path.suffix == ".json" and path.name not in _PARSED_IN_RUST and path.stat().st_size <= _SMALL:
             found = _json(setting, path, wanted=None)
             files = (
@@ -61,7 +66,7 @@ def check_model_folder(setting: str, folder: str | Path, *, trusts_code: bool = 
                 else None
             )
             for file in files if isinstance(files, list) else ():
-                if not (path.parent / str(file)).resolve().is_relative_to(root):
+                if not _is_inside(path.parent / str(file), roots):
                     raise ValueError(f"{setting}: {str(path)!r} names {file!r}, which is not in the model's folder")
             for name, value in items(found):
                 if not trusts_code and is_kernel_on_hub(name, value):
@@ -100,9 +105,21 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from (each for each in sorted(path.iterdir()) if each.suffix in _READ)
 
 
-def _problem(path: Path, root: Path) -> str | None:
+def _blobs_of_cache() -> list[Path]:
+    """Return the folders of model files in the user's cache of the Hub, without importing its library."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return [blobs.resolve() for blobs in cache.glob("models--*/blobs")]
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
     real = path.resolve()
-    if not real.is_relative_to(root):
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def _problem(path: Path, roots: Sequence[Path]) -> str | None:
+    real = path.resolve()
+    if not _is_inside(path, roots):
         return f"is a link to {str(real)!r}, which is not in the model's folder; copy that file there"
     if not real.exists():
         return None  # a dangling link, which its reader reports if it needs it
@@ -129,11 +146,11 @@ def _json(setting: str, path: Path, wanted: type | None = dict, most: int = _SMA
     return found
 
 
-def _check_index(setting: str, path: Path, root: Path) -> None:
+def _check_index(setting: str, path: Path, roots: Sequence[Path]) -> None:
     """Check that the shards that an index names are files of the folder."""
     shards = _json(setting, path, most=_LARGE).get("weight_map")
     for shard in sorted({str(name) for name in shards.values()} if isinstance(shards, dict) else ()):
-        if not (path.parent / shard).resolve().is_relative_to(root) or ".." in Path(shard).parts:
+        if not _is_inside(path.parent / shard, roots) or ".." in Path(shard).parts:
             raise ValueError(
                 f"{setting}: {str(path)!r} names the shard {shard!r}, which is not in the model's folder; an index may "
                 "only name files beside it"

@@ -60,6 +60,21 @@ def test_a_link_in_a_cache_of_the_hub_may_not_leave_its_repository(tmp_path: Pat
         check_model_folder("model", folder)
 
 
+def test_links_of_the_hub_s_cache_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blobs may lie on another disk, and older downloads left links to them in folders of their own."""
+    blobs, repository, own = tmp_path / "disk", tmp_path / "hub" / "models--a", tmp_path / "own"
+    write(blobs, abc={})
+    for folder in (repository / "snapshots" / "1", own):
+        folder.mkdir(parents=True)
+        (folder / "config.json").symlink_to(repository / "blobs" / "abc.json")
+    (repository / "blobs").symlink_to(blobs)
+    check_model_folder("model", repository / "snapshots" / "1")
+    with pytest.raises(ValueError, match="which is not in the model's folder"):
+        check_model_folder("model", own)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_model_folder("model", own)
+
+
 def test_the_base_of_an_adapter_is_checked_too(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write(base, config={})
