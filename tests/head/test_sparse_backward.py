@@ -194,6 +194,17 @@ def test_rows_without_upstream_gradient_cost_nothing(device: torch.device) -> No
     torch.testing.assert_close(dweight, grads(some, "sparse")[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_auto_chooses_cells_for_16_bits_alone(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    select = sparsity.select
+    monkeypatch.setattr(sparsity, "select", lambda *args: chosen.append(dtype) or select(*args))
+    grads(make_rows("peaked", 21, 16, 333, dtype, device), "auto")
+    assert bool(chosen) == (dtype == torch.bfloat16)
+
+
 def test_the_bound_is_the_mass_that_is_skipped(device: torch.device) -> None:
     """The largest threshold that a row can do with, and still skip no more than it may."""
     shares = torch.rand(8, 4000, device=device)
