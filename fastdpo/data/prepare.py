@@ -1,6 +1,6 @@
 """Turn datasets into token ids: check, tokenise and truncate rows, and name the rows that are malformed.
 
-`fastdpo.data.rows` says what rows may look like. The result has the token columns of its kind,
+`fastdpo.data.text.rows` says what rows may look like. The result has the token columns of its kind,
 
 | kind | columns |
 |---|---|
@@ -28,9 +28,9 @@ from fastdpo.data.columns import NUMBERS, RAW_COLUMNS, TOKEN_COLUMNS, unread_pro
 from fastdpo.data.columns import REFERENCES as REFERENCES
 from fastdpo.data.columns import check_reference_columns as check_reference_columns
 from fastdpo.data.columns import find_kind as find_kind
-from fastdpo.data.messages import BadRow, read_value
-from fastdpo.data.rows import read_ids, response_names, tokenize
 from fastdpo.data.summary import CUTS, Reporter, report_streamed
+from fastdpo.data.text.messages import BadRow, read_value
+from fastdpo.data.text.rows import read_ids, response_names, tokenize
 
 logger = logging.getLogger("fastdpo")
 
@@ -63,7 +63,7 @@ def prepare_dataset(
     """Tokenise a dataset; rows that are already tokenised are only checked and cut.
 
     Args:
-        dataset: rows as `fastdpo.data.rows` describes them, or rows with the token columns above.
+        dataset: rows as `fastdpo.data.text.rows` describes them, or rows with the token columns above.
         tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
         max_length: most tokens of prompt + completion; see truncation_mode for longer ones. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.

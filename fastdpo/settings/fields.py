@@ -39,7 +39,11 @@ def settings() -> dict[str, Setting]:
     """Return all fields of `RunConfig` and `DPOConfig` by name; those of `transformers.TrainingArguments` come last."""
     here = Path(__file__).parent.parent
     found: dict[str, Setting] = {}
-    for path, name in ((here / "run.py", "RunConfig"), (here / "config.py", "DPOConfig"), _training_arguments()):
+    for path, name in (
+        (here / "run.py", "RunConfig"),
+        (here / "config" / "dpo_config.py", "DPOConfig"),
+        _training_arguments(),
+    ):
         for setting in _fields(path, name):
             found.setdefault(setting.name, setting)
     return found

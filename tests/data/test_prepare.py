@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare as prepare_module
-from fastdpo.data import rows as rows_module
+from fastdpo.data.text import rows as rows_module
 from tests.helpers.byte_tokenizer import VOCAB, byte_tokenizer, messages
 
 

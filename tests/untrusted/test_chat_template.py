@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastdpo.data.templates import find_template, render
+from fastdpo.data.text.templates import find_template, render
 from fastdpo.untrusted import chat_template
 from fastdpo.untrusted.chat_template import TooMuch, bounded
 from tests.helpers.byte_tokenizer import TEMPLATE, byte_tokenizer, messages

@@ -1,32 +1,22 @@
-"""The settings of a training, and every check of them that needs no model.
+"""The settings of a training.
 
 `DPOTrainer` takes a `DPOConfig`. The command line also needs a `fastdpo.run.RunConfig`: the model, data and adapter.
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
-from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
-from fastdpo.loss.options import ObjectiveSettings, from_config, without_effect
-from fastdpo.model.attention.backends import BACKENDS
-from fastdpo.settings.config_file import check_dtype
+from fastdpo.config import checks
+from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import in_words
 
 logger = logging.getLogger("fastdpo")
 
-AT_LEAST_ONE = (
-    *("max_prompt_length", "max_completion_length", "tokens_per_batch"),
-    *("ref_model_sync_steps", "precompute_ref_batch_size"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-)
-TRUNCATION_MODES = ("keep_start", "keep_end")
-ON_BAD_ROW = ("error", "drop")
-SELF_CHECK = ("fallback", "error")
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
 """Metadata that lets HfArgumentParser read `--name` without a value, also if the field is None by default."""
 
@@ -193,7 +183,7 @@ class DPOConfig(TrainingArguments):
         metadata={
             "help": "What a row that is longer than max_length loses: `keep_start` cuts the end of completions, and "
             "`keep_end` the start of prompts. A row whose completion alone is too long for `keep_end` is malformed.",
-            "choices": TRUNCATION_MODES,
+            "choices": checks.TRUNCATION_MODES,
         },
     )
     max_prompt_length: int | None = field(
@@ -299,41 +289,9 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         settings = from_config(self)
-        self._check_reference(settings)
-        self._warn_of_no_effect(settings)
-        if (coef := self.router_aux_loss_coef) is not None and not 0 <= coef < float("inf"):
-            raise ValueError(f"router_aux_loss_coef must be finite and at least 0 (0 switches it off), got {coef}")
-        if self.truncation_mode == "keep_end" and settings.needs_kl:
-            raise ValueError(
-                f"truncation_mode='keep_end' is not possible with loss_type {self.loss_type}, whose KL term takes "
-                "other prompts; use 'keep_start' with max_prompt_length"
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
-        for name in AT_LEAST_ONE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.tokens_per_batch or self.longest_first:
-            for name, only in (("dataloader_drop_last", False), ("train_sampling_strategy", "random")):
-                if (value := getattr(self, name, only)) != only:
-                    raise ValueError(
-                        f"{name}={value!r} has no effect together with tokens_per_batch or longest_first, which choose "
-                        "the batches; leave it out"
-                    )
-        for name, allowed in (
-            ("attention_backend", ("auto", *BACKENDS)),
-            ("head_impl", IMPLS),
-            ("head_backward", BACKWARDS),
-            ("on_bad_row", ON_BAD_ROW),
-            ("self_check", SELF_CHECK),
-            ("truncation_mode", TRUNCATION_MODES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.logging_nan_inf_filter:
-            raise ValueError(
-                "logging_nan_inf_filter must be False: it would log a plausible number for a loss that is not finite"
-            )
+        checks.check_reference(self, settings)
+        checks.warn_of_no_effect(self, settings)
+        checks.check_values(self, settings)
         self.bf16_is_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -345,48 +303,7 @@ class DPOConfig(TrainingArguments):
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
         check_loading(self, given)
-        if self.model_init_kwargs is not None and not isinstance(self.model_init_kwargs, dict):
-            raise ValueError(f"model_init_kwargs must be a dict or a JSON object, got {self.model_init_kwargs!r}")
-        if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
-            self.model_init_kwargs = dict(self.model_init_kwargs)
-            old = self.model_init_kwargs.pop("torch_dtype")
-            if self.model_init_kwargs.setdefault("dtype", old) != old:
-                raise ValueError(f"model_init_kwargs has torch_dtype={old!r} and another dtype; leave torch_dtype out")
-        if isinstance(self.model_init_kwargs, dict):
-            check_dtype("dtype of model_init_kwargs", self.model_init_kwargs.get("dtype"))
-
-    def _check_reference(self, settings: ObjectiveSettings) -> None:
-        """Refuse settings of the reference that exclude each other, and switch off what the objective does not use."""
-        for name in ("precompute_ref_log_probs", "sync_ref_model"):
-            if getattr(self, name) and not settings.needs_reference:
-                logger.warning("%s is switched off, because loss_type %s uses no reference", name, self.loss_type)
-                setattr(self, name, False)
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError(
-                "sync_ref_model changes the reference during training, so its log-probs can't be computed before; "
-                "set precompute_ref_log_probs=False"
-            )
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
-
-    def _warn_of_no_effect(self, settings: ObjectiveSettings) -> None:
-        """Log which settings have no effect; TRL accepts them too."""
-        defaults = {f.name: f.default for f in fields(self)}
-        for why, names in (
-            (f"on loss_type {self.loss_type}", without_effect(self)),
-            ("on packed batches", ("padding_free", "pad_to_multiple_of")),
-            (
-                "without sync_ref_model",
-                () if self.sync_ref_model else ("ref_model_mixup_alpha", "ref_model_sync_steps"),
-            ),
-        ):
-            if set_ := [name for name in names if getattr(self, name) not in (defaults[name], None)]:
-                given = ", ".join(f"{name}={getattr(self, name)!r}" for name in set_)
-                logger.warning("%s %s no effect %s", given, "has" if len(set_) == 1 else "have", why)
-        if settings.beta == 0:
-            logger.warning("beta is 0, so no loss that it scales depends on the policy: such a loss trains nothing")
-        if not all(settings.weights):
-            logger.warning("loss_weights %s: a loss with the weight 0 trains nothing", list(settings.weights))
+        self.model_init_kwargs = checks.checked_init_kwargs(self.model_init_kwargs)
 
     def _resolve_checkpointing(self) -> None:
         """Move `gradient_checkpointing` to its name in newer transformers, which would warn of the old one."""

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.columns import RAW_COLUMNS, TOKEN_COLUMNS
-from fastdpo.data.messages import (
+from fastdpo.data.text.messages import (
     BadRow,
     Message,
     common_prefix_length,
@@ -31,7 +31,7 @@ from fastdpo.data.messages import (
     text_of,
     without_prompt,
 )
-from fastdpo.data.templates import (
+from fastdpo.data.text.templates import (
     end_of_turn,
     find_template,
     fit,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data.messages import BadRow, Message, text_of
+from fastdpo.data.text.messages import BadRow, Message, text_of
 from fastdpo.untrusted import chat_template
 
 
