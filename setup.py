@@ -3,12 +3,13 @@
 The Triton sources sit in the top-level folder `kernels/` and are imported as `fastdpo.kernels`. They are
 never installed as a package called `kernels`: that name is Hugging Face's, and transformers imports it.
 Hence this mapping, the link `fastdpo/kernels -> ../kernels` for tools that read the tree, and no
-`kernels/__init__.py`.
+`kernels/__init__.py`. The files of the quickstart, which `fastdpo demo` writes, are installed as data of the package.
 """
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels"],
-    package_dir={"fastdpo.kernels": "kernels"},
+    packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels", "fastdpo.examples"],
+    package_dir={"fastdpo.kernels": "kernels", "fastdpo.examples": "examples"},
+    package_data={"fastdpo.examples": ["quickstart.yaml", "quickstart/*.jsonl", "quickstart/model/*"]},
 )

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.commands import head_check
+from fastdpo.commands.doctor import head_check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,7 +72,7 @@ def milliseconds(fn: Callable[[], object]) -> float:
 
 
 def peak_memory(fn: Callable[[], object]) -> float:
-    """Return the MiB that a call needs at its worst moment, see `fastdpo.commands.head_check.peak_memory`."""
+    """Return the MiB that a call needs at its worst moment, see `fastdpo.commands.doctor.head_check.peak_memory`."""
     peak = head_check.peak_memory(fn, torch.device(DEVICE))
     assert peak is not None, "memory can't be measured on this device"
     return peak

@@ -86,8 +86,9 @@ def _run(words: list[str]) -> None:
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
     elif command in TOOLS:
-        if (text := run_tool(command, rest, EXIT_CODES)) is not None:
-            _show(text)
+        config = run_tool(command, rest, EXIT_CODES, _show)
+        if config is not None:
+            train(config, {})
     elif command not in COMMANDS:
         raise UsageError(
             f"unknown command {command!r}{nearest(command, (*COMMANDS, *TOOLS)) or '; see fastdpo --help'}"
@@ -356,9 +357,9 @@ def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     summaries = {name: _summary(name) for name in COMMANDS} | {name: tool.summary for name, tool in TOOLS.items()}
     commands = "\n".join(f"  {name:<{width}}{summary}" for name, summary in summaries.items())
+    tools = "\n".join(f"       fastdpo {name} {tool.takes}" for name, tool in TOOLS.items())
     return f"""usage: fastdpo COMMAND [CONFIG.yaml] [--any_setting value ...] [--debug]
-       fastdpo merge ADAPTER --output_dir FOLDER
-       fastdpo doctor [MODEL]
+{tools}
        fastdpo COMMAND --help        all settings, with their defaults
        fastdpo --version
 

@@ -75,7 +75,7 @@ def test_files_and_folders_stay_small() -> None:
 
 
 PEFT_KNOWN_BY = {f"model/{name}.py" for name in ("adapters", "adapted_layers", "policy")}
-PEFT_KNOWN_BY.add("commands/merged_model.py")  # merging an adapter is its subject
+PEFT_KNOWN_BY.add("commands/merge/merged_model.py")  # merging an adapter is its subject
 PEFT_NAMES = {  # of its models, its configs and its layers
     *("active_adapter", "active_adapters", "active_peft_config", "add_adapter", "delete_adapter", "disable_adapter"),
     *("disable_adapters", "get_base_model", "get_nb_trainable_parameters", "load_adapter", "merge_and_unload"),

@@ -1,14 +1,22 @@
 """The installed package: `kernels/` arrives as fastdpo.kernels and never as `kernels`."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import fastdpo
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
@@ -48,7 +56,7 @@ def build_wheel(tree: Path, out: Path) -> Path:
 def check_wheel(wheel: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"fastdpo/kernels/{module}.py" for module in MODULES} <= set(names)
-    assert not [name for name in names if name.startswith("kernels/")]
+    assert not [name for name in names if name.startswith(("kernels/", "examples/"))]
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     imports = "".join(f", fastdpo.kernels.{module}" for module in MODULES)
@@ -56,7 +64,42 @@ def check_wheel(wheel: Path, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(site)!r}); import fastdpo, fastdpo.trainer, transformers{imports}; "
         f"assert fastdpo.__file__.startswith({str(site)!r}), fastdpo.__file__"
     )
+    code += f"; from fastdpo.commands.demo import demo; demo({str(tmp_path / 'demo')!r}, {{}})"
     run(sys.executable, "-c", code, cwd=tmp_path)
+    written = {str(path.relative_to(tmp_path / "demo")) for path in (tmp_path / "demo").rglob("*.json*")}
+    assert {"data/train.jsonl", "data/test.jsonl", "model/config.json", "model/tokenizer.json"} <= written
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """An extra's package may be imported by the modules that are for it; all others must come with fastdpo."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for name, extra in project["optional-dependencies"].items() if name != "test" for each in extra]
+    declared = {canonicalize_name(Requirement(each).name) for each in (*project["dependencies"], *extras)}
+    imported = set()
+    for path in (*(ROOT / "fastdpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).split(".")[0])
+    imported -= {*sys.stdlib_module_names, "fastdpo"}
+    assert "tqdm" in imported
+    names = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "PIL": "pillow"}
+    assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
+
+
+def test_the_citation_names_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastdpo.__version__
+
+
+def test_the_workflows_run_what_is_here_and_actions_of_fixed_commits() -> None:
+    workflows = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    steps = [step for workflow in workflows for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {"run": ".ci/run"} in steps
+    for step in steps:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step.get("uses", f"none/none@{40 * '0'}")), step
+        for name in re.findall(r"\.ci/[\w.]+", step.get("run", "")):
+            assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from fastdpo.commands import device_report, head_check
-from fastdpo.commands.findings import Findings
+from fastdpo.commands.doctor import device_report, head_check
+from fastdpo.commands.doctor.findings import Findings
 from fastdpo.model.attention import backends
 from tests.helpers.command import Run, command
 from tests.helpers.tiny import make_model

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from fastdpo.commands.findings import Findings
-from fastdpo.commands.head_check import Row, check_head, dtypes, impls, is_accurate
+from fastdpo.commands.doctor.findings import Findings
+from fastdpo.commands.doctor.head_check import Row, check_head, dtypes, impls, is_accurate
 from fastdpo.head.op import implementation
 from fastdpo.model.attention import backends
 from fastdpo.model.layout import layout_of

@@ -1,4 +1,4 @@
-"""`fastdpo merge`: read the command line and check its paths, before `fastdpo.commands.merged_model` loads anything."""
+"""`fastdpo merge`: read the command line and check its paths, before `merged_model` loads anything."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def merge(adapter: str, options: Mapping[str, Any]) -> None:
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError(f"merge needs the package peft: {install('peft')}", name="peft")
 
-    from fastdpo.commands.merged_model import save_merged
+    from fastdpo.commands.merge.merged_model import save_merged
     from fastdpo.report.page import summary_table
 
     merged = save_merged(adapter, base, output, trust_remote_code=options.get("trust_remote_code", False))

@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from fastdpo.commands.findings import Findings
+from fastdpo.commands.doctor.findings import Findings
 from fastdpo.settings.config_file import install, local_path
 from fastdpo.settings.files import cache_home
 
@@ -60,7 +60,7 @@ def doctor(model: str | None, options: dict[str, Any]) -> None:
     _check_packages(found)
     _check_cache(found)
     if _check_imports(found):
-        from fastdpo.commands import device_report
+        from fastdpo.commands.doctor import device_report
 
         device = device_report.check_devices(found)
         device_report.check_serving(device, found)

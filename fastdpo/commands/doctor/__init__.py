@@ -1,0 +1,1 @@
+"""`fastdpo doctor`: what this machine has, and what fastdpo does on it."""

@@ -1,0 +1,1 @@
+"""`fastdpo merge`: an adapter becomes a part of its model."""
