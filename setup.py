@@ -11,5 +11,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels", "fastdpo.examples"],
     package_dir={"fastdpo.kernels": "kernels", "fastdpo.examples": "examples"},
-    package_data={"fastdpo.examples": ["quickstart.yaml", "quickstart/*.jsonl", "quickstart/model/*"]},
 )
