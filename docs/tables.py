@@ -1,31 +1,44 @@
-"""Write the tables of docs/migrating.md: python docs/migrating_table.py.
+"""Write the tables of the pages that say what the code says: python docs/tables.py.
 
-The names and defaults come from TRL, and what each does from the docstring of `fastdpo.DPOTrainer` and the help of
-`fastdpo.DPOConfig`, so the tables say what the code says.
+The settings and their defaults come from the source of fastdpo's configs, and what TRL has from TRL itself.
 """
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).with_name("migrating.md")
-MARK = "<!-- python docs/migrating_table.py writes {} -->\n"
+DOCS = Path(__file__).parent
+MARK = "<!-- python docs/tables.py writes {} -->\n"
 
 
 def write() -> None:
-    """Replace the tables of the page."""
-    page = PAGE.read_text()
-    for name, table in tables().items():
-        start, end = MARK.format(name), MARK.format(f"{name}, up to here")
-        page = page[: page.index(start) + len(start)] + table + page[page.index(end) :]
-    PAGE.write_text(page)
+    """Replace the tables of all pages."""
+    for name, tables in PAGES.items():
+        page = (DOCS / name).read_text()
+        for title, table in tables().items():
+            start, end = MARK.format(title), MARK.format(f"{title}, up to here")
+            page = page[: page.index(start) + len(start)] + table + page[page.index(end) :]
+        (DOCS / name).write_text(page)
 
 
-def tables() -> dict[str, str]:
-    """Return each table of the page, by its name there.
+def settings() -> dict[str, str]:
+    """Return the tables of settings.md: fastdpo's own settings, by their headings in the help."""
+    from fastdpo.settings.fields import TRANSFORMERS, settings
+
+    parts = []
+    for group, found in groupby(settings().values(), lambda setting: setting.group):
+        if group != TRANSFORMERS:
+            rows = [(f"`{each.name}`", f"`{each.default}`", each.help) for each in found]
+            parts.append(f"\n## {group}\n\n" + _table(("setting", "default", "what it does"), rows))
+    return {"the settings": "".join(parts) + "\n"}
+
+
+def migrating() -> dict[str, str]:
+    """Return the tables of migrating.md, by their names there.
 
     Raises:
         KeyError: fastdpo lacks an argument or a field of TRL's.
@@ -72,6 +85,9 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
+
+PAGES: dict[str, Callable[[], dict[str, str]]] = {"migrating.md": migrating, "settings.md": settings}
+"""The function that returns the tables of a page, by their titles."""
 
 if __name__ == "__main__":
     write()
