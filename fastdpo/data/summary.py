@@ -65,7 +65,8 @@ class Reporter:
         kept = np.flatnonzero(pc.equal(problems, ""))
         self._report_problems(problems)
         if not len(kept):
-            raise ValueError(f"{self.name} dataset has no usable row left out of {len(rows)}")
+            why = f"; row 0: {str(problems[0]).removeprefix('dropped: ')}" if len(rows) else ""
+            raise ValueError(f"{self.name} dataset has no usable row left out of {len(rows)}{why}")
         if self.is_silent:
             return kept
         notes = _rows_by_note(rows.data.column("notes"))

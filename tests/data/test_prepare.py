@@ -182,7 +182,7 @@ def test_errors_name_the_rows_and_the_way_out(prepare: Callable[..., Any]) -> No
 
 
 def test_nothing_left_is_an_error(prepare: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="no usable row left out of 1"):
+    with pytest.raises(ValueError, match="no usable row left out of 1; row 0: `chosen` is empty"):
         prepare([{**GOOD, "chosen": ""}], on_bad_row="drop")
 
 
