@@ -1,6 +1,7 @@
-"""Write the tables of the pages that say what the code says: python docs/tables.py.
+"""Write the tables of the pages that say what the code says: python -m docs.tables.
 
-The settings and their defaults come from the source of fastdpo's configs, and what TRL has from TRL itself.
+The settings and their defaults come from the source of fastdpo's configs, what TRL has from TRL itself, and figures
+from the measurements in benchmarks/results/.
 """
 
 import inspect
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-MARK = "<!-- python docs/tables.py writes {} -->\n"
+MARK = "<!-- python -m docs.tables writes {} -->\n"
 
 
 def write() -> None:
@@ -86,7 +87,26 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
-PAGES: dict[str, Callable[[], dict[str, str]]] = {"migrating.md": migrating, "settings.md": settings}
+def steps() -> dict[str, str]:
+    """Return the table of whole training steps, for README."""
+    from benchmarks import report
+
+    return {"the steps": report.steps()}
+
+
+def measured() -> dict[str, str]:
+    """Return the tables of benchmarks.md, from the measurements that are committed."""
+    from benchmarks import report
+
+    return {"the steps": report.steps(), "the levers": report.levers(), "the head": report.head()}
+
+
+PAGES: dict[str, Callable[[], dict[str, str]]] = {
+    "../README.md": steps,
+    "benchmarks.md": measured,
+    "migrating.md": migrating,
+    "settings.md": settings,
+}
 """The function that returns the tables of a page, by their titles."""
 
 if __name__ == "__main__":

@@ -14,5 +14,5 @@ def test_the_tables_are_up_to_date(page: str) -> None:
     text = (tables.DOCS / page).read_text()
     for name, table in tables.PAGES[page]().items():
         assert tables.MARK.format(name) + table + tables.MARK.format(f"{name}, up to here") in text, (
-            f"the table of {name} in docs/{page} is out of date; run python docs/tables.py"
+            f"the table of {name} in docs/{page} is out of date; run python -m docs.tables"
         )
