@@ -13,13 +13,19 @@ A slot has two barriers. `full` completes a phase when the bytes of a copy have 
 have read them. Use number k of a slot waits for phase k of `full`, and is filled after phase k - 1 of `empty`. A
 barrier holds only the parity of its phase, which is enough: neither side can be two phases ahead of the other.
 
-The kernel serves 16-bit inputs that TMA can read, with any scale, a soft-cap and tile masses, and has no bias, no
-low-rank addition and no statistics: `serves_gluon` says so, and the launcher hands all other calls to
-`linear_logprobs_forward`. Triton's interpreter can't run Gluon; `tests/helpers/warp_simulator.py` runs this file, with
-copies and matmuls that end late and in any order.
+The kernel serves 16-bit inputs that TMA can read, with any scale, a soft-cap and tile masses. For a bias, a low-rank
+addition or statistics, its launcher calls `linear_logprobs_forward`.
+
+This kernel has not run on a GPU yet. A mistake in its barriers would raise no error: the kernel would never end, and
+the process could not end it either. So `impl="auto"` tries it only with FASTDPO_GLUON=1 in the environment, and
+`benchmarks/gluon_forward.py` runs it under a time limit. Its source is executed without a GPU by
+`tests/helpers/warp_simulator.py`, with copies and matmuls that end late and in any order, because Triton's interpreter
+can't run Gluon.
 
 Shapes: N rows, D hidden size, V vocabulary, S shares, J tiles of TILE tokens.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -146,10 +152,9 @@ def _fold_tile(
 
 @gluon.jit
 def _log_mass(total, shift):
-    """Return the natural logarithm of total * 2^shift."""
+    """Return the natural logarithm of total * 2^shift, -inf for a total of 0."""
     LN2: gl.constexpr = 0.6931471805599453
-    is_empty = total == 0
-    return gl.where(is_empty, float("-inf"), (shift + gl.log2(gl.where(is_empty, 1.0, total))) * LN2)
+    return (shift + gl.log2(total)) * LN2
 
 
 @gluon.jit
@@ -286,15 +291,19 @@ def linear_logprobs_forward_gluon(
     stats: bool,
     *,
     tile_masses: bool = False,
-    low_rank: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
     splits: int | None = None,
+    **others: Any,
 ) -> ForwardOutput:
-    """Launch the kernel, or `linear_logprobs_forward` for what the kernel does not serve; arguments are those of it."""
-    if bias is not None or low_rank is not None or stats or not fits_gluon(hidden, weight):
+    """Launch the kernel, or hand the call to `linear_logprobs_forward` if it asks for more than the kernel serves.
+
+    Arguments are those of `linear_logprobs_forward`; the kernel serves none of `others`, such as low_rank.
+    """
+    asks_for_more = bias is not None or stats or any(value is not None for value in others.values())
+    if asks_for_more or not fits_gluon(hidden, weight):
         return linear_logprobs_forward(
             hidden, weight, targets, bias, scale, cap, stats,
-            tile_masses=tile_masses, low_rank=low_rank, config=config, splits=splits,
+            tile_masses=tile_masses, config=config, splits=splits, **others,
         )  # fmt: skip
     (N, D), V = hidden.shape, weight.shape[0]
     config = config or (SOFTCAPPED_MASSES_CONFIG if tile_masses and cap is not None else CONFIG)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.head import eager
-from fastdpo.head.impl.interface import Transform
+import fastdpo
+from fastdpo.head import eager, linear_logprobs
+from fastdpo.head.impl import triton as triton_impl
+from fastdpo.head.impl.interface import Keep, LinearHead, Transform
 from fastdpo.kernels.linear_logprobs_forward import ForwardOutput
 from fastdpo.kernels.logits_tile import Config
 from tests.helpers.accuracy import assert_as_accurate
@@ -168,3 +170,55 @@ def test_a_slot_that_is_freed_too_early_is_found_in_any_schedule() -> None:
     for order in SCHEDULES:
         with pytest.raises(SimulatedFault):
             simulate(inputs, source=SOURCE.replace(WAIT_FULL, "pass"), order=order)
+
+
+@pytest.mark.parametrize("asked", ["bias", "stats", "low_rank", "something_new", "device"])
+def test_what_the_kernel_does_not_serve_goes_to_the_other_forward(asked: str) -> None:
+    inputs = make_inputs(torch.bfloat16, torch.device("cpu"), bias=asked == "bias", shape=(18, 40, 16))
+    module = Simulator(SOURCE).namespace
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    module.update(
+        fits_gluon=lambda *tensors: asked != "device", linear_logprobs_forward=lambda *a, **k: calls.append((a, k))
+    )
+    others = {asked: "value"} if asked in ("low_rank", "something_new") else {}
+    arguments = (*inputs, 1.0, None, asked == "stats")
+    module["linear_logprobs_forward_gluon"](*arguments, tile_masses=True, **others)
+    assert calls == [(arguments, {"tile_masses": True, "config": None, "splits": None, **others})]
+
+
+def test_fits_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = pytest.importorskip("fastdpo.kernels.linear_logprobs_forward_gluon")
+    hidden = torch.empty(2, 8, dtype=torch.bfloat16)
+    assert not module.fits_gluon(hidden, hidden), "on no GPU"
+    monkeypatch.setattr(module, "fits_tma", lambda *tensors: True)
+    for capability in ((9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert module.fits_gluon(hidden, hidden) == (capability == (9, 0))
+
+
+def test_the_implementation_takes_shares_from_its_masses() -> None:
+    inputs = make_inputs(torch.bfloat16, torch.device("cpu"), shape=(21, 300, 40))
+    module = Simulator(SOURCE).namespace
+    config = Config(BLOCK_N=16, BLOCK_V=2 * triton_impl.TILE, BLOCK_D=16, num_warps=4, num_stages=2)
+    module.update(CONFIG=config, fits_gluon=lambda *tensors: True)
+    head = LinearHead(inputs.weight, None, None, Transform())
+    launch = module["linear_logprobs_forward_gluon"]
+    result = triton_impl.forward(inputs.hidden, None, inputs.targets, head, keep=Keep(shares=True), launch=launch)
+    assert result.kept.shares is not None
+    exact = F.linear(inputs.hidden.double(), inputs.weight.double()).scatter(1, inputs.targets[:, None], -torch.inf)
+    shares = F.pad(exact.softmax(1), (0, 84)).unflatten(1, (3, 128)).sum(2)
+    torch.testing.assert_close(result.kept.shares.double(), shares, rtol=2**-8, atol=1e-6)
+    assert_as_accurate(result.others, exact.float().logsumexp(1), exact.logsumexp(1), "others")
+
+
+def test_a_call_that_is_not_served_is_computed_as_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastdpo.kernels.linear_logprobs_forward_gluon")
+    inputs = make_inputs(torch.float32, torch.device("cpu"), bias=True, shape=(5, 33, 16))
+    found = []
+    for impl in ("triton", "gluon"):
+        monkeypatch.setattr(linear_logprobs, "choose_impl", lambda *_, impl=impl: (impl, ""))
+        hidden = inputs.hidden.clone().requires_grad_()
+        logps = fastdpo.linear_logprobs(hidden, *inputs[1:])
+        logps.sum().backward()
+        found.append((logps.detach(), hidden.grad))
+    assert all(map(torch.equal, *found))
