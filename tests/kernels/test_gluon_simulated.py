@@ -33,13 +33,14 @@ def simulate(
     *,
     source: str = SOURCE,
     order: tuple[str, ...] = (),
-    config: Config = CONFIG,
+    config: Config | None = CONFIG,
     splits: int = 2,
     programs: int = 2,
+    tile: int = TILE,
 ) -> ForwardOutput:
     simulator = Simulator(source, order)
     module: dict[str, Any] = simulator.namespace
-    module.update(TILE=TILE, GROUP_N=2, processors=lambda x: programs, fits_gluon=lambda *tensors: True)
+    module.update(TILE=tile, GROUP_N=2, processors=lambda x: programs, fits_gluon=lambda *tensors: True)
     launch = module["linear_logprobs_forward_gluon"]
     result: ForwardOutput = launch(
         *inputs, *Transform.of(*options), False, tile_masses=True, config=config, splits=splits
@@ -47,19 +48,19 @@ def simulate(
     return result
 
 
-def reference(inputs: Inputs, options: Options, dtype: torch.dtype) -> dict[str, Tensor]:
+def reference(inputs: Inputs, options: Options, dtype: torch.dtype, tile: int) -> dict[str, Tensor]:
     z = F.linear(inputs.hidden.to(dtype), inputs.weight.to(dtype))
     x, slope = eager.transform_logits(z, *options), torch.ones_like(z)
     if options.softcap is not None:
         slope = 1 / (options.logit_scale * z / options.softcap).cosh().square()
     index = inputs.targets[:, None]
     rest = x.scatter(1, index, -torch.inf)
-    masses = F.pad(rest + slope.log(), (0, -x.shape[1] % TILE), value=-torch.inf).unflatten(1, (-1, TILE)).logsumexp(2)
+    masses = F.pad(rest + slope.log(), (0, -x.shape[1] % tile), value=-torch.inf).unflatten(1, (-1, tile)).logsumexp(2)
     return {"target_logits": x.gather(1, index)[:, 0], "others": rest.logsumexp(1), "tile_masses": masses}
 
 
-def check(inputs: Inputs, actual: ForwardOutput, options: Options = PLAIN) -> None:
-    exact, same_dtype = (reference(inputs, options, dtype) for dtype in (torch.float64, torch.float32))
+def check(inputs: Inputs, actual: ForwardOutput, options: Options = PLAIN, tile: int = TILE) -> None:
+    exact, same_dtype = (reference(inputs, options, dtype, tile) for dtype in (torch.float64, torch.float32))
     for name, e in exact.items():
         value = getattr(actual, name)
         possible = e > -torch.inf  # a tile may hold nothing but the target
@@ -95,6 +96,13 @@ CASES = [
 def test_shapes(shape: tuple[int, int, int], splits: int, programs: int, config: Config) -> None:
     inputs = make_inputs(torch.bfloat16, torch.device("cpu"), shape=shape)
     check(inputs, simulate(inputs, config=config, splits=splits, programs=programs))
+
+
+@pytest.mark.parametrize("options", [TRANSFORMS[1], TRANSFORMS[2]])
+def test_production_tiles(options: Options) -> None:
+    inputs = make_inputs(torch.bfloat16, torch.device("cpu"), shape=(150, 700, 200))
+    actual = simulate(inputs, options, config=None, tile=triton_impl.TILE)
+    check(inputs, actual, options, triton_impl.TILE)
 
 
 def test_every_schedule_gives_the_same_bits() -> None:
