@@ -18,7 +18,7 @@
 # twice: for 540 seconds, then with BUDGET=200 for what is left. A failing part stops no other. A
 # second run with the same OUT_DIR does what is still missing: it repeats no part that came to its end, and the tables
 # go on at the first case that they lack. Put OUT_DIR back if it was moved, and start a fresh one when the code has
-# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), probe.log, head.log, training.log and tests.log,
+# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), probe.log, head.log, gluon.log, training.log and tests.log,
 # and head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts
 # have ended well.
 #
@@ -111,6 +111,7 @@ if [[ ${SUITE_SIZE:-full} == smoke ]]; then
 else
     probe
     head_table h200 330
+    part gluon 100 gluon.log "124 137" "$python" -m benchmarks.gluon_forward # it may deadlock: it has never run
     training_table gpu 120
     mapfile -t marked < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
     tests gpu 90 -m gpu "${marked[@]}"

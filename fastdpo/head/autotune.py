@@ -9,6 +9,7 @@ processes find it. The first round does not count, because it compiles.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ from fastdpo.untrusted.json_files import read_json
 logger = logging.getLogger("fastdpo")
 
 ROUNDS = 4
+GLUON_FORWARD = "fastdpo.kernels.linear_logprobs_forward_gluon"
 
 Event = torch.cuda.Event
 _verdicts: dict[str, str] | None = None  # the content of the file, after it was read
@@ -139,8 +141,33 @@ def has_triton() -> bool:
     return found
 
 
-def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
-    """Return the implementation that serves the call, and the key of the trial it is part of ("" if none)."""
+@cache
+def has_gluon() -> bool:
+    """Whether the installed Triton has what the warp-specialised forward is written in."""
+    if not has_triton():
+        return False
+    try:
+        import_module(GLUON_FORWARD)
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: its names may change, or be left out
+        logger.debug("head: this Triton can't compile the warp-specialised forward (%s)", error)
+        return False
+    return True
+
+
+def may_try_gluon(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the user has allowed the warp-specialised forward, and it fits the device and the inputs."""
+    if os.environ.get("FASTDPO_GLUON", "0") != "1" or not has_gluon():
+        return False
+    return bool(import_module(GLUON_FORWARD).fits_gluon(hidden, weight))
+
+
+def choose_impl(
+    impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool, plain: bool = False
+) -> tuple[str, str]:
+    """Return the implementation that serves the call, and the key of the trial it is part of ("" if none).
+
+    `plain` says that the call has neither a bias nor a low-rank addition and asks for no statistics.
+    """
     measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
     if not measures or not has_triton():
         return impl, ""
@@ -158,4 +185,8 @@ def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sp
         "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
         "sparse" if sparse and any(needs) else "dense",
     ]
-    return pick(", ".join(key), ("triton", "blas")), ", ".join(key)
+    candidates: tuple[str, ...] = ("triton", "blas")
+    if plain and may_try_gluon(hidden, weight):
+        candidates += ("gluon",)
+        key.append("gluon")
+    return pick(", ".join(key), candidates), ", ".join(key)

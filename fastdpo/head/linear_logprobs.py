@@ -192,7 +192,8 @@ def _compute(
         sparse = is_captured(hidden) or not sparsity.expect_dense(density_key(hidden, weight))
         if not sparse and backward == "sparse":
             _say_dense()
-    impl, trial = choose_impl(impl, hidden, weight, needs, sparse)
+    plain = bias is None and low_rank is None and not with_stats
+    impl, trial = choose_impl(impl, hidden, weight, needs, sparse, plain)
     outputs = linear_logprobs_op(
         hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
         backward != "sparse", start, V, workspace, trial,

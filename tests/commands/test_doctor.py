@@ -266,3 +266,13 @@ def test_findings_are_readable_at_80_columns(capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert out.endswith("nothing is wrong\n")
+
+
+def test_the_gluon_forward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTDPO_GLUON", raising=False)
+    monkeypatch.setattr(device_report, "has_gluon", lambda: True)
+    assert "FASTDPO_GLUON=1 lets" in device_report._gluon()
+    monkeypatch.setenv("FASTDPO_GLUON", "1")
+    assert "FASTDPO_GLUON=1 allows" in device_report._gluon()
+    monkeypatch.setattr(device_report, "has_gluon", lambda: False)
+    assert "can't compile" in device_report._gluon()

@@ -192,3 +192,49 @@ def test_the_version_of_the_kernels_follows_triton_and_the_code(monkeypatch: pyt
     assert now() == before
     monkeypatch.setattr(autotune, "import_module", lambda name: SimpleNamespace(__version__="0.0.1"))
     assert now() != before
+
+
+@pytest.fixture
+def hopper(device_of_its_own: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which the Gluon forward fits, and a user who allows it."""
+    monkeypatch.setenv("FASTDPO_GLUON", "1")
+    monkeypatch.setattr(autotune, "has_gluon", lambda: True)
+    monkeypatch.setattr(autotune, "version_of_kernels", lambda: "some")
+    monkeypatch.setattr(autotune, "import_module", lambda name: SimpleNamespace(fits_gluon=lambda *tensors: True))
+
+
+def candidates(**options: bool) -> set[str]:
+    hidden: Any = OnDevice()
+    needs = [True, False, False, False, False]
+    return {autotune.choose_impl("auto", hidden, torch.empty(7, 4), needs, True, **options)[0] for _ in range(3)}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_gluon_forward_is_a_candidate_if_it_serves_the_call() -> None:
+    assert candidates(plain=True) == {"triton", "blas", "gluon"}
+    assert candidates() == {"triton", "blas"}, "a bias, a low-rank addition or statistics"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("lacking", ["permission", "Gluon", "Hopper", "one process"])
+def test_the_gluon_forward_is_absent_quietly(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if lacking == "permission":
+        monkeypatch.delenv("FASTDPO_GLUON")
+    monkeypatch.setattr(autotune, "has_gluon", lambda: lacking != "Gluon")
+    module = SimpleNamespace(fits_gluon=lambda *tensors: lacking != "Hopper")
+    monkeypatch.setattr(autotune, "import_module", lambda name: module)
+    monkeypatch.setattr(autotune, "several_ranks", lambda: lacking == "one process")
+    assert "gluon" not in candidates(plain=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", [ImportError("no gluon"), AttributeError("no jit")])
+def test_a_triton_whose_gluon_differs_is_no_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(autotune, "import_module", fail)
+    monkeypatch.setattr(autotune, "has_triton", lambda: True)
+    assert autotune.has_gluon.__wrapped__() is False

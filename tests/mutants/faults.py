@@ -26,6 +26,9 @@ OFFSETS = "tests/kernels/test_forward_kernel.py -k 2_to_the_31"
 OUTSIDE = "tests/kernels/test_forward_kernel.py -k 'target_outside or shards'"
 DLOGITS = "tests/kernels/test_forward_kernel.py -k 'test_backward or impossible'"
 CHOICES = "tests/kernels/test_forward_kernel.py -k 'tma_is_for or no_more_shares or fill'"
+GLUON = "tests/kernels/test_gluon_simulated.py -k 'results or shapes or schedule or implementation'"
+GLUON_CALLS = "tests/kernels/test_gluon_simulated.py -k 'not_serve or hopper'"
+CANDIDATES = "tests/head/test_autotune.py -k gluon"
 STATS = "tests/head/test_impl_triton.py -k '(every_option and float64) or first_of_equal'"
 EDGES = "tests/head/test_impl_triton.py -k 'only_token or tanh_is_small or float16_gradients or workspace'"
 SPARSE = "tests/head/test_sparse_triton.py -k '(same_as and softcap) or shares_add or last_cell'"
@@ -137,6 +140,33 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "range(pid_s * (tiles // S), (pid_s + 1) * (tiles // S))"),
         Fault("more-shares-than-tiles", CHOICES, "empty shares are launched", "GROUP_N))), tiles, MAX_SPLITS)",
               "GROUP_N))), MAX_SPLITS)"),
+    ],
+    "kernels/linear_logprobs_forward_gluon.py": [
+        Fault("gluon-phase", GLUON, "the producer waits for the wrong phase", "((step // STAGES) & 1) ^ 1)",
+              "(step // STAGES) & 1)"),
+        Fault("gluon-freed-early", GLUON, "a slot is freed while the last matmul reads it",
+              "mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred",
+              "mbarrier.arrive(empty.index(step % STAGES), pred"),
+        Fault("gluon-bytes", GLUON, "the bytes of weight are not waited for",
+              "hidden_desc.block_type.nbytes + weight_desc.block_type.nbytes", "hidden_desc.block_type.nbytes"),
+        Fault("gluon-halves", GLUON, "the consumers take each other's rows", "slice(HALF * ROWS",
+              "slice((1 - HALF) * ROWS"),
+        Fault("gluon-target", GLUON, "a later tile makes a target's logit 0", "t += gl.sum(gl.where(is_target",
+              "t = gl.sum(gl.where(is_target"),
+        Fault("gluon-edge", GLUON, "tokens past the end of the vocabulary count", "(offs_v < V)[None, :] & (offs_v",
+              "(offs_v < V + BLOCK_V)[None, :] & (offs_v"),
+        Fault("gluon-slope", GLUON, "the log-sum-exp of a soft-cap is weighted by slopes",
+              "s = rescale * s + gl.sum(e, axis=1)\n            e *= slope",
+              "e *= slope\n            s = rescale * s + gl.sum(e, axis=1)"),
+        Fault("gluon-right-mass", GLUON, "the second mass of a tile is that of the first", "_log_mass(right, shift)",
+              "_log_mass(left, shift)"),
+        Fault("gluon-total", GLUON, "a row's sum has half of each tile", "total = left + right", "total = left"),
+        Fault("gluon-negative", GLUON, "a negative scale finds the minimum", "IS_NEGATIVE=cap is None and scale < 0",
+              "IS_NEGATIVE=False"),
+        Fault("gluon-others", GLUON_CALLS, "a low-rank addition is forgotten",
+              "any(value is not None for value in others.values())", "False"),
+        Fault("gluon-blackwell", GLUON_CALLS, "a chip without this matmul is taken", "hidden.device) == (9, 0)",
+              "hidden.device) >= (9, 0)"),
     ],
     "kernels/linear_logprobs_forward_tma.py": [
         Fault("tma-depth", FORWARD, "weight stays at the first tile of D",
@@ -466,6 +496,12 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("code-in-arguments", TRUST, "model_init_kwargs may run code", "    _check_code(values)", "    pass"),
         Fault("folder-trusted", TRUST, "a model's folder is trusted without the flag",
               'trusts_code=values.get("trust_remote_code") is True)', "trusts_code=True)"),
+    ],
+    "fastdpo/head/autotune.py": [
+        Fault("gluon-allowed", CANDIDATES, "an untried kernel is timed unasked", '"FASTDPO_GLUON", "0"',
+              '"FASTDPO_GLUON", "1"'),
+        Fault("gluon-any-call", CANDIDATES, "calls that it does not serve are trials of it",
+              "if plain and may_try_gluon", "if may_try_gluon"),
     ],
     "fastdpo/head/vocab_parallel.py": [
         Fault("shard-max", RANKS, "ranks merge relative to their maximum", "merged = largest[1] + total.log()",

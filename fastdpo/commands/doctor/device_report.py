@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from fastdpo.commands.doctor.findings import Findings
 from fastdpo.commands.doctor.head_check import Row, check_head, dtypes, impls, is_accurate
+from fastdpo.head.autotune import has_gluon
 from fastdpo.head.op import implementation
 from fastdpo.model.attention import backends
 from fastdpo.model.layout import layout_of
@@ -74,6 +75,8 @@ def check_serving(device: torch.device, found: Findings) -> None:
         found.advice.append("pip install triton: without it, the head runs in PyTorch on this GPU, which is slower")
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "1":
         found.advice.append("unset TRITON_INTERPRET, which lets an interpreter on the CPU run the Triton kernels")
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0):
+        found.line("Gluon", _gluon())
     _check_attention(device, found)
 
     found.heading("the head against plain PyTorch: relative errors against float64")
@@ -90,6 +93,15 @@ def check_serving(device: torch.device, found: Findings) -> None:
         found.line("accurate", "every error is at most twice PyTorch's own, or rounding")
     if "triton" in names:
         _check_triton([row for row in wrong if row.impl in names and row.failure], found)
+
+
+def _gluon() -> str:
+    """Say whether the head may take its warp-specialised forward."""
+    if not has_gluon():
+        return "this Triton can't compile the warp-specialised forward"
+    if os.environ.get("FASTDPO_GLUON", "0") == "1":
+        return "the warp-specialised forward is timed too, as FASTDPO_GLUON=1 allows; it is not tested on a GPU yet"
+    return "the warp-specialised forward is not tested on a GPU yet; FASTDPO_GLUON=1 lets the head time it too"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

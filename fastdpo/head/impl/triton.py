@@ -16,6 +16,7 @@ dweight must be exact. There are no atomics and no synchronisation with the host
 Names and shapes are those of `fastdpo.head.impl.interface`.
 """
 
+from collections.abc import Callable
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from fastdpo.head.impl.interface import (
 from fastdpo.head.impl.sparsity import Selection
 from fastdpo.head.impl.tiles import Rows, addmm, ieee_matmul, slices
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
-from fastdpo.kernels.linear_logprobs_forward import linear_logprobs_forward
+from fastdpo.kernels.linear_logprobs_forward import ForwardOutput, linear_logprobs_forward
 from fastdpo.kernels.row_lists import TILE, row_lists
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
 from fastdpo.kernels.sparse_dlogits import sparse_dlogits
@@ -68,8 +69,9 @@ def forward(
     stats: bool = False,
     keep: Keep = NOTHING,
     workspace: int = WORKSPACE_BYTES,
+    launch: Callable[..., ForwardOutput] = linear_logprobs_forward,
 ) -> Forward:
-    """Compute the `Forward` of arguments that have been checked."""
+    """Compute the `Forward` of arguments that have been checked; `launch` runs the kernel on a slice of rows."""
     N, V = hidden.shape[0], head.weight.shape[0]
     kept = kept_like(hidden, head, keep, workspace)
     rows = N
@@ -77,7 +79,7 @@ def forward(
         rows = workspace // 2 // (4 * -(-V // TILE)) // 2048 * 2048
     parts = []
     for rs in slices(N, max(2048, rows)):
-        part = linear_logprobs_forward(
+        part = launch(
             hidden[rs], head.weight, targets[rs], head.bias, *head.transform, stats,
             tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
         )  # fmt: skip
