@@ -86,6 +86,8 @@ def _run(words: list[str]) -> None:
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
     elif command in TOOLS:
+        if os.environ.get("RANK", "0") != "0":  # a tool is for one process
+            return
         if (text := run_tool(command, rest, EXIT_CODES)) is not None:
             _show(text)
     elif command not in COMMANDS:
@@ -216,7 +218,8 @@ def precompute(config: Path | None, overrides: dict[str, Any]) -> None:
 
     run, args = make_configs(chosen)
     _trainer(run, args)  # the trainer precomputes when it is made, before a first step
-    print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
+    if args.process_index == 0:
+        print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
 def score(config: Path | None, overrides: dict[str, Any]) -> None:
@@ -229,37 +232,9 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
             "training started"
         )
 
-    from fastdpo.data.prepare import limits_of
-    from fastdpo.model.policy import load_policy
-    from fastdpo.reference.precompute import options_of
-    from fastdpo.report.page import summary_table
-    from fastdpo.run import load_datasets, load_model, load_reference, make_configs
-    from fastdpo.scoring import score as score_rows
+    from fastdpo.commands.score import score_run
 
-    run, args = make_configs(chosen)
-    train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
-    output = Path(args.output_dir) / "scores.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    options = options_of(args)  # the precision and batch size of training
-    result = score_rows(
-        load_policy(model, args).to(args.device),
-        reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
-        train_dataset if eval_dataset is None else eval_dataset,
-        tokenizer=tokenizer,
-        beta=args.beta,
-        on_bad_row=args.on_bad_row,
-        output=output,
-        ref_adapter_name=args.ref_adapter_name,
-        cache_dir=args.reference_cache_dir,
-        **limits_of(args),
-        **options,
-    )
-    rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]
-    if result.accuracy is not None:
-        rows.append(("pairs in the right order", f"{result.accuracy:.3f}"))
-    print(summary_table(rows, ("scored", "")))  # noqa: T201
-    print(f"scores: {output}")  # noqa: T201
+    score_run(chosen)
 
 
 def plan(config: Path | None, overrides: dict[str, Any]) -> None:
@@ -271,6 +246,9 @@ def plan(config: Path | None, overrides: dict[str, Any]) -> None:
     from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
     run, args = make_configs(chosen)
+    if args.process_index > 0:  # the first process makes the plan
+        return
+    options.setdefault("processes", args.world_size)
     dataset, _ = load_datasets(run, args.seed)
     found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
     picture = Path(args.output_dir) / "plan.png"
