@@ -321,7 +321,16 @@ OPTIONS = {
         "gpu_memory": Setting(
             "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", "The plan"
         ),
-        "processes": Setting("processes", frozenset({"int"}), "1", "Number of GPUs to plan for.", "The plan"),
+        "processes": Setting(
+            "processes", frozenset({"int"}), "1, or of this job", "Number of GPUs to plan for.", "The plan"
+        ),
+        "strategy": Setting(
+            "strategy",
+            frozenset({"str"}),
+            "the config's",
+            "How they divide the work: ddp, fsdp2, zero1, zero2 or zero3.",
+            "The plan",
+        ),
     }
 }
 """Options that a command has besides the settings of a run."""

@@ -1,4 +1,4 @@
-"""Commands on two processes: the work is divided, written once and said once."""
+"""Two processes divide the work of commands, the rows of a stream and the weights; they write and say things once."""
 
 import json
 import os
@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastdpo.model.adapters import with_adapter
+from fastdpo.plan.resident import Job, resident, units_of
 from tests.helpers import command_ranks
+from tests.helpers.trainers import lora, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples/quickstart/model"
@@ -52,10 +55,16 @@ def run_all(folder: Path) -> str:
     return str(folder)
 
 
+def found(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What both processes found under a name."""
+    return [json.loads((folder / f"rank{rank}.json").read_text())[name] for rank in range(2)]
+
+
 def ranks(folder: Path, command: str) -> list[dict[str, Any]]:
-    found = [json.loads((folder / f"rank{rank}.json").read_text())[command] for rank in range(2)]
-    assert [each["code"] for each in found] == [0, 0]
-    return found
+    """What both processes found of a command that succeeded."""
+    results = found(folder, command)
+    assert [each["code"] for each in results] == [0, 0]
+    return results
 
 
 @pytest.mark.slow
@@ -87,6 +96,46 @@ def test_scores_are_those_of_one_process(folder: Path, tmp_path: Path, monkeypat
     assert (folder / "scores" / "scores.jsonl").read_bytes() == (tmp_path / "scores.jsonl").read_bytes()
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 23
     assert ranks(folder, "score")[0]["out"].splitlines()[:-1] == one["out"].splitlines()[:-1]
+
+
+@pytest.mark.slow
+def test_processes_divide_a_stream_without_an_end(folder: Path) -> None:
+    """Each row is used once, only rows that are needed soon are read, and a resumed run reads on where it stopped."""
+    whole, resumed = ([rank[part] for rank in found(folder, "stream")] for part in ("whole", "resumed"))
+    used = [[row for batch, _ in rank["seen"] for row in batch] for rank in whole]
+    assert [len(rows) for rows in used] == [16, 16]
+    assert sorted(used[0] + used[1]) == list(range(32))
+    assert max(rank["pulled"] for rank in whole) < 64
+    assert [rank["seen"] for rank in resumed] == [rank["seen"][4:] for rank in whole]
+
+
+@pytest.mark.slow
+def test_the_balance_of_processes_is_logged(folder: Path) -> None:
+    ranks = [rank["whole"] for rank in found(folder, "stream")]
+    for step in range(4):
+        first, second = ([tokens for _, tokens in rank["seen"][2 * step : 2 * step + 2]] for rank in ranks)
+        longest = sum(map(max, first, second))
+        entry = ranks[0]["log"][step]
+        assert entry["balance/lost"] == pytest.approx(1 - (sum(first) + sum(second)) / 2 / longest)
+        spread = 2 * abs(sum(first) - sum(second)) / (sum(first) + sum(second))
+        assert entry["balance/step_spread"] == pytest.approx(spread)
+        assert entry["balance/lost"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_fsdp_keeps_the_bytes_that_a_plan_computes(tuning: str, folder: Path) -> None:
+    """Of an odd vocabulary, so that shards are rounded up."""
+    counted = found(folder, "fsdp2")[0][tuning]
+    model = tiny_llama()
+    others = units_of(tiny_llama().requires_grad_(False)) if tuning == "full" else []
+    if tuning == "lora":
+        model = with_adapter(model, lora())
+    planned = resident(
+        units_of(model), others, job=Job("fsdp2", 2), optimizer="adamw_torch", compute=torch.float32, upcasts=False
+    )
+    assert counted.items() <= planned._asdict().items()
+    assert counted["weights"] < 0.6 * sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.slow
