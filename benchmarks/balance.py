@@ -49,7 +49,8 @@ def rows_of(way: str, sizes: np.ndarray[Any, Any], processes: int) -> np.ndarray
     if way == "random":
         order = np.random.default_rng(1).permutation(len(sizes))
         whole = order[: len(order) // (8 * processes) * 8 * processes]
-        return sizes[whole, 0].reshape(-1, processes, 8).sum(2)
+        rows: np.ndarray[Any, Any] = sizes[whole, 0].reshape(-1, processes, 8).sum(2)
+        return rows
     plan = BudgetSampler(sizes, tokens_per_batch=16384, world_size=processes).plan(0)
     return np.array([sizes[batch, 0].sum() for batch in plan]).reshape(-1, processes)
 
