@@ -261,21 +261,23 @@ def _trainer(run: Any, args: Any) -> Any:
     """Make the trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
     from fastdpo.run import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
+    from fastdpo.trainer.failing_together import failing_together
 
-    train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
-    if eval_dataset is None:
-        args.set_evaluate(strategy="no")
-    args.eval_on_start = eval_dataset is not None
-    return DPOTrainer(
-        model=model,
-        ref_model=load_reference(run, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=lora(run),
-    )
+    with failing_together(args):
+        train_dataset, eval_dataset = load_datasets(run, args.seed)
+        model, tokenizer = load_model(run, args)
+        if eval_dataset is None:
+            args.set_evaluate(strategy="no")
+        args.eval_on_start = eval_dataset is not None
+        return DPOTrainer(
+            model=model,
+            ref_model=load_reference(run, args),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=lora(run),
+        )
 
 
 def _report(
@@ -321,9 +323,7 @@ OPTIONS = {
         "gpu_memory": Setting(
             "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", "The plan"
         ),
-        "processes": Setting(
-            "processes", frozenset({"int"}), "1, or of this job", "Number of GPUs to plan for.", "The plan"
-        ),
+        "processes": Setting("processes", frozenset({"int"}), "this job's", "Number of GPUs to plan for.", "The plan"),
         "strategy": Setting(
             "strategy",
             frozenset({"str"}),

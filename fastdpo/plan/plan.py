@@ -97,7 +97,13 @@ def make_plan(
     """
     if gpu_memory is not None and gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory}")
-    job = Job(_strategy(args) if strategy is None else strategy, processes, args.gradient_accumulation_steps)
+    sums: Any = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    job = Job(
+        _strategy(args) if strategy is None else strategy,
+        processes,
+        args.gradient_accumulation_steps,
+        syncs_each=bool(sums.get("sync_each_batch")),
+    )
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code

@@ -5,7 +5,7 @@ The sizes are those of the shards that FSDP2, as accelerate sets it up, and Deep
 | strategy | weights | gradients | optimizer |
 |---|---|---|---|
 | `ddp` | whole | whole, and again in the buckets that are sent | whole |
-| `fsdp2` | sharded along each first dimension, in float32 if trained | sharded | sharded |
+| `fsdp2` | sharded along each first dimension, in float32 if trained | sharded, but whole while they add up | sharded |
 | `zero1` | whole, in the dtype of the computation | whole | sharded, with a float32 copy of the trained weights |
 | `zero2` | whole, in the dtype of the computation | sharded | as zero1 |
 | `zero3` | sharded, in the dtype of the computation | sharded | as zero1 |
@@ -43,6 +43,8 @@ class Job:
     processes: int = 1
     micro_batches: int = 1
     """Micro-batches of an optimizer step on each process."""
+    syncs_each: bool = False
+    """Whether gradients are sent after each micro-batch (`sync_each_batch`), instead of after the last one."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -134,7 +136,7 @@ def resident(
             gradients=gradients,
             optimizer=total(states * w.numel * (1 if of_8_bits else w.itemsize) for w in trained),
             buffers=gradients if n > 1 else 0,
-            sent=round(2 * share * gradients),
+            sent=round(2 * share * gradients * (job.micro_batches if job.syncs_each else 1)),
         )
     runs = 1 + bool(runs_reference and not reference)  # forwards of the policy
     if job.strategy == "fsdp2":
@@ -143,8 +145,8 @@ def resident(
             return w.of_rows(n) * (4 if w.trained and upcasts else w.itemsize)
 
         gradients = total(map(kept, trained))
-        if job.micro_batches > 1:  # they are added up whole, and sharded with the last micro-batch
-            gradients += numel * c
+        if job.micro_batches > 1 and not job.syncs_each:  # they are added up whole, and sharded by the last backward
+            gradients = max(gradients, numel * c)
         gathered = _gathered(policy) * runs + _gathered(policy[:-1]) + (_gathered(reference[:-1]) if reference else 0)
         return Resident(
             weights=total(map(kept, [*trained, *frozen])),
@@ -152,7 +154,9 @@ def resident(
             gradients=gradients,
             optimizer=total(states * (w.of_rows(n) if of_8_bits else kept(w)) for w in trained),
             buffers=_fsdp_buffers(policy, reference, c) if n > 1 else 0,
-            sent=round(share * c * (job.micro_batches * gathered + numel)),
+            sent=round(
+                share * c * (job.micro_batches * gathered + numel * (job.micro_batches if job.syncs_each else 1))
+            ),
         )
     stage = int(job.strategy[-1])
     over = n if stage == 3 else 1
