@@ -24,7 +24,7 @@ PAGE, NUMBERS = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/computed/ba
 MARK = "<!-- python -m benchmarks.balance {} the table of balance -->\n"
 
 PROFILES = ("ultrafeedback", "hh", "tldr")
-PROCESSES = (2, 8, 64)
+PROCESSES = (2, 8, 64, 256)
 PAIRS, MAX_LENGTH, ACCUMULATION = 60_000, 2048, 4
 WAYS = {
     "random": "`per_device_train_batch_size=8`, in random order",
