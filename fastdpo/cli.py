@@ -86,6 +86,8 @@ def _run(words: list[str]) -> None:
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
     elif command in TOOLS:
+        if os.environ.get("RANK", "0") != "0":  # a tool is for one process
+            return
         config = run_tool(command, rest, EXIT_CODES, _show)
         if config is not None:
             train(config, {})
@@ -217,7 +219,8 @@ def precompute(config: Path | None, overrides: dict[str, Any]) -> None:
 
     run, args = make_configs(chosen)
     _trainer(run, args)  # the trainer precomputes when it is made, before a first step
-    print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
+    if args.process_index == 0:
+        print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
 
 def score(config: Path | None, overrides: dict[str, Any]) -> None:
@@ -230,37 +233,9 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
             "training started"
         )
 
-    from fastdpo.data.prepare import limits_of
-    from fastdpo.model.policy import load_policy
-    from fastdpo.reference.precompute import options_of
-    from fastdpo.report.page import summary_table
-    from fastdpo.run import load_datasets, load_model, load_reference, make_configs
-    from fastdpo.scoring import score as score_rows
+    from fastdpo.commands.score import score_run
 
-    run, args = make_configs(chosen)
-    train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
-    output = Path(args.output_dir) / "scores.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    options = options_of(args)  # the precision and batch size of training
-    result = score_rows(
-        load_policy(model, args).to(args.device),
-        reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
-        train_dataset if eval_dataset is None else eval_dataset,
-        tokenizer=tokenizer,
-        beta=args.beta,
-        on_bad_row=args.on_bad_row,
-        output=output,
-        ref_adapter_name=args.ref_adapter_name,
-        cache_dir=args.reference_cache_dir,
-        **limits_of(args),
-        **options,
-    )
-    rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]
-    if result.accuracy is not None:
-        rows.append(("pairs in the right order", f"{result.accuracy:.3f}"))
-    print(summary_table(rows, ("scored", "")))  # noqa: T201
-    print(f"scores: {output}")  # noqa: T201
+    score_run(chosen)
 
 
 def plan(config: Path | None, overrides: dict[str, Any]) -> None:
@@ -272,6 +247,9 @@ def plan(config: Path | None, overrides: dict[str, Any]) -> None:
     from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
     run, args = make_configs(chosen)
+    if args.process_index > 0:  # the first process makes the plan
+        return
+    options.setdefault("processes", args.world_size)
     dataset, _ = load_datasets(run, args.seed)
     found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
     picture = Path(args.output_dir) / "plan.png"
@@ -284,21 +262,23 @@ def _trainer(run: Any, args: Any) -> Any:
     """Make the trainer of a run; without a held-out split nothing is evaluated, whatever the config says."""
     from fastdpo.run import load_datasets, load_model, load_reference, lora
     from fastdpo.trainer import DPOTrainer
+    from fastdpo.trainer.failing_together import failing_together
 
-    train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
-    if eval_dataset is None:
-        args.set_evaluate(strategy="no")
-    args.eval_on_start = eval_dataset is not None
-    return DPOTrainer(
-        model=model,
-        ref_model=load_reference(run, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=lora(run),
-    )
+    with failing_together(args):
+        train_dataset, eval_dataset = load_datasets(run, args.seed)
+        model, tokenizer = load_model(run, args)
+        if eval_dataset is None:
+            args.set_evaluate(strategy="no")
+        args.eval_on_start = eval_dataset is not None
+        return DPOTrainer(
+            model=model,
+            ref_model=load_reference(run, args),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=lora(run),
+        )
 
 
 def _report(
@@ -344,7 +324,14 @@ OPTIONS = {
         "gpu_memory": Setting(
             "gpu_memory", frozenset({"float"}), "this machine's", "GiB of GPU memory to plan for.", "The plan"
         ),
-        "processes": Setting("processes", frozenset({"int"}), "1", "Number of GPUs to plan for.", "The plan"),
+        "processes": Setting("processes", frozenset({"int"}), "this job's", "Number of GPUs to plan for.", "The plan"),
+        "strategy": Setting(
+            "strategy",
+            frozenset({"str"}),
+            "the config's",
+            "How they divide the work: ddp, fsdp2, zero1, zero2 or zero3.",
+            "The plan",
+        ),
     }
 }
 """Options that a command has besides the settings of a run."""

@@ -3,11 +3,13 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from fastdpo.model.policy import smallest_vocab
 from fastdpo.model.scoring_forward import is_patched, patch_forward
 from fastdpo.model.self_check import checked_layout
 from fastdpo.reference.cache import Logps
+from fastdpo.reference.exchange import exchange
 from fastdpo.reference.precompute import token_logps
 from fastdpo.settings.files import write_file
 
@@ -51,6 +54,7 @@ def score(
     output: Path | str | None = None,
     ref_adapter_name: str | None = None,
     cache_dir: Path | str | None = None,
+    processes: PartialState | None = None,
     **options: Any,
 ) -> Scores:
     """Compute the reward of responses: how much likelier a trained model makes them than its reference.
@@ -71,6 +75,9 @@ def score(
         output: a JSONL file for `Scores.rows`; it is written completely or not at all.
         ref_adapter_name: see `ref_model`.
         cache_dir: keep log-probs in this folder, as the reference cache does, so that a stopped run can continue.
+        processes: accelerate's state of the processes that share the work. All must call this with the same arguments;
+            each scores a share of the rows, all return the scores of all rows, and the first one writes `output`.
+            None: this process scores all rows.
         **options: `tokens_per_batch`, `autocast`, `disable_tqdm`, see
             `fastdpo.reference.precompute.token_logps`.
 
@@ -84,16 +91,17 @@ def score(
         raise ValueError("ref_model is the same object as model, so every reward would be 0; pass the untrained model")
     if ref_model is None and not adapters.is_peft_model(model):
         raise ValueError("ref_model is None and model has no adapter to switch off; pass the reference")
-    dataset = _tokenised(
-        rows,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        truncation_mode=truncation_mode,
-        on_bad_row=on_bad_row,
-        vocab_size=smallest_vocab(model, ref_model),
-    )
+    with nullcontext() if processes is None else processes.local_main_process_first():  # the others read its cache
+        dataset = _tokenised(
+            rows,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            max_completion_length=max_completion_length,
+            truncation_mode=truncation_mode,
+            on_bad_row=on_bad_row,
+            vocab_size=smallest_vocab(model, ref_model),
+        )
 
     models = [model] if ref_model is None else [model, ref_model]
     for each in models:
@@ -101,6 +109,13 @@ def score(
             patch_forward(each)
     layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True))
     options = {"layout": layout, "folder": cache_dir, **options}
+    if processes is not None:
+        options |= {
+            "process_index": processes.process_index,
+            "num_processes": processes.num_processes,
+            "wait_for_everyone": processes.wait_for_everyone,
+            "exchange": exchange,
+        }
 
     scored = token_logps(dataset, model, name="policy's", **options)
     if ref_model is not None:
@@ -113,7 +128,7 @@ def score(
     results = [_row(i, ours, theirs, beta) for i, ours, theirs in zip(index, scored, reference, strict=True)]
     ranked = kind_of(dataset[0]) != "unpaired"
     result = Scores(results, _accuracy(results) if ranked else None)
-    if output is not None:
+    if output is not None and (processes is None or processes.is_main_process):
         lines = "".join(json.dumps(row) + "\n" for row in results)
         write_file(Path(output), lines.encode())
     return result

@@ -130,7 +130,7 @@ def test_score_cuts_and_rounds_as_training(monkeypatch: pytest.MonkeyPatch, tmp_
         return scoring.Scores([], None)
 
     monkeypatch.setattr(scoring, "score", capture)
-    monkeypatch.setattr("fastdpo.run.load_reference", lambda *_: None)
+    monkeypatch.setattr("fastdpo.commands.score.load_reference", lambda *_: None)
     settings = {"max_length": 30, "max_prompt_length": 20, "max_completion_length": 10, "on_bad_row": "drop"}
     settings |= {"tokens_per_batch": 20000, "beta": 0.3}
     common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
@@ -245,6 +245,15 @@ def test_without_a_command_there_is_help_with_the_exit_codes(run: Run) -> None:
     for words in ("usage: fastdpo", "train", "precompute", "score", "plan", "--debug", "exit codes", "130", "143"):
         assert words in ended.out
     assert run("--help").out == ended.out
+
+
+def test_a_tool_runs_in_the_first_process_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setitem(cli.TOOLS, "doctor", cli.TOOLS["doctor"]._replace(run=lambda *_: ran.append("doctor")))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run("doctor") == (0, "", "")
+    assert ran == ["doctor"]
 
 
 def test_version(run: Run) -> None:

@@ -2,10 +2,11 @@
 
 Each epoch is planned as a whole, the same on every process: the examples are shuffled, cut into windows, and packed
 first-fit-decreasing within each window. Then batches are split until every epoch has the same number of them, a
-multiple of the number of processes. So every example comes once per epoch, every process has the same number of
-batches, and the Trainer can rely on the length. Processes wait for each other in each step, so the batches of a step
-have about the same number of rows. The plan depends only on the sizes, the settings, the seed and the epoch; so a run
-resumes in the middle of an epoch by skipping its first batches.
+multiple of the number of processes; if that would split many, they are packed again with a lower budget. So every
+example comes once per epoch, every process has the same number of batches, and the Trainer can rely on the length.
+Processes wait for each other in each step, so the batches of a step have about the same number of rows. The plan
+depends only on the sizes, the settings, the seed and the epoch; so a run resumes in the middle of an epoch by skipping
+its first batches.
 
 Shapes: N examples.
 """
@@ -30,6 +31,8 @@ logger = logging.getLogger("fastdpo")
 MAX_NAMED_ROWS = 5
 _WINDOW = 1024  # a window has at least this many examples, few enough for the order to stay random
 _WINDOW_BATCHES = 64  # and examples for about this many batches: its one half-empty batch is under a hundredth of them
+_UNEVEN = 1.02  # if more batches are needed, to have equally many on all processes, the budget is lowered
+_SPARE = (1.003, 1.01, 1.03)  # shares of the even budget that are tried, because batches are never quite full
 _MAX_PLANS = 8  # different ways to make batches; later epochs repeat them, with the batches in another order
 
 
@@ -77,6 +80,7 @@ class BudgetSampler(Sampler[list[int]]):
         self._epoch = 0
         most = max(len(self._fill(plan)) for plan in range(self._plans))
         self._length = -(-most // world_size)
+        self._even_out(most)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -101,6 +105,17 @@ class BudgetSampler(Sampler[list[int]]):
         if self._longest_first and epoch == 0:
             turns = np.concatenate(([0], turns[turns != 0]))
         return [batches[i] for i in groups[turns].ravel()]
+
+    def _even_out(self, most: int) -> None:
+        """Lower the budget where many batches would be halved, so that all become a little smaller instead."""
+        count, given = self._length * self._world_size, self._budget
+        if given is None or count < _UNEVEN * most:
+            return
+        for spare in _SPARE:
+            self._budget = min(given, math.ceil(given * most / count * spare))
+            if max(len(self._fill(plan)) for plan in range(self._plans)) <= count:
+                return
+        self._budget = given
 
     def _fill(self, plan: int) -> list[list[int]]:
         order = np.random.default_rng((self._seed, plan, 0)).permutation(len(self._sizes))

@@ -1,69 +1,48 @@
 """Compute how much memory a training step will take, before anything is loaded.
 
-A model with fake weights (shapes and dtypes, no memory) runs one step forward and backward on fake tensors, and the
-bytes of all storages are counted as they are allocated and freed. A row is one token of the packed batch. Two steps of
-different size give, for each operation i of the step, the bytes alive after it as a straight line in the T rows:
+A model with fake weights runs one step forward and backward (`fastdpo.plan.trace`), which gives the bytes alive after
+each operation i for T rows; a row is one token of the packed batch. What does not depend on the batch comes from the
+sizes of the weights (`fastdpo.plan.resident`).
 
-    alive[i](T) = fixed[i] + per_row[i] * T        peak(T) = max over i of alive[i](T) + persistent bytes
+    peak(T) = max over i of alive[i](T) + persistent bytes
 
-So gradient checkpointing, autocast's copies, tied embeddings and adapters need no formulas of their own. Attention and
-head are stand-ins (`fastdpo.plan.stand_ins`), and the head's workspace is counted at its upper bound. Not counted are
-the device's context, its matmul library and memory lost between allocations.
+So gradient checkpointing, autocast's copies, tied embeddings and adapters need no formulas of their own. The head's
+workspace is counted at its upper bound. Not counted are the device's context, its matmul library and memory lost
+between allocations.
 
 Shapes: T rows of the packed batch, K key-path entries, M targets, D hidden size, V vocabulary.
 """
 
 import copy
-import weakref
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastdpo.head.impl.interface import WORKSPACE_BYTES
-from fastdpo.model.adapted_layers import base_linear
 from fastdpo.model.adapters import with_adapter
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.policy import auto_class
 from fastdpo.model.scoring_forward import find_head
-from fastdpo.plan.stand_ins import NAME, HeadMemory
+from fastdpo.plan.resident import Job, quantised, resident, units_of
+from fastdpo.plan.stand_ins import NAME
+from fastdpo.plan.trace import (
+    PROBED_ROWS,
+    TRACED_ROWS,
+    Moment,
+    Precision,
+    Ratios,
+    Setting,
+    line_of,
+    make_fake,
+    trace,
+    upper_envelope,
+)
 
-# a model that loops over tokens is refused after the small batches; the large ones would take minutes
-PROBED_ROWS = (32, 64)
-TRACED_ROWS = (1024, 2048)
 ANY_BACKEND = Usable("auto", {})
-
-STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
-"""How many numbers an optimizer keeps for each parameter; Adafactor's are too few to count."""
-
-
-class Ratios(NamedTuple):
-    """What a batch holds for each of its rows."""
-
-    paths: float
-    """K / T: entries of the key paths, for which attention gathers keys and values."""
-    targets: float
-    """M / T: completion tokens."""
-    grid: float
-    """Places of the padded grid, which attention without a variable-length kernel uses, divided by T."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes of the weights and of autocast; None if autocast is off."""
-
-    weights: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-
-    @property
-    def compute(self) -> torch.dtype:
-        return self.autocast or self.weights
+FLOAT32 = Precision()
+ONE_DEVICE = Job()
 
 
 @dataclass(frozen=True)
@@ -80,15 +59,19 @@ class Memory:
     """Bytes per row that the forward of the model's body keeps for its backward."""
     workspace_per_row: float
     """Bytes of logits per row; the head's workspace holds the logits of all rows, up to its bound."""
-    timeline: tuple["Moment", ...]
+    timeline: tuple[Moment, ...]
     """The moments of a step at which memory could be at its peak."""
     attention: tuple[str, ...] = ()
     """Attention backends that the layers would use."""
+    buffers: int = 0
+    """Weights that are gathered from other processes, and gradients on their way to them, at their largest."""
+    sent: int = 0
+    """Bytes that a device sends in an optimizer step."""
 
     @property
     def persistent(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.reference + self.optimizer
+        return self.weights + self.reference + self.optimizer + self.buffers
 
     def workspace(self, rows: int) -> int:
         """Bytes of one workspace of the head, which has at most two."""
@@ -117,9 +100,8 @@ def memory_model(
     config: Any,
     ratios: Ratios,
     *,
-    precision: Precision = Precision(),
+    precision: Precision = FLOAT32,
     checkpointing: bool = True,
-    accumulates: bool = False,
     has_reference: bool = True,
     runs_reference: bool = True,
     optimizer: str = "adamw_torch_fused",
@@ -127,15 +109,16 @@ def memory_model(
     reference_config: Any | None = None,
     backends: Usable = ANY_BACKEND,
     trust_remote_code: bool = False,
+    job: Job = ONE_DEVICE,
+    quantization: Any | None = None,
 ) -> Memory:
-    """Compute the memory of a training step of the model that `config` describes; no weights are loaded.
+    """Compute the memory on each device of a training step of the model that `config` describes; no weights are loaded.
 
     Args:
         config: config of a causal LM of transformers.
         ratios: what the batches hold per row.
         precision: dtypes of the weights and of autocast.
         checkpointing: gradient checkpointing is on.
-        accumulates: gradients of earlier micro-batches exist already.
         has_reference: the reference has weights of its own in memory.
         runs_reference: the reference runs in the step; its log-probs are not read from a cache.
         optimizer: `TrainingArguments.optim`; an unknown name counts as Adam.
@@ -143,6 +126,8 @@ def memory_model(
         reference_config: config of the reference, if it is another model than the policy.
         backends: attention backends that the device can use.
         trust_remote_code: run the code in the model's repository.
+        job: how the work is divided over devices.
+        quantization: transformers' quantization config of the models, or its entries.
 
     Raises:
         ValueError: packed batches are not exact on the model, it can't use the attention backend asked for, or its
@@ -150,7 +135,13 @@ def memory_model(
     """
     model = meta_model(config, precision.weights, trust_remote_code)
     find_head(model)
-    weights = _bytes([*model.parameters(), *model.buffers()])
+    reference = None
+    if has_reference and reference_config is not None:
+        reference = meta_model(reference_config, precision.weights, trust_remote_code).requires_grad_(False)
+    shards_quantised = _dtype_of_storage(quantization).is_floating_point
+    frozen = model if reference is None else reference
+    others = units_of(frozen, quantised(frozen, quantization), shards_quantised=shards_quantised)
+    stored = quantised(model, quantization)
     if peft_config is not None:
         with torch.device("meta"):
             model = with_adapter(model, peft_config)
@@ -160,36 +151,57 @@ def memory_model(
         enable({"use_reentrant": False, "preserve_rng_state": False})
         if peft_config is not None:
             model.enable_input_require_grads()
-    reference = None
-    if has_reference and reference_config is not None:
-        reference = meta_model(reference_config, precision.weights, trust_remote_code).requires_grad_(False)
-        weights = _bytes([*reference.parameters(), *reference.buffers()])
+    fixed = resident(
+        units_of(model, stored, shards_quantised=shards_quantised),
+        [[w._replace(trained=False) for w in unit] for unit in others] if has_reference else [],
+        job=job,
+        optimizer=optimizer,
+        compute=precision.compute,
+        upcasts=precision.autocast is not None,
+        runs_reference=runs_reference,
+    )
+    if job.shards or stored:  # the weights come to the computation in its dtype
+        precision = Precision(precision.compute)
+        for each in (p for model in (model, reference) if model is not None for p in model.parameters()):
+            each.data = each.data.to(precision.compute)
+    accumulates = job.shards or job.micro_batches > 1
     chosen: set[str] = set()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for each in filter(None, (model, reference)):
-            _make_fake(each)
-        setting = _Setting(ratios, precision, accumulates, runs_reference, backends, chosen)
+            make_fake(each)
+        setting = Setting(ratios, precision, accumulates, runs_reference, backends, chosen)
         try:
             for sizes in (PROBED_ROWS, TRACED_ROWS):
-                (small, small_kept), (large, large_kept) = (_trace(model, reference, n, setting) for n in sizes)
+                (small, small_kept), (large, large_kept) = (trace(model, reference, n, setting) for n in sizes)
                 if len(small) != len(large):
                     name = type(model).__name__
                     raise ValueError(f"{name} does not run the same operations on batches of different sizes")
         except (RuntimeError, NotImplementedError) as error:  # some routers and kinds of RoPE depend on values
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without the values of its weights: {why}") from error
-        trained = [p for p in model.parameters() if p.requires_grad]
+        # the trace has whole gradients
+        gradients = fixed.gradients - _bytes(p for p in model.parameters() if p.requires_grad) if accumulates else 0
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        lines = {line_of(*pair) for pair in zip(small, large, strict=True)}
         return Memory(
-            weights=_bytes([*model.parameters(), *model.buffers()]),
-            reference=weights if has_reference else 0,
-            gradients=_bytes(trained),
-            optimizer=_optimizer_bytes(optimizer, _bytes(trained), precision.weights.itemsize),
+            weights=fixed.weights + _bytes(model.buffers()),
+            reference=fixed.reference + _bytes((reference or model).buffers()) if has_reference else 0,
+            gradients=fixed.gradients,
+            optimizer=fixed.optimizer,
             kept_per_row=(large_kept - small_kept) / (TRACED_ROWS[1] - TRACED_ROWS[0]),
             workspace_per_row=ratios.targets * vocabulary * precision.compute.itemsize,
-            timeline=_upper_envelope({_line(*pair) for pair in zip(small, large, strict=True)}),
+            timeline=upper_envelope({line._replace(fixed=line.fixed + gradients) for line in lines}),
             attention=tuple(sorted(chosen)),
+            buffers=fixed.buffers,
+            sent=fixed.sent,
         )
+
+
+def _dtype_of_storage(quantization: Any) -> torch.dtype:
+    """Return the dtype of the tensors that hold quantised weights."""
+    options = quantization if isinstance(quantization, dict) else vars(quantization) if quantization else {}
+    dtype = options.get("bnb_4bit_quant_storage") or torch.uint8
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def meta_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
@@ -199,147 +211,5 @@ def meta_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_cod
         return auto_class(config).from_config(copy.deepcopy(config), **options)  # a copy, for it is changed
 
 
-def _make_fake(model: nn.Module) -> None:
-    """Replace meta tensors by fake ones on the CPU, where autocast works; tied weights stay tied."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # a kept tensor's id is not reused
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = tensor, fake
-                tensors[name] = made[id(tensor)][1]  # type: ignore[assignment]
-
-
-class _Setting(NamedTuple):
-    ratios: Ratios
-    precision: Precision
-    accumulates: bool
-    runs_reference: bool
-    backends: Usable
-    chosen: set[str]
-
-
-class Moment(NamedTuple):
-    """Bytes alive after an operation, without the persistent ones, as a straight line in the rows."""
-
-    per_row: float
-    fixed: float
-    workspaces: int
-    """Number of the head's workspaces alive: one that it keeps for its backward, one in which it works."""
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations allocate, until they are freed."""
-
-    def __init__(self, known: Iterator[Tensor], alive: int) -> None:
-        super().__init__()
-        self.alive, self.workspaces = alive, 0
-        self.moments: list[tuple[int, int]] = []
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        self.moments.append((self.alive, self.workspaces))
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.alive += size
-            weakref.finalize(storage, self._died, key, size)
-
-    def _died(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.alive -= size
-
-
-def _trace(model: Any, reference: Any | None, rows: int, setting: _Setting) -> tuple[list[tuple[int, int]], int]:
-    """Run a step on fake tensors; return bytes and workspaces alive after each operation, and bytes the body keeps."""
-    ratios, precision = setting.ratios, setting.precision
-    known = [x for each in (model, reference) if each is not None for x in (*each.parameters(), *each.buffers())]
-    alive = 0
-    for parameter in model.parameters():
-        parameter.grad = None
-        if setting.accumulates and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-            known.append(parameter.grad)
-            alive += parameter.grad.nbytes
-    layer = {
-        "memory_paths": torch.zeros(round(rows * ratios.paths), dtype=torch.int64),
-        "memory_grid": torch.zeros(round(rows * ratios.grid), dtype=torch.int64),
-        "memory_backends": setting.backends,
-        "memory_chosen": setting.chosen,
-    }
-    with _Live(iter(known), alive) as live:
-        ids = torch.zeros(1, rows, dtype=torch.int64)
-        index = torch.zeros(round(rows * ratios.targets), dtype=torch.int64)
-
-        def body(scored: Any) -> tuple[Tensor, Any]:
-            head, mask = find_head(scored), torch.ones_like(ids)
-            out = head.decoder(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, **layer)
-            return out[0][0], base_linear(head.linears[-1])  # the last one is the copy that is trained, if there is one
-
-        with torch.autocast("cpu", precision.autocast) if precision.autocast else nullcontext():
-            hidden, lm_head = body(model)
-            kept = live.alive
-            scores = _score(hidden, index, lm_head, precision, live)
-            del hidden
-            if setting.runs_reference:
-                with torch.no_grad():
-                    hidden, lm_head = body(model if reference is None else reference)
-                    _score(hidden, index, lm_head, precision, live)
-                    del hidden
-        scores.sum().backward()
-    return live.moments, kept
-
-
-def _score(hidden: Tensor, index: Tensor, lm_head: nn.Linear, precision: Precision, live: _Live) -> Tensor:
-    weight = lm_head.weight.to(precision.compute)
-    scores: Tensor = HeadMemory.apply(hidden.index_select(0, index).to(precision.compute), weight, live)
-    return scores
-
-
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _optimizer_bytes(optimizer: str, trained: int, itemsize: int) -> int:
-    """Return the bytes of the optimizer's state, by the optimizer's name in `TrainingArguments.optim`."""
-    states = next((count for name, count in STATES.items() if name in optimizer), STATES["adamw"])
-    return states * trained // (itemsize if "8bit" in optimizer else 1)
-
-
-def _upper_envelope(moments: set[Moment]) -> tuple[Moment, ...]:
-    """Return the moments that have the most bytes at some number of rows, for each number of workspaces."""
-    envelope: list[Moment] = []
-    for workspaces in range(3):
-        hull: list[Moment] = []
-        for line in sorted(m for m in moments if m.workspaces == workspaces):
-            # the last line is nowhere the highest: `line` is above it, or passes the one before it earlier
-            while hull and (
-                line.fixed >= hull[-1].fixed or (len(hull) > 1 and _meet(hull[-2], line) <= _meet(hull[-2], hull[-1]))
-            ):
-                hull.pop()
-            hull.append(line)
-        envelope += hull
-    return tuple(envelope)
-
-
-def _meet(a: Moment, b: Moment) -> float:
-    """Return the number of rows at which b, the steeper line, reaches a."""
-    return (a.fixed - b.fixed) / (b.per_row - a.per_row)
-
-
-def _line(small: tuple[int, int], large: tuple[int, int]) -> Moment:
-    """Return the straight line through one operation's bytes in two steps."""
-    per_row = (large[0] - small[0]) / (TRACED_ROWS[1] - TRACED_ROWS[0])
-    return Moment(per_row, large[0] - per_row * TRACED_ROWS[1], large[1])

@@ -3,11 +3,13 @@
 The tokens are counted exactly. The memory is computed by `fastdpo.plan.memory`, and not measured.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,10 @@ from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.policy import configs_of, disable_dropout
-from fastdpo.plan.memory import Memory, Precision, Ratios, memory_model, meta_model
+from fastdpo.plan.memory import Memory, memory_model, meta_model
+from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
+from fastdpo.plan.trace import Precision, Ratios
 from fastdpo.report.page import summary_table
 from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 from fastdpo.run import RunConfig, lora
@@ -54,6 +58,8 @@ class Plan:
     """Assumptions of the memory model, for the user to read."""
     gpu_memory: float | None
     """GiB of the GPU planned for; None if there is none."""
+    job: Job
+    """How the work is divided over GPUs."""
 
     @property
     def fits(self) -> dict[bool, int]:
@@ -72,6 +78,7 @@ def make_plan(
     *,
     gpu_memory: float | None = None,
     processes: int = 1,
+    strategy: str | None = None,
 ) -> Plan:
     """Count the tokens of a run's dataset and compute its memory.
 
@@ -82,6 +89,7 @@ def make_plan(
         tokenizer: the model's tokenizer.
         gpu_memory: GiB of the GPU to train on; None: this machine's GPU, if it has one.
         processes: number of processes, one per GPU.
+        strategy: how they divide the work, see `fastdpo.plan.resident.STRATEGIES`; None: as `args` says.
 
     Raises:
         ValueError: an argument is out of range, or `fastdpo.plan.token_stats.token_stats` or
@@ -89,8 +97,13 @@ def make_plan(
     """
     if gpu_memory is not None and gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory}")
-    if processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
+    sums: Any = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    job = Job(
+        _strategy(args) if strategy is None else strategy,
+        processes,
+        args.gradient_accumulation_steps,
+        syncs_each=bool(sums.get("sync_each_batch")),
+    )
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     code = args.trust_remote_code
@@ -111,6 +124,8 @@ def make_plan(
     needs_reference = from_config(args).needs_reference
     runs_reference = needs_reference and not args.precompute_ref_log_probs
     has_reference = runs_reference and bool(adapter is None or own_reference)
+    options: Any = args.model_init_kwargs or {}
+    quantization = options.get("quantization_config") or getattr(config, "quantization_config", None)
     kinds = () if layout == "padded" else (True, False)
     memory = {
         on: memory_model(
@@ -118,7 +133,6 @@ def make_plan(
             ratios(batches),
             precision=precision,
             checkpointing=on,
-            accumulates=args.gradient_accumulation_steps > 1,
             has_reference=has_reference,
             runs_reference=runs_reference,
             optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -126,13 +140,14 @@ def make_plan(
             reference_config=own_reference,
             backends=_backends(args, on_gpu=gpu_memory is not None),
             trust_remote_code=code,
+            job=job,
+            quantization=quantization,
         )
         for on in kinds
     }
-    cast = f", autocast to {_name(precision.autocast)}" if precision.autocast else ""
     assumed = (
         f"{layout} batches",
-        f"weights in {_name(precision.weights)}{cast}",
+        f"weights {_stored(precision, job, quantization)}",
         *(f"attention by {' and '.join(each.attention)}" for each in list(memory.values())[:1]),
         "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
         f"optimizer {getattr(args.optim, 'value', args.optim)}",
@@ -145,7 +160,31 @@ def make_plan(
         checkpointing=bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing)),
         assumed=assumed,
         gpu_memory=gpu_memory,
+        job=job,
     )
+
+
+def _strategy(args: DPOConfig) -> str:
+    """Return the strategy that the settings name: DeepSpeed's stage, FSDP2 or else DDP."""
+    if args.deepspeed:
+        options: Any = args.deepspeed
+        options = options if isinstance(options, dict) else json.loads(Path(options).read_text())
+        stage = options.get("zero_optimization", {}).get("stage", 0)
+        return f"zero{stage}" if stage else "ddp"
+    return "fsdp2" if args.fsdp else "ddp"
+
+
+def _stored(precision: Precision, job: Job, quantization: Any) -> str:
+    """Say in which dtypes weights are stored and computed with."""
+    stored, compute = _name(precision.weights), _name(precision.compute)
+    if quantization:
+        return f"quantised, else in {stored}, computed with in {compute}"
+    if job.strategy == "ddp":
+        return f"in {stored}" + (f", autocast to {compute}" if precision.autocast else "")
+    if job.strategy == "fsdp2":
+        master = "float32 if trained" if precision.autocast else stored
+        return f"in {master}, gathered in {compute}"
+    return f"in {compute}, with a float32 copy of the trained ones in the optimizer"
 
 
 def ratios(batches: Batches) -> Ratios:
@@ -200,7 +239,8 @@ def tables(plan: Plan) -> str:
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
         ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
     ]
-    title = "memory (computed, not measured)"
+    n, job = plan.job.processes, plan.job
+    title = "memory (computed, not measured)" if n == 1 else f"memory of each of {n} GPUs, {job.strategy} (computed)"
     shown = [
         summary_table(lengths, ("tokens", "min", "median", "p95", "max", "mean")),
         summary_table(counted, ("data (counted)", "")),
@@ -213,6 +253,7 @@ def tables(plan: Plan) -> str:
         ("gradients", on.gradients),
         ("optimizer state", on.optimizer),
         ("reference", on.reference),
+        *([("gathered weights and sent gradients", on.buffers)] if n > 1 else []),
         ("one head workspace (of two)", on.workspace(int(batches.rows.max()))),
     ]
     needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
@@ -223,6 +264,8 @@ def tables(plan: Plan) -> str:
     if plan.gpu_memory is not None:
         label = f"largest tokens_per_batch in {plan.gpu_memory:.0f} GiB"
         needed.append((label, *(f"{plan.fits[kind]:,}" if plan.fits[kind] else "none" for kind in (True, False))))
+    if n > 1:
+        needed.append(("sent by each GPU in an optimizer step", _size(on.sent), _size(off.sent)))
     kind = {True: "with gradient checkpointing", False: "without"}
     return "\n".join(
         [

@@ -116,6 +116,10 @@ class TokenCache:
             self._read.add(_write_shard(self.folder, entries))
         self._entries |= entries
 
+    def hold(self, entries: Mapping[bytes, Logps]) -> None:
+        """Keep entries in memory only, because another process has written them to its disk."""
+        self._entries |= entries
+
     @contextlib.contextmanager
     def filling(self, share: str = "") -> Iterator[None]:
         """Inside the block, no other process fills the same share of the folder.

@@ -11,6 +11,7 @@ from transformers import Trainer
 from fastdpo.data import prepare
 from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
+from fastdpo.reference.exchange import exchange
 from fastdpo.reference.fingerprint import fingerprint
 from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
 from fastdpo.sharding import largest
@@ -76,6 +77,7 @@ def with_logps(trainer: Trainer, reference: Any, layout: Layout, rows: Any, name
         "process_index": args.process_index,
         "num_processes": args.world_size,
         "wait_for_everyone": trainer.accelerator.wait_for_everyone,
+        "exchange": exchange,
     }
     if trainer.is_fsdp_enabled:
         options["largest"] = functools.partial(largest, device=device)

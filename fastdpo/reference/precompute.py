@@ -95,6 +95,7 @@ def token_logps(
     num_processes: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
     largest: Callable[[int], int] = lambda number: number,
+    exchange: Callable[..., dict[bytes, Logps]] = lambda entries, lacks_some: {},
     disable_tqdm: bool = False,
 ) -> list[list[Logps]]:
     """Return the log-probs that `model` gives each token of each response, in nats, from the cache if it has them.
@@ -109,11 +110,12 @@ def token_logps(
         autocast: the dtype of autocast in training; None if it is off.
         name: what errors and the progress bar call the dataset.
         process_index: number of this process among those that share the work.
-        num_processes: number of processes that share the work; each computes its share, and reads all others from
-            `folder`.
+        num_processes: number of processes that share the work. Each computes its share, and reads the others from
+            `folder`, or gets them by `exchange` if they are not there.
         wait_for_everyone: a function that returns when all of these processes have called it.
         largest: a function that returns the largest number that any of these processes gives it, if the model is
             sharded: then each process must call the model as often as the one with most to score.
+        exchange: see `fastdpo.reference.exchange`. Without it, a process computes itself what it does not find.
         disable_tqdm: show no progress bar.
 
     Returns:
@@ -147,15 +149,19 @@ def token_logps(
         spare = (largest, items[:1])
         share = "" if num_processes == 1 else f"-{process_index}-of-{num_processes}"
         with cache.filling(share):
-            # shares are cut from all items by length, which no other process can change, so they do not overlap
+            # shares are dealt out by length from all items, which no other process can change: they do not overlap,
+            # and have about the same number of tokens
             by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
-            batches = _batches(_missing(by_length[process_index::num_processes], cache), layout, budget)
+            own = _missing(by_length, TokenCache(None))[process_index::num_processes]
+            batches = _batches(_missing(own, cache), layout, budget)
             _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options, *spare)
         wait_for_everyone()
         cache.refresh()
-        # this computes nothing, unless another process failed or writes to a disk of its own
+        found = {key: cache[key] for item in own for key in item.keys}
+        cache.hold(exchange(found, lacks_some=bool(_missing(items, cache))))
+        # this computes nothing, unless another process failed
         batches = _batches(_missing(items, cache), layout, budget)
-        _fill(cache, batches, model, name, disable_tqdm, options, *spare)
+        _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options, *spare)
     return [[cache[key] for key in item.keys] for item in items]
 
 

@@ -37,6 +37,9 @@ def failing_together(args: Any) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(RuntimeError):  # the store is gone if its process is
+            # gloo raises a RuntimeError where it waits for a process that has ended
+            if isinstance(error, RuntimeError) and store.check([key]):
+                raise ConnectionError(f"{store.get(key).decode()}; this process ends too") from error
             store.set(key, f"process {args.process_index} failed: {type(error).__name__}: {error}")
         raise
     finally:

@@ -24,6 +24,7 @@ from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 from fastdpo.report import metrics
+from fastdpo.trainer.balance import add_balance, own_tokens
 from fastdpo.trainer.offloading import offloading
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
@@ -141,8 +142,10 @@ class PackedTrainer(Trainer):
             return None
         totals = step_totals(batch_samples)
         if self.args.world_size > 1:
-            sums: Any = self.accelerator.reduce(torch.stack(totals), reduction="sum")
-            totals = StepTotals(*sums)
+            tokens = own_tokens(batch_samples, self.args)
+            sums: Any = self.accelerator.reduce(torch.cat((torch.stack(totals), tokens.flatten())), reduction="sum")
+            totals = StepTotals(*sums[:2])
+            add_balance(self._sums, sums[2:].view_as(tokens))
         self._of_whole_step.clear()
         if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
             self._of_whole_step.extend(self._exchange(batch_samples))

@@ -106,6 +106,26 @@ def test_batches_of_one_turn_are_of_similar_size():
     assert len({max(turn) for turn in turns[:5]}) > 1  # and the turns are not sorted
 
 
+def test_batches_shrink_together_where_many_would_be_halved(monkeypatch):
+    """Of 24 processes with two or three batches each."""
+    sizes = plain(np.exp(np.random.default_rng(0).normal(math.log(60), 0.7, 1500)).astype(int) + 1)
+
+    def lost(own):
+        rows = np.array([cost(sizes, batch) for batch in own.plan(0)]).reshape(-1, 24)
+        assert rows.max() <= 2048
+        assert sorted(i for batch in own.plan(1) for i in batch) == list(range(1500))
+        return 1 - rows.mean(1).sum() / rows.max(1).sum(), len(own)
+
+    options = {"tokens_per_batch": 2048, "world_size": 24, "epochs": 2}
+    (even, length), again = lost(BudgetSampler(sizes, **options)), BudgetSampler(sizes, **options, rank=3)
+    assert list(again) == BudgetSampler(sizes, **options).plan(0)[3::24]
+    monkeypatch.setattr(sampler, "_UNEVEN", 9.0)
+    halved, as_long = lost(BudgetSampler(sizes, **options))
+    assert length == as_long
+    assert even < 0.02
+    assert halved > 3 * even
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("batching", [{"tokens_per_batch": 60}, {"batch_size": 4}], ids=["budget", "count"])
 def test_longest_first_begins_with_the_most_rows(batching, world_size):

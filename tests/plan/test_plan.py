@@ -23,8 +23,11 @@ from fastdpo.model.attention.registered import METADATA
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.plan import memory as memory_module
 from fastdpo.plan import plan
-from fastdpo.plan.memory import Memory, Moment, Precision, Ratios
+from fastdpo.plan import trace as trace_module
+from fastdpo.plan.memory import Memory
+from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import epoch, token_stats
+from fastdpo.plan.trace import Moment, Precision, Ratios
 from fastdpo.report.metrics import RunningSums, add_tokens
 from fastdpo.run import RunConfig
 from tests.helpers import tiny
@@ -209,9 +212,9 @@ def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
     batch, T, ratios = batch_of(8)
     predicted = memory_module.memory_model(CONFIG, ratios, checkpointing=checkpointing)  # in float32: the grid
     step, known = real_step(CONFIG, batch, checkpointing)
-    with memory_module._Live(iter(known), 0) as live:
+    with trace_module.Live(iter(known), 0) as live:
         step()
-    counted = max(alive for alive, _ in live.moments)
+    counted = max(alive for alive, *_ in live.moments)
     outside = replace(predicted, workspace_per_row=0)  # the head's workspace is inside its kernel
     assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.1)
 
@@ -243,7 +246,7 @@ def test_memory_of_other_setups() -> None:
         CONFIG, ratios, precision=Precision(autocast=torch.bfloat16), checkpointing=False
     )
     assert half.kept_per_row < mixed.kept_per_row < 0.9 * keeping.kept_per_row
-    adds_up = memory_module.memory_model(CONFIG, ratios, accumulates=True)
+    adds_up = memory_module.memory_model(CONFIG, ratios, job=Job(micro_batches=2))
     assert adds_up.peak(4096) >= plain.peak(4096)
     cached = memory_module.memory_model(CONFIG, ratios, has_reference=False, runs_reference=False)
     assert cached.persistent == plain.persistent - plain.reference
@@ -358,7 +361,7 @@ def test_peak_and_the_largest_batch_agree() -> None:
 def test_envelope_loses_no_maximum() -> None:
     rng = np.random.default_rng(0)
     moments = {Moment(*rng.integers(0, 50, 2).astype(float).tolist(), int(rng.integers(3))) for _ in range(300)}
-    kept = memory_module._upper_envelope(moments)
+    kept = trace_module.upper_envelope(moments)
     assert len(kept) < 40
     for rows in (0, 1, 2, 5, 17, 1000):
         for workspaces in range(3):

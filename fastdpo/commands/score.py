@@ -1,0 +1,45 @@
+"""`fastdpo score`: score the held-out rows of a run, on one process or on several."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdpo import scoring
+from fastdpo.data.prepare import limits_of
+from fastdpo.model.policy import load_policy
+from fastdpo.reference.precompute import options_of
+from fastdpo.report.page import summary_table
+from fastdpo.run import load_datasets, load_model, load_reference, make_configs
+from fastdpo.trainer.failing_together import failing_together
+
+
+def score_run(chosen: Mapping[str, Any]) -> None:
+    """Score the rows of a run with its settings; the first process writes `scores.jsonl` and prints a summary."""
+    run, args = make_configs(chosen)
+    output = Path(args.output_dir) / "scores.jsonl"
+    with failing_together(args):
+        train_dataset, eval_dataset = load_datasets(run, args.seed)
+        model, tokenizer = load_model(run, args)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        options = options_of(args)  # the precision and batch size of training
+        result = scoring.score(
+            load_policy(model, args).to(args.device),
+            reference if (reference := load_reference(run, args)) is None else reference.to(args.device),
+            train_dataset if eval_dataset is None else eval_dataset,
+            tokenizer=tokenizer,
+            beta=args.beta,
+            on_bad_row=args.on_bad_row,
+            output=output,
+            ref_adapter_name=args.ref_adapter_name,
+            cache_dir=args.reference_cache_dir,
+            processes=args.distributed_state if args.world_size > 1 else None,
+            **limits_of(args),
+            **options,
+        )
+    if args.process_index > 0:
+        return
+    rows: list[tuple[str, ...]] = [("rows", f"{len(result.rows):,}")]
+    if result.accuracy is not None:
+        rows.append(("pairs in the right order", f"{result.accuracy:.3f}"))
+    print(summary_table(rows, ("scored", "")))  # noqa: T201
+    print(f"scores: {output}")  # noqa: T201

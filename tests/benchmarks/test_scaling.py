@@ -1,0 +1,40 @@
+"""The tables of docs/scaling.md are what the commands beside them compute."""
+
+import json
+
+import pytest
+
+from benchmarks import balance, scaling
+
+
+def test_the_page_has_the_tables_that_the_commands_write() -> None:
+    page = scaling.PAGE.read_text()
+    assert scaling.table(json.loads(scaling.TRACES.read_text())) in page, "run python -m benchmarks.scaling --table"
+    assert balance.table(json.loads(balance.NUMBERS.read_text())) in page, "run python -m benchmarks.balance --table"
+
+
+@pytest.mark.slow
+def test_the_traces_in_the_repository_are_those_of_the_code() -> None:
+    kept = json.loads(scaling.TRACES.read_text())["8B"]["LoRA"]["sharded"]
+    traced = scaling.traced("8B", "LoRA", sharded=True)
+    assert traced.keys() == kept.keys()
+    for phase, values in traced.items():
+        assert values == pytest.approx(kept[phase], rel=1e-3), "run python -m benchmarks.scaling"
+
+
+def test_all_layers_need_the_same() -> None:
+    trace = {"forward": [100.0, 130.0], "backward": [120.0, 140.0]}
+    assert scaling.activations(trace, 2) == 120
+    assert scaling.activations(trace, 32) == 100 + 30 * 30
+
+
+def test_shares_lost_are_those_of_the_batches() -> None:
+    sizes = balance.sizes_of("tldr", pairs=640)
+    kept = json.loads(balance.NUMBERS.read_text())["tldr"]
+    for way in balance.WAYS:
+        rows = balance.rows_of(way, sizes, 2)
+        waits = sum(max(each) - sum(each) / 2 for each in rows.tolist()) / sum(max(each) for each in rows.tolist())
+        assert balance.lost(rows) == pytest.approx(waits)
+        assert balance.lost(rows) < 0.15
+    for n in map(str, balance.PROCESSES):
+        assert kept["budget"][n]["micro_batches"] < 0.1 * kept["random"][n]["micro_batches"]
