@@ -27,6 +27,11 @@ ALIKE = {
     "ddp-precomputed-given": "precomputed-given",
     "ddp-precomputed-lora": "precomputed-lora",
     "saved-full": "saved-sharded",
+    "no-wrap": "precomputed-given",
+    "by-name-own-head": "precomputed-given",
+    "by-name-tied": "precomputed-tied",
+    "gathered-lora": "precomputed-lora",
+    "by-name-lora": "precomputed-lora",
 }
 """Runs that are the same in one process."""
 
@@ -68,20 +73,31 @@ def flat(weights: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_sharded_training_equals_that_of_one_process(name: str, folder: Path, one_process: Any) -> None:
     two, one = torch.load(folder / f"{name}.pt"), one_process(name)
     assert two["end"].keys() == one["end"].keys()
     moved = (flat(one["end"]) - flat(one["start"])).norm()
     error = (flat(two["end"]) - flat(one["end"])).norm()
-    bound = 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5
+    bound = RUNS[name].get("bound", 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5)
     assert moved > 1e-3
     assert error <= bound * moved, f"{name}: {error / moved:.1e}"
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    if name != "aot":  # whose evaluation is by batches
+        assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_in_16_bits_shards_lose_no_more_than_one_process(folder: Path, one_process: Any) -> None:
+    """And log-probs are not rounded to 16 bits, as accelerate's settings would do."""
+    two, one, truth = torch.load(folder / "bf16.pt"), one_process("bf16"), one_process("no-wrap")
+    errors = [(flat(run["end"]) - flat(truth["end"])).norm() for run in (two, one)]
+    assert 0 < errors[0] <= 2 * errors[1], errors
+    assert two["logps"].dtype == torch.float32
+    assert not torch.equal(two["logps"], two["logps"].bfloat16().float())
 
 
 @pytest.mark.slow
@@ -114,3 +130,8 @@ def test_an_adapter_trained_with_fsdp_loads(folder: Path) -> None:
 def test_an_error_in_one_process_ends_the_others_with_its_message(folder: Path) -> None:
     said = "process 1 failed: FileNotFoundError: row 5 of this process's data is gone; this process ends too"
     assert said in (folder / "stderr").read_text()
+
+
+@pytest.mark.slow
+def test_rows_that_need_calls_of_their_own_are_refused_at_once(folder: Path) -> None:
+    assert "set max_length <= 16 (it is 17), or use DDP" in (folder / "refused").read_text()

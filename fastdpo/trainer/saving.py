@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -115,17 +115,7 @@ class SavingTrainer(PackedTrainer):
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Return in all processes what the main process decides, or raise its error; the others wait for it."""
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = decide()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        if self.args.world_size > 1:
-            broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return decide() if self.args.world_size == 1 else sharding.decided_by_first(decide)
 
     # Save
 

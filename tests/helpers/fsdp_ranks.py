@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
@@ -18,6 +19,7 @@ FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+RAM_EFFICIENT = {"cpu_ram_efficient_loading": True}  # only the first process reads the weights
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
@@ -32,6 +34,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "precomputed-lora": {"lora": {}} | PRECOMPUTE,
     "cached-lora": {"lora": {}, "cache_of": "precomputed-lora"},
     "checkpointed": {"given": True, "fsdp": CHECKPOINTED, "gradient_checkpointing": True},
+    "lora-head": {"lora": {"target_modules": ["q_proj", "lm_head"]}},
+    "pissa": {"lora": {"init_lora_weights": "pissa"}, "bound": 1e-5},  # it trains large weights, whose rounding counts
+    "modules-to-save": {"lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "bound": 1e-5},
+    "aot": {"given": True, "loss_type": ["aot"]},
+    "partial": {"given": True, "rows": 28, "max_steps": -1, "num_train_epochs": 1},  # the last step has half the pairs
+    "no-wrap": {"given": True, "fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    "gathered-lora": {"lora": {}, "fsdp": {"reshard_after_forward": False}},
+    "by-name-tied": {"tied": True, "by_name": True, "fsdp": RAM_EFFICIENT},
+    "by-name-own-head": {"by_name": True, "given": True, "logit_scale": 2.0, "fsdp": RAM_EFFICIENT},
+    "by-name-lora": {"by_name": True, "lora": {}, "fsdp": RAM_EFFICIENT},
+    "bf16": {"given": True, "bf16": True},
     "own-head": {"lora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunk_bytes": 2**15},
     "saved-sharded": SAVED | {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
     "saved-full": SAVED | {"fsdp": {"state_dict_type": "FULL_STATE_DICT"}},
@@ -45,32 +58,51 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
     settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
     tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
     fsdp, cache_of = settings.pop("fsdp", {}), settings.pop("cache_of", name)
-    settings.pop("evaluate_first", None)
+    by_name, of_model = settings.pop("by_name", False), {"tie_word_embeddings": tied}
+    if "logit_scale" in settings:  # which Llama's code ignores, so that the name misleads: its own head is used
+        of_model["logit_scale"] = settings.pop("logit_scale")
+    for other in ("evaluate_first", "bound"):
+        settings.pop(other, None)
     body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
     if sharded:
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         settings |= {} if fsdp is None else {"fsdp": True, "fsdp_config": FSDP | fsdp}
     else:
         settings["per_device_train_batch_size"] = 8
-    reference = None
+    model, reference = tiny_llama(**of_model), None
     if given:
-        reference = tiny_llama()
+        reference = tiny_llama(**of_model)
         with torch.no_grad():
             reference.lm_head.weight.mul_(1.05)
+    if by_name:
+        model, reference = (named(each, folder / name / f"start-{i}") for i, each in enumerate((model, reference)))
     return make_trainer(
         folder / name,
-        model=tiny_llama(tie_word_embeddings=tied),
+        model=model,
         ref_model=reference,
         peft_config=None
         if lora is None
         else peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora),
-        data=rows(32),
+        data=rows(settings.pop("rows", 32)),
         eval_dataset=rows(7, seed=5),
         reference_cache_dir=str(folder / "cache" / cache_of),
         self_check="error",
         train_sampling_strategy="sequential",
         **{"max_steps": 3} | settings,
     )
+
+
+def named(model: Any, folder: Path) -> str | None:
+    """Save a model once, and return its name."""
+    if model is None:
+        return None
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+        return str(folder)
+    model.save_pretrained(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(folder)
 
 
 def trained(model: Any) -> dict[str, Any]:
@@ -87,9 +119,24 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     end = trained(trainer.model)
     found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
     found["eval"] = trainer.evaluate()["eval_loss"]
+    if RUNS[name].get("bf16"):
+        batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
+        with torch.no_grad(), trainer.accelerator.autocast():
+            found["logps"] = trainer.model(**batch).logps
     if "saved" in name:
         trainer.save_model(str(folder / name / "model"))
     return found
+
+
+def refused(folder: Path) -> str:
+    """Return why rows beyond the limit of a longrope model are refused, as soon as the trainer is made."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [1.0] * 6}
+    model = tiny_llama(rope_parameters=rope | {"factor": 1.0, "original_max_position_embeddings": 16})
+    try:
+        make_trainer(folder / "longrope", model=model, fsdp=True, fsdp_config=FSDP, max_length=17)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 class FailsInOne(TrainerCallback):
@@ -109,8 +156,9 @@ def main(folder: Path, names: list[str]) -> None:
             found["resumed"] = run(folder, name, sharded=True, resume=str(folder / name / "out" / "checkpoint-2"))[
                 "end"
             ]
-        if torch.distributed.get_rank() == 0:
+        if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
+    (folder / "refused").write_text(refused(folder))
     trainer = trainer_of(folder, "clipped", sharded=True)
     trainer.add_callback(FailsInOne())
     trainer.train(resume_from_checkpoint=False)

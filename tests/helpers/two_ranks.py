@@ -69,6 +69,8 @@ def keep_fsdp_on_cpu() -> None:
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
         own(self, *args, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
