@@ -198,6 +198,7 @@ def stay_on_cpu(args: Any) -> None:
     """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none."""
     if torch.accelerator.is_available():
         return
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # accelerate leaves FSDP out, so all must load the weights
     args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
     if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
         args.use_cpu = True
@@ -218,6 +219,16 @@ def leave_checkpointing_to_fsdp(args: Any) -> None:
     if checkpoints and getattr(args, "activation_checkpointing", False):
         logger.info("gradient_checkpointing is off, because FSDP's activation_checkpointing does the same")
         args.activation_checkpointing = False
+
+
+def load_once_with_fsdp(args: Any) -> None:
+    """Let the first process of each machine alone read a model, if `fsdp_config` has `cpu_ram_efficient_loading`.
+
+    transformers looks for that in the environment, where accelerate would put it after the model is loaded.
+    """
+    given = getattr(args, "fsdp_plugin_args", None) or {}
+    if given.get("cpu_ram_efficient_loading") and torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def check_loading(args: Any, given: Any) -> None:

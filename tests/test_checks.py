@@ -1,6 +1,7 @@
 """fastdpo.checks: the stop at what is not finite, and the kinds of parallelism that are refused."""
 
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,13 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 
-from fastdpo.checks import NonFiniteGuard, check_parallelism, leave_checkpointing_to_fsdp, stay_on_cpu
+from fastdpo.checks import (
+    NonFiniteGuard,
+    check_parallelism,
+    leave_checkpointing_to_fsdp,
+    load_once_with_fsdp,
+    stay_on_cpu,
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -113,9 +120,20 @@ def test_launched_processes_without_an_accelerator_know_each_other(
 ) -> None:
     monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     if is_launched:
         monkeypatch.setenv("LOCAL_RANK", "0")
     args = SimpleNamespace(use_cpu=False, dataloader_pin_memory=True)
     stay_on_cpu(args)
     assert args.use_cpu is (is_launched and not has_accelerator)
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if has_accelerator else "false")
     assert args.dataloader_pin_memory is has_accelerator
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_one_process_loads_if_fsdp_is_asked_to(efficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    load_once_with_fsdp(SimpleNamespace(fsdp_plugin_args={"cpu_ram_efficient_loading": efficient}))
+    assert os.environ["ACCELERATE_USE_FSDP"] == ("true" if efficient else "false")
+    load_once_with_fsdp(SimpleNamespace(fsdp_plugin_args=None))

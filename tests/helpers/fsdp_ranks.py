@@ -1,5 +1,6 @@
 """Run by test_fsdp.py under torchrun: training runs on two processes, most with FSDP2, results to a folder."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,6 +68,8 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
     if sharded:
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         settings |= {} if fsdp is None else {"fsdp": True, "fsdp_config": FSDP | fsdp}
+        if by_name:
+            os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
     else:
         settings["per_device_train_batch_size"] = 8
     model, reference = tiny_llama(**of_model), None

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 
 import fastdpo
+from fastdpo.config import dpo_config
 from tests.helpers.trainers import NoTokenizer, data_for, rows, tiny_llama
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,7 @@ def keep_fsdp_on_cpu() -> None:
             state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     state.AcceleratorState.__init__ = init
+    dpo_config.stay_on_cpu = lambda args: None  # which lets all processes load the weights
 
 
 if __name__ == "__main__":
