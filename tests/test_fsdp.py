@@ -1,8 +1,9 @@
-"""Two processes that shard the weights with FSDP2 train what one process trains, and leave a model that loads."""
+"""Two processes that shard the weights with FSDP2, or twice two, train what one trains, and leave a model that loads."""
 
 import functools
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ ALIKE = {
     "ddp-precomputed-given": "precomputed-given",
     "ddp-precomputed-lora": "precomputed-lora",
     "saved-full": "saved-sharded",
+    "saved-hsdp": "saved-sharded",
     "no-wrap": "precomputed-given",
     "by-name-own-head": "precomputed-given",
     "by-name-tied": "precomputed-tied",
@@ -38,21 +40,21 @@ ALIKE = {
 
 @pytest.fixture(scope="module")
 def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have trained all runs, one after the other, and then failed."""
+    """Where four processes have trained their runs, and two processes theirs and then failed."""
     return Path(once("fsdp", lambda: run_all(tmp_path_factory.mktemp("fsdp"))))
 
 
 def run_all(folder: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "tests/helpers/fsdp_ranks.py", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
+    script = ["tests/helpers/fsdp_ranks.py", str(folder)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for words in ([*script, "--fork", str(port)], [*torchrun, *script]):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
+        )
     (folder / "stderr").write_text(done.stderr)
     return str(folder)
 
@@ -109,7 +111,7 @@ def test_a_resumed_sharded_run_ends_as_the_uninterrupted_one(name: str, folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["saved-sharded", "saved-full"])
+@pytest.mark.parametrize("name", ["saved-sharded", "saved-full", "saved-hsdp"])
 def test_both_kinds_of_checkpoints_end_with_a_model_that_loads(name: str, folder: Path) -> None:
     model, info = LlamaForCausalLM.from_pretrained(folder / name / "model", output_loading_info=True)
     assert not any(info.values())

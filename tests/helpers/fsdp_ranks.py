@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
@@ -50,8 +51,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "saved-sharded": SAVED | {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
     "saved-full": SAVED | {"fsdp": {"state_dict_type": "FULL_STATE_DICT"}},
     "saved-lora": ADAMW | {"lora": {}, "save_strategy": "steps", "save_steps": 2},
+    "saved-hsdp": SAVED | {"replicas": 2},
 }
 """Settings of `DPOConfig`, and those of `trainer_of`."""
+OF_FOUR = ["saved-hsdp"]
+"""Runs on four processes, two times two that share the weights."""
 
 
 def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
@@ -64,9 +68,13 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
         of_model["logit_scale"] = settings.pop("logit_scale")
     for other in ("evaluate_first", "bound"):
         settings.pop(other, None)
+    replicas = settings.pop("replicas", 1)
     body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
     if sharded:
-        settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        processes = int(os.environ["WORLD_SIZE"])
+        settings |= {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+        if replicas > 1:
+            settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2)
         settings |= {} if fsdp is None else {"fsdp": True, "fsdp_config": FSDP | fsdp}
         if by_name:
             os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
@@ -96,13 +104,16 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
 
 
 def named(model: Any, folder: Path) -> str | None:
-    """Save a model once, and return its name."""
+    """Save a model once without its last norm, which is 1, and return its name.
+
+    The first process sets a missing weight to 1 when it loads the model; in the others it stays on the meta device.
+    """
     if model is None:
         return None
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
-        return str(folder)
-    model.save_pretrained(folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        weights = model.state_dict()
+        del weights["model.norm.weight"]
+        model.save_pretrained(folder, state_dict=weights)
     if dist.is_initialized():
         dist.barrier()
     return str(folder)
@@ -151,21 +162,43 @@ class FailsInOne(TrainerCallback):
         time.sleep(60)
 
 
-def main(folder: Path, names: list[str]) -> None:
+def save_runs(folder: Path, names: list[str]) -> None:
     keep_fsdp_on_cpu()
     for name in names:
         found = run(folder, name, sharded=True)
         if "saved" in name:
-            found["resumed"] = run(folder, name, sharded=True, resume=str(folder / name / "out" / "checkpoint-2"))[
-                "end"
-            ]
+            checkpoint = folder / name / "out" / "checkpoint-2"
+            found["resumed"] = run(folder, name, sharded=True, resume=str(checkpoint))["end"]
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Under torchrun: train all runs of two processes, and fail in one."""
+    save_runs(folder, names)
     (folder / "refused").write_text(refused(folder))
     trainer = trainer_of(folder, "clipped", sharded=True)
     trainer.add_callback(FailsInOne())
     trainer.train(resume_from_checkpoint=False)
 
 
+def fork(folder: Path, port: str) -> None:
+    """Train the runs of four processes; they are forked, because an import in each of them would take longer."""
+    os.environ.update(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=port)
+    children = []
+    for rank in range(4):
+        if (child := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            save_runs(folder, OF_FOUR)
+            dist.destroy_process_group()
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(RUNS))
+    if sys.argv[2:3] == ["--fork"]:
+        fork(Path(sys.argv[1]), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:] or [name for name in RUNS if name not in OF_FOUR])
