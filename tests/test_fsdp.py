@@ -1,4 +1,4 @@
-"""Two processes that shard the weights with FSDP2, or twice two, train what one trains, and leave a model that loads."""
+"""Two processes that shard the weights with FSDP2, or twice two, train what one does, and leave a model that loads."""
 
 import functools
 import math
