@@ -33,6 +33,9 @@ from fastdpo.trainer.packed_trainer import PackedTrainer
 
 logger = logging.getLogger("fastdpo")
 
+_SHARED_SECONDS = 20.0
+"""How long a file system that machines share may take to show a file of one machine to the others."""
+
 
 class SavingTrainer(PackedTrainer):
     """`PackedTrainer` with checkpoints that can be trusted, and with signals that save one before the process ends."""
@@ -100,18 +103,21 @@ class SavingTrainer(PackedTrainer):
         return found
 
     def _check_shared(self) -> None:
-        """Make sure that all processes see the checkpoint that the main one has chosen."""
-        if self._found is None or self.args.world_size == 1:
+        """Make sure that all processes see the checkpoint that the main one has chosen, and will see those to come."""
+        if self.args.world_size == 1:
             return
-        folder = self._found.folder
-        manifest = folder / MANIFEST
-        seen = manifest.read_text() if manifest.is_file() else str(folder.is_dir())
-        everyones = gather_object([seen])
-        if others := [i for i, each in enumerate(everyones) if each != everyones[0]]:
-            raise ValueError(
-                f"{folder} can't be resumed from, because process {others[0]} does not see there what process 0 sees; "
-                "output_dir must be a folder that all machines share"
-            )
+        paths = [] if self._found is None else [self._found.folder / MANIFEST]
+        if self.args.save_strategy != "no":
+            paths.append(Path(self.args.output_dir) / lock.LOCK)
+        for path in paths:
+            first_sees, until = self._agree(lambda path=path: _text(path)), time.monotonic() + _SHARED_SECONDS
+            while (sees := _text(path) == first_sees) is False and time.monotonic() < until:
+                time.sleep(0.5)  # network file systems show new files late
+            if blind := [i for i, each in enumerate(gather_object([sees])) if not each]:
+                raise ValueError(
+                    f"process {blind[0]} does not see {path} as process 0 does, so no checkpoint there can be resumed "
+                    "from; output_dir must be a folder that all machines share"
+                )
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Return in all processes what the main process decides, or raise its error; the others wait for it."""
@@ -342,6 +348,10 @@ class SavingTrainer(PackedTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # with save_strategy="best" its result decides whether a checkpoint is saved
         return bool(super()._determine_best_metric(metrics, trial)) or self._stopping
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else str(path.parent.is_dir())
 
 
 class _Watch(TrainerCallback):

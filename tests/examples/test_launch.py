@@ -16,9 +16,19 @@ LAUNCH = ROOT / "examples" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
-def launched(name: str, *words: str) -> dict[str, str]:
-    """Return the environment that `accelerate launch` gives its processes with a file of examples/launch."""
-    line = ["--config_file", str(LAUNCH / name), *words, "-m", "fastdpo", "train", "run.yaml"]
+def launched(name: str | Path, *words: str) -> dict[str, str]:
+    """Return the environment that `accelerate launch` gives its processes with a file, which may be a recipe."""
+    line = [
+        "--config_file",
+        str(LAUNCH / name),
+        "--main_process_port",
+        "0",
+        *words,
+        "-m",
+        "fastdpo",
+        "train",
+        "run.yaml",
+    ]
     args, settings, _ = _validate_launch_command(launch_command_parser().parse_args(line))
     args.deepspeed_fields_from_accelerate_config = ",".join(settings.deepspeed_config)
     environment: dict[str, str]
@@ -42,6 +52,14 @@ def test_fsdp2_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, True)
     assert plugin.cpu_ram_efficient_loading
     assert str(plugin.state_dict_type) == "StateDictType.SHARDED_STATE_DICT"
+
+
+def test_the_lines_of_the_docs_replicate_the_shards(tmp_path: Path) -> None:
+    lines = (ROOT / "docs" / "scaling.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "hsdp.yaml").write_text((LAUNCH / "fsdp2.yaml").read_text() + lines)
+    environment = launched(tmp_path / "hsdp.yaml", "--num_processes", "16")
+    sizes = [environment[f"PARALLELISM_CONFIG_DP_{name}_SIZE"] for name in ("REPLICATE", "SHARD")]
+    assert (environment["ACCELERATE_USE_PARALLELISM_CONFIG"], sizes) == ("true", ["2", "8"])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
