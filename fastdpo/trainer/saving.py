@@ -110,8 +110,9 @@ class SavingTrainer(PackedTrainer):
         if self.args.save_strategy != "no":
             paths.append(Path(self.args.output_dir) / lock.LOCK)
         for path in paths:
-            first_sees, until = self._agree(lambda path=path: _text(path)), time.monotonic() + _SHARED_SECONDS
-            while (sees := _text(path) == first_sees) is False and time.monotonic() < until:
+            first_sees = self._agree(functools.partial(_text, path))
+            until = time.monotonic() + _SHARED_SECONDS
+            while not (sees := _text(path) == first_sees) and time.monotonic() < until:
                 time.sleep(0.5)  # network file systems show new files late
             if blind := [i for i, each in enumerate(gather_object([sees])) if not each]:
                 raise ValueError(
