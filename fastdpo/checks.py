@@ -37,6 +37,12 @@ def check_parallelism(trainer: Trainer) -> None:
             "save_on_each_node=True is not supported, because a checkpoint is written once, with a manifest of all its "
             "files; leave it out, and give an output_dir that all machines share"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
+        logger.warning(
+            "torchrun keeps its store when it starts the processes again, and they may look in it for processes that "
+            "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as examples/launch/torchrun.sh does"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
     sizes = getattr(trainer.accelerator, "parallelism_config", None)
