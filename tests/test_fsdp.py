@@ -88,6 +88,7 @@ def test_sharded_training_equals_that_of_one_process(name: str, folder: Path, on
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     if name != "aot":  # whose evaluation is by batches
         assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    assert two["mesh"] == (set() if name.startswith("ddp") else {(2, 2)} if name == "saved-hsdp" else {(2,)})
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
 

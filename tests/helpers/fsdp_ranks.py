@@ -10,6 +10,7 @@ import peft
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
@@ -132,6 +133,7 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     trainer.train(resume_from_checkpoint=resume)
     end = trained(trainer.model)
     found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
+    found["mesh"] = {tuple(p.device_mesh.shape) for p in trainer.model.parameters() if isinstance(p, DTensor)}
     found["eval"] = trainer.evaluate()["eval_loss"]
     if RUNS[name].get("bf16"):
         batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
