@@ -37,6 +37,12 @@ def check_parallelism(trainer: Trainer) -> None:
             "save_on_each_node=True is not supported, because a checkpoint is written once, with a manifest of all its "
             "files; leave it out, and give an output_dir that all machines share"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
+        logger.warning(
+            "torchrun keeps its store when it starts the processes again, and they may look in it for processes that "
+            "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as examples/launch/torchrun.sh does"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
     sizes = getattr(trainer.accelerator, "parallelism_config", None)
@@ -198,6 +204,7 @@ def stay_on_cpu(args: Any) -> None:
     """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none."""
     if torch.accelerator.is_available():
         return
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # accelerate leaves FSDP out, so all must load the weights
     args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
     if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
         args.use_cpu = True
@@ -218,6 +225,16 @@ def leave_checkpointing_to_fsdp(args: Any) -> None:
     if checkpoints and getattr(args, "activation_checkpointing", False):
         logger.info("gradient_checkpointing is off, because FSDP's activation_checkpointing does the same")
         args.activation_checkpointing = False
+
+
+def load_once_with_fsdp(args: Any) -> None:
+    """Let the first process of each machine alone read a model, if `fsdp_config` has `cpu_ram_efficient_loading`.
+
+    transformers looks for that in the environment, where accelerate would put it after the model is loaded.
+    """
+    given = getattr(args, "fsdp_plugin_args", None) or {}
+    if given.get("cpu_ram_efficient_loading") and torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def check_loading(args: Any, given: Any) -> None:

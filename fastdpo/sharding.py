@@ -4,6 +4,8 @@ A sharded model gathers its weights layer by layer when it is called. So all pro
 must read its tensors together.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ def shard_policy(accelerator: Accelerator, model: Any) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:  # accelerate's rounds log-probs to 16 bits, and sums of gradients
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
     plugin.set_auto_wrap_policy(model)
     if plugin.activation_checkpointing:
         fsdp2_apply_ac(accelerator, model)
@@ -61,6 +67,23 @@ def largest(number: int, device: torch.device) -> int:
     found = torch.tensor([number], device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found.item())
+
+
+def decided_by_first(decide: Callable[[], Any]) -> Any:
+    """Return in all processes what the first one decides, or raise its error; all must call this.
+
+    With FSDP's `cpu_ram_efficient_loading`, only the first process of a machine has a model's weights before training.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """fastdpo.checks: the stop at what is not finite, and the kinds of parallelism that are refused."""
 
+import importlib
 import math
+import os
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +11,14 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 
-from fastdpo.checks import NonFiniteGuard, check_parallelism, leave_checkpointing_to_fsdp, stay_on_cpu
+from fastdpo.checks import (
+    NonFiniteGuard,
+    check_parallelism,
+    leave_checkpointing_to_fsdp,
+    load_once_with_fsdp,
+    stay_on_cpu,
+)
+from fastdpo.trainer import failing_together
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -75,6 +85,17 @@ def test_supported_parallelism_passes(changes: dict[str, Any]) -> None:
     check_parallelism(a_trainer(parallelism_config=ParallelismConfig(dp_replicate_size=2), **changes))
 
 
+@pytest.mark.parametrize(("restarts", "shares"), [("3", "True"), ("0", "True"), ("3", "False")])
+def test_a_store_that_outlives_its_processes_is_said(
+    restarts: str, shares: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("MAX_RESTARTS", restarts), ("USE_AGENT_STORE", shares)):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", "0")
+    check_parallelism(a_trainer())
+    assert ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == (restarts == "3" and shares == "True")
+
+
 @pytest.mark.parametrize("asked", ["true", "false"])
 def test_fsdp_left_out_on_the_cpu_is_said(
     asked: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -113,9 +134,39 @@ def test_launched_processes_without_an_accelerator_know_each_other(
 ) -> None:
     monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     if is_launched:
         monkeypatch.setenv("LOCAL_RANK", "0")
     args = SimpleNamespace(use_cpu=False, dataloader_pin_memory=True)
     stay_on_cpu(args)
     assert args.use_cpu is (is_launched and not has_accelerator)
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if has_accelerator else "false")
     assert args.dataloader_pin_memory is has_accelerator
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_one_process_loads_if_fsdp_is_asked_to(efficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    load_once_with_fsdp(SimpleNamespace(fsdp_plugin_args={"cpu_ram_efficient_loading": efficient}))
+    assert os.environ["ACCELERATE_USE_FSDP"] == ("true" if efficient else "false")
+    load_once_with_fsdp(SimpleNamespace(fsdp_plugin_args=None))
+
+
+def test_an_error_of_processes_before_a_restart_does_not_end_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun may keep the store in which processes report their errors."""
+    ended: list[int] = []
+    args = SimpleNamespace(world_size=2, process_index=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(OSError, match="gone"), failing_together.failing_together(args):
+            raise OSError("gone")
+        importlib.reload(failing_together)  # as in a new process
+        monkeypatch.setattr(failing_together, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(failing_together, "_GRACE_SECONDS", 0.01)
+        monkeypatch.setattr("os._exit", ended.append)
+        with failing_together.failing_together(args):
+            time.sleep(0.2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not ended

@@ -169,3 +169,24 @@ def test_a_split_that_is_set_must_exist(tmp_path: Path) -> None:
     run = RunConfig(dataset_name=str(tmp_path), config_name="x", dataset_test_split="tets")
     with pytest.raises(ValueError, match=r"dataset_test_split: .* has no split 'tets'; .* did you mean 'test'"):
         load_datasets(run)
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "expected"),
+    [
+        ("bf16", {}, "bf16"),
+        ("fp16", {}, "fp16"),
+        ("no", {}, "no"),
+        ("bf16", {"bf16": False}, "no"),
+        ("fp16", {"bf16": True}, "bf16"),
+        ("bf16", {"fp16": True}, "fp16"),
+    ],
+)
+def test_the_precision_of_accelerates_yaml_holds_for_what_is_not_set(
+    launched: str, given: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that precomputing and the checks, which read `bf16` and `fp16`, agree with the training."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
+    assert (args.mixed_precision, args.bf16, args.fp16) == (expected, expected == "bf16", expected == "fp16")

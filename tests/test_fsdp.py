@@ -1,8 +1,9 @@
-"""Two processes that shard the weights with FSDP2 train what one process trains, and leave a model that loads."""
+"""Two processes that shard the weights with FSDP2, or twice two, train what one does, and leave a model that loads."""
 
 import functools
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,27 +28,33 @@ ALIKE = {
     "ddp-precomputed-given": "precomputed-given",
     "ddp-precomputed-lora": "precomputed-lora",
     "saved-full": "saved-sharded",
+    "saved-hsdp": "saved-sharded",
+    "no-wrap": "precomputed-given",
+    "by-name-own-head": "precomputed-given",
+    "by-name-tied": "precomputed-tied",
+    "gathered-lora": "precomputed-lora",
+    "by-name-lora": "precomputed-lora",
 }
 """Runs that are the same in one process."""
 
 
 @pytest.fixture(scope="module")
 def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have trained all runs, one after the other, and then failed."""
+    """Where four processes have trained their runs, and two processes theirs and then failed."""
     return Path(once("fsdp", lambda: run_all(tmp_path_factory.mktemp("fsdp"))))
 
 
 def run_all(folder: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "tests/helpers/fsdp_ranks.py", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
+    script = ["tests/helpers/fsdp_ranks.py", str(folder)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for words in ([*script, "--fork", str(port)], [*torchrun, *script]):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
+        )
     (folder / "stderr").write_text(done.stderr)
     return str(folder)
 
@@ -68,20 +75,32 @@ def flat(weights: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_sharded_training_equals_that_of_one_process(name: str, folder: Path, one_process: Any) -> None:
     two, one = torch.load(folder / f"{name}.pt"), one_process(name)
     assert two["end"].keys() == one["end"].keys()
     moved = (flat(one["end"]) - flat(one["start"])).norm()
     error = (flat(two["end"]) - flat(one["end"])).norm()
-    bound = 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5
+    bound = RUNS[name].get("bound", 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5)
     assert moved > 1e-3
     assert error <= bound * moved, f"{name}: {error / moved:.1e}"
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    if name != "aot":  # whose evaluation is by batches
+        assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    assert two["mesh"] == (set() if name.startswith("ddp") else {(2, 2)} if name == "saved-hsdp" else {(2,)})
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_in_16_bits_shards_lose_no_more_than_one_process(folder: Path, one_process: Any) -> None:
+    """And log-probs are not rounded to 16 bits, as accelerate's settings would do."""
+    two, one, truth = torch.load(folder / "bf16.pt"), one_process("bf16"), one_process("no-wrap")
+    errors = [(flat(run["end"]) - flat(truth["end"])).norm() for run in (two, one)]
+    assert 0 < errors[0] <= 2 * errors[1], errors
+    assert two["logps"].dtype == torch.float32
+    assert not torch.equal(two["logps"], two["logps"].bfloat16().float())
 
 
 @pytest.mark.slow
@@ -93,7 +112,7 @@ def test_a_resumed_sharded_run_ends_as_the_uninterrupted_one(name: str, folder: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["saved-sharded", "saved-full"])
+@pytest.mark.parametrize("name", ["saved-sharded", "saved-full", "saved-hsdp"])
 def test_both_kinds_of_checkpoints_end_with_a_model_that_loads(name: str, folder: Path) -> None:
     model, info = LlamaForCausalLM.from_pretrained(folder / name / "model", output_loading_info=True)
     assert not any(info.values())
@@ -114,3 +133,8 @@ def test_an_adapter_trained_with_fsdp_loads(folder: Path) -> None:
 def test_an_error_in_one_process_ends_the_others_with_its_message(folder: Path) -> None:
     said = "process 1 failed: FileNotFoundError: row 5 of this process's data is gone; this process ends too"
     assert said in (folder / "stderr").read_text()
+
+
+@pytest.mark.slow
+def test_rows_that_need_calls_of_their_own_are_refused_at_once(folder: Path) -> None:
+    assert "set max_length <= 16 (it is 17), or use DDP" in (folder / "refused").read_text()

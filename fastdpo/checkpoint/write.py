@@ -18,6 +18,7 @@ from fastdpo.settings.files import sync
 logger = logging.getLogger("fastdpo")
 
 _SUFFIX = ".tmp"
+_REPLACED = f".replaced{_SUFFIX}"
 
 
 def unfinished(place: Path) -> Path:
@@ -27,6 +28,11 @@ def unfinished(place: Path) -> Path:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process has left unfinished in an output folder that no other process uses."""
+    for path in folder.glob(f".checkpoint-*{_REPLACED}"):
+        place = path.with_name(path.name.removeprefix(".").removesuffix(_REPLACED))
+        if not place.exists():
+            logger.warning("%s is back, because the process was killed that was replacing it", place)
+            os.rename(path, place)
     for path in (*folder.glob(f".checkpoint-*{_SUFFIX}"), *folder.glob(f".model{_SUFFIX}")):
         logger.info("removing %s, which was not written completely", path)
         shutil.rmtree(path, ignore_errors=True)
@@ -35,12 +41,15 @@ def sweep(folder: Path) -> None:
 def move_into_place(written: Path, place: Path) -> None:
     """Rename a complete checkpoint to its name, and bring that to the disk.
 
-    An older folder of the same name is removed. The new one is complete on the disk before, under its hidden name.
+    An older folder of the same name is removed once the new one has its name, and until then `sweep` finds it.
     """
+    replaced = place.with_name(f".{place.name}{_REPLACED}")
     if place.exists():
-        remove(place)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(place, replaced)
     os.rename(written, place)
     sync(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(checkpoint: Path) -> None:

@@ -4,13 +4,14 @@
 """
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
+from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, load_once_with_fsdp, stay_on_cpu
 from fastdpo.config import checks
 from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import in_words
@@ -293,13 +294,20 @@ class DPOConfig(TrainingArguments):
         checks.warn_of_no_effect(self, settings)
         checks.check_values(self, settings)
         self.bf16_is_default = self.bf16 is None
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate's YAML, for what is not set here
+        if self.bf16 is None and not self.fp16:
+            self.__dict__["fp16"] = launched == "fp16"
+            default = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = launched == "bf16" or (launched == "no" and default)
+        self.bf16 = bool(self.bf16)
         stay_on_cpu(self)
         self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()
+        if launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
+            self.mixed_precision = "no"
         leave_checkpointing_to_fsdp(self)
+        load_once_with_fsdp(self)
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
         check_loading(self, given)

@@ -120,6 +120,22 @@ def rope_limit(config: Any) -> tuple[int | None, str]:
     return None, "default"
 
 
+def check_sharded(model: Any, max_length: int | None) -> None:
+    """Refuse a model whose weights processes gather together if they may call it different numbers of times.
+
+    Raises:
+        ValueError: beyond a length, a longrope RoPE needs a call for each row, and rows may be longer.
+    """
+    model = unwrap(model)
+    limit, rope_type = rope_limit(model.config)
+    if rope_type == "longrope" and limit is not None and (max_length is None or max_length > limit):
+        raise refusal(
+            model,
+            f"beyond {limit} tokens it reads rows one by one, and processes that share its weights have different "
+            f"numbers of rows; set max_length <= {limit} (it is {max_length}), or use DDP",
+        )
+
+
 def _attention_dropout(model: nn.Module) -> bool:
     """Whether attention weights may drop out; layers keep the probability as a number or as a module's `p`.
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from fastdpo.head.eager import Stats
 from fastdpo.model import body_and_head, router
@@ -26,7 +27,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
 from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit
-from fastdpo.sharding import is_sharded
+from fastdpo.sharding import decided_by_first, is_sharded
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
@@ -73,7 +74,9 @@ def find_head(model: Any) -> Head:
     Raises:
         ValueError: no layout of a batch is exact on the model; the message names its class and the reason.
     """
-    return _find(model)[1]
+    model = checked_model(model)
+    place, own = _search(model)
+    return body_and_head.locate_head(model, place)._replace(own=own)
 
 
 def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", attention_backend: str = "auto") -> None:
@@ -96,18 +99,17 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
     Raises:
         ValueError: as in `find_head`.
     """
-    place, head = _find(model)
-    model = unwrap(model)
-    if head.own:
-        logger.warning(
-            "%s: the logits are computed in chunks by the model's own head: %s", type(model).__name__, head.own
-        )
+    model = checked_model(model)
+    # with FSDP's cpu_ram_efficient_loading, only the first process has weights that can be tried
+    place, own = decided_by_first(lambda: _search(model)) if is_fsdp_enabled() else _search(model)
+    if own:
+        logger.warning("%s: the logits are computed in chunks by the model's own head: %s", type(model).__name__, own)
     padded = only_padded(model)
     if padded is None:
         _set_attention(model)
     previous = vars(model).get("_fastdpo")
-    own = previous.forward if previous else vars(model).get("forward")
-    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, own, place, head.own, padded)
+    forward = previous.forward if previous else vars(model).get("forward")
+    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, forward, place, own, padded)
     if not previous:
         # a bound method of a function that holds no model: deepcopy binds it to the copy
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
@@ -251,23 +253,22 @@ def _padded_hidden(
 # What is exact
 
 
-def _find(model: Any) -> tuple[int, Head]:
-    """Find the head and the place of the decoder."""
-    model = checked_model(model)
+def _search(model: Any) -> tuple[int, str | None]:
+    """Return the place of the decoder, and why the fused head does not compute the logits (None: it does)."""
     tried = []
     for place in body_and_head.places(model):
         head = body_and_head.locate_head(model, place)
-        head = head._replace(own=head.own or body_and_head.outside(model, head))
+        own = head.own or body_and_head.outside(model, head)
         if not body_and_head.can_probe(model):
-            return place, head
-        reason, failure = body_and_head.probe(model, _own_forward(model), head)
+            return place, own
+        reason, failure = body_and_head.probe(model, _own_forward(model), head._replace(own=own))
         if failure is None:
-            return place, head._replace(own=head.own or reason)
+            return place, own or reason
         tried.append(failure)
     head = body_and_head.locate_head(model)
     # a forward that replaces the class's own may need more than hidden states; by its weights the fused head is right
     if head.own is None and body_and_head.outside(model, head) is None:
-        return 0, head
+        return 0, None
     raise refusal(model, tried[0])
 
 

@@ -22,6 +22,8 @@ OUT_OF_MEMORY = (
     "tokens_per_batch or max_length, or leave gradient_checkpointing on; `fastdpo plan CONFIG.yaml` computes what fits"
 )
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
+"""What gloo and NCCL say when another process of the run has ended."""
 NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded", ". unexpected pos ", "PytorchStreamWriter")
 """The last two are how `torch.save` says that it could not write all of a file."""
 
@@ -44,6 +46,8 @@ def one_line(error: BaseException) -> str | None:
     ):
         wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         return OUT_OF_MEMORY + (f" (tried to allocate {wanted[1]})" if wanted else "")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE):
+        return "another process of this run has ended, so this one ends too; the log of the other may say why"
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, OSError):

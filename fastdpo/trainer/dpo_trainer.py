@@ -28,7 +28,7 @@ from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import Layout, choose_layout
+from fastdpo.model.layout import Layout, check_sharded, choose_layout
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward
@@ -155,6 +155,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             sharding.shard_policy(self.accelerator, self.model)
             if self.is_fsdp_enabled and ref_model is not None:
                 ref_model = prepare_reference(self.accelerator, ref_model)
+            for each in filter(sharding.is_sharded, filter(None, (self.model, ref_model))):
+                check_sharded(each, args.max_length)
             if data_collator is None:
                 self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
                 self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)

@@ -1,19 +1,19 @@
 """End all processes of a run soon after an error in one of them, for which the others would wait without an end."""
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
+from fastdpo.sharding import decided_by_first
+
 logger = logging.getLogger("fastdpo")
 
-_blocks = itertools.count()
-"""All processes enter the same blocks, so a block's number is its name in the store that they share."""
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 """How long a process may take to raise an error of its own, as when all of them have found the same."""
@@ -29,7 +29,9 @@ def failing_together(args: Any) -> Iterator[None]:
     if args.world_size == 1 or not dist.is_initialized():
         yield
         return
-    store, key = dist.distributed_c10d._get_default_store(), f"fastdpo-failed-{next(_blocks)}"
+    store = dist.distributed_c10d._get_default_store()
+    # a name of its own, because torchrun may keep the store when it starts the processes again
+    key = decided_by_first(lambda: f"fastdpo-failed-{uuid.uuid4().hex}")
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(store, key, ended), daemon=True)
     watch.start()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,6 +32,9 @@ from fastdpo.trainer.failing_together import failing_together
 from fastdpo.trainer.packed_trainer import PackedTrainer
 
 logger = logging.getLogger("fastdpo")
+
+_SHARED_SECONDS = 20.0
+"""How long a file system that machines share may take to show a file of one machine to the others."""
 
 
 class SavingTrainer(PackedTrainer):
@@ -100,32 +103,26 @@ class SavingTrainer(PackedTrainer):
         return found
 
     def _check_shared(self) -> None:
-        """Make sure that all processes see the checkpoint that the main one has chosen."""
-        if self._found is None or self.args.world_size == 1:
+        """Make sure that all processes see the checkpoint that the main one has chosen, and will see those to come."""
+        if self.args.world_size == 1:
             return
-        folder = self._found.folder
-        manifest = folder / MANIFEST
-        seen = manifest.read_text() if manifest.is_file() else str(folder.is_dir())
-        everyones = gather_object([seen])
-        if others := [i for i, each in enumerate(everyones) if each != everyones[0]]:
-            raise ValueError(
-                f"{folder} can't be resumed from, because process {others[0]} does not see there what process 0 sees; "
-                "output_dir must be a folder that all machines share"
-            )
+        paths = [] if self._found is None else [self._found.folder / MANIFEST]
+        if self.args.save_strategy != "no":
+            paths.append(Path(self.args.output_dir) / lock.LOCK)
+        for path in paths:
+            first_sees = self._agree(functools.partial(_text, path))
+            until = time.monotonic() + _SHARED_SECONDS
+            while not (sees := _text(path) == first_sees) and time.monotonic() < until:
+                time.sleep(0.5)  # network file systems show new files late
+            if blind := [i for i, each in enumerate(gather_object([sees])) if not each]:
+                raise ValueError(
+                    f"process {blind[0]} does not see {path} as process 0 does, so no checkpoint there can be resumed "
+                    "from; output_dir must be a folder that all machines share"
+                )
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Return in all processes what the main process decides, or raise its error; the others wait for it."""
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = decide()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        if self.args.world_size > 1:
-            broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return decide() if self.args.world_size == 1 else sharding.decided_by_first(decide)
 
     # Save
 
@@ -352,6 +349,10 @@ class SavingTrainer(PackedTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # with save_strategy="best" its result decides whether a checkpoint is saved
         return bool(super()._determine_best_metric(metrics, trial)) or self._stopping
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else str(path.parent.is_dir())
 
 
 class _Watch(TrainerCallback):

@@ -1,6 +1,7 @@
 """fastdpo.checkpoint's files and folders, without a trainer: manifests, rotation, the lock."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -45,6 +46,32 @@ def test_a_file_that_is_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-12").write_text("notes")
     place = save(tmp_path, 7)
     assert checkpoints(tmp_path) == {7: place}
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_at_most_one_of_the_two(
+    kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the old one has another name, before the new one has its own, or before the old one is removed."""
+    old = save(tmp_path, 3)
+    (old / "adapter" / "old").touch()
+    calls: list[str] = []
+
+    def killed(real: object, *args: object, **options: object) -> object:
+        calls.append("")
+        if len(calls) >= kill_at:
+            raise KeyboardInterrupt
+        return real(*args, **options)  # type: ignore[operator]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", functools.partial(killed, os.rename))
+        patch.setattr("fastdpo.checkpoint.write.sync", functools.partial(killed, write.sync))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 3)
+    write.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint-3"]
+    assert verify(tmp_path / "checkpoint-3") == {"seed": 3}
+    assert (tmp_path / "checkpoint-3" / "adapter" / "old").exists() is (kill_at < 3)
 
 
 def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from fastdpo.checkpoint import lock
 from fastdpo.checkpoint.manifest import checkpoints
 from fastdpo.checkpoint.preempt import Preempted
+from fastdpo.settings.config_file import MANIFEST
 from fastdpo.trainer import saving
 from tests.helpers.resumable import records
 from tests.helpers.trainers import lora, rows, tiny_llama, weights
@@ -192,15 +194,30 @@ def test_the_same_trainer_may_train_again(make: Make, tmp_path: Path) -> None:
         other.train()
 
 
-@pytest.mark.parametrize("theirs", ["another manifest", "False"])
-def test_a_checkpoint_that_another_machine_does_not_have_is_refused(
-    theirs: str, make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_folder_that_machines_do_not_share_is_refused(
+    resumes: bool, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a disk of its own, a machine would go on from other weights, or end with a traceback."""
-    make(**BASE).train()
+    """With a disk of its own, a machine would go on from other weights, or could not go on from the next checkpoint."""
+    if resumes:
+        make(**BASE).train()
     trainer = make(**BASE, resume_changed=True)
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     monkeypatch.setattr(trainer, "_agree", lambda decide: decide())
-    monkeypatch.setattr(saving, "gather_object", lambda mine: [*mine, theirs])
-    with pytest.raises(ValueError, match="process 1 does not see there what process 0 sees; output_dir must be a fol"):
+    monkeypatch.setattr(saving, "gather_object", lambda mine: [*mine, False])
+    place = f"checkpoint-6/{MANIFEST}" if resumes else lock.LOCK
+    with pytest.raises(ValueError, match=rf"process 1 does not see {tmp_path}/out/{place} as process 0 does"):
         trainer.train(resume_from_checkpoint="auto")
+
+
+def test_a_file_that_another_machine_sees_late_is_waited_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trainer, texts, slept = make(**BASE), ["first's", "False", "False", "first's"], []
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(trainer, "_agree", lambda decide: decide())
+    monkeypatch.setattr(saving, "gather_object", lambda mine: [*mine, True])
+    monkeypatch.setattr(saving, "_text", lambda path: texts.pop(0))
+    monkeypatch.setattr("time.sleep", slept.append)
+    trainer._check_shared()
+    assert len(slept) == 2

@@ -1,5 +1,6 @@
 """Run by test_fsdp.py under torchrun: training runs on two processes, most with FSDP2, results to a folder."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
@@ -18,6 +22,7 @@ FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+RAM_EFFICIENT = {"cpu_ram_efficient_loading": True}  # only the first process reads the weights
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
@@ -32,12 +37,26 @@ RUNS: dict[str, dict[str, Any]] = {
     "precomputed-lora": {"lora": {}} | PRECOMPUTE,
     "cached-lora": {"lora": {}, "cache_of": "precomputed-lora"},
     "checkpointed": {"given": True, "fsdp": CHECKPOINTED, "gradient_checkpointing": True},
+    "lora-head": {"lora": {"target_modules": ["q_proj", "lm_head"]}},
+    "pissa": {"lora": {"init_lora_weights": "pissa"}, "bound": 1e-5},  # it trains large weights, whose rounding counts
+    "modules-to-save": {"lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "bound": 1e-5},
+    "aot": {"given": True, "loss_type": ["aot"]},
+    "partial": {"given": True, "rows": 28, "max_steps": -1, "num_train_epochs": 1},  # the last step has half the pairs
+    "no-wrap": {"given": True, "fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    "gathered-lora": {"lora": {}, "fsdp": {"reshard_after_forward": False}},
+    "by-name-tied": {"tied": True, "by_name": True, "fsdp": RAM_EFFICIENT},
+    "by-name-own-head": {"by_name": True, "given": True, "logit_scale": 2.0, "fsdp": RAM_EFFICIENT},
+    "by-name-lora": {"by_name": True, "lora": {}, "fsdp": RAM_EFFICIENT},
+    "bf16": {"given": True, "bf16": True},
     "own-head": {"lora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunk_bytes": 2**15},
     "saved-sharded": SAVED | {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
     "saved-full": SAVED | {"fsdp": {"state_dict_type": "FULL_STATE_DICT"}},
     "saved-lora": ADAMW | {"lora": {}, "save_strategy": "steps", "save_steps": 2},
+    "saved-hsdp": SAVED | {"replicas": 2},
 }
 """Settings of `DPOConfig`, and those of `trainer_of`."""
+OF_FOUR = ["saved-hsdp"]
+"""Runs on four processes, two times two that share the weights."""
 
 
 def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
@@ -45,32 +64,60 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
     settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
     tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
     fsdp, cache_of = settings.pop("fsdp", {}), settings.pop("cache_of", name)
-    settings.pop("evaluate_first", None)
+    by_name, of_model = settings.pop("by_name", False), {"tie_word_embeddings": tied}
+    if "logit_scale" in settings:  # which Llama's code ignores, so that the name misleads: its own head is used
+        of_model["logit_scale"] = settings.pop("logit_scale")
+    for other in ("evaluate_first", "bound"):
+        settings.pop(other, None)
+    replicas = settings.pop("replicas", 1)
     body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
     if sharded:
-        settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        processes = int(os.environ["WORLD_SIZE"])
+        settings |= {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+        if replicas > 1:
+            settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2)
         settings |= {} if fsdp is None else {"fsdp": True, "fsdp_config": FSDP | fsdp}
+        if by_name:
+            os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
     else:
         settings["per_device_train_batch_size"] = 8
-    reference = None
+    model, reference = tiny_llama(**of_model), None
     if given:
-        reference = tiny_llama()
+        reference = tiny_llama(**of_model)
         with torch.no_grad():
             reference.lm_head.weight.mul_(1.05)
+    if by_name:
+        model, reference = (named(each, folder / name / f"start-{i}") for i, each in enumerate((model, reference)))
     return make_trainer(
         folder / name,
-        model=tiny_llama(tie_word_embeddings=tied),
+        model=model,
         ref_model=reference,
         peft_config=None
         if lora is None
         else peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora),
-        data=rows(32),
+        data=rows(settings.pop("rows", 32)),
         eval_dataset=rows(7, seed=5),
         reference_cache_dir=str(folder / "cache" / cache_of),
         self_check="error",
         train_sampling_strategy="sequential",
         **{"max_steps": 3} | settings,
     )
+
+
+def named(model: Any, folder: Path) -> str | None:
+    """Save a model once without its last norm, which is 1, and return its name.
+
+    The first process sets a missing weight to 1 when it loads the model; in the others it stays on the meta device.
+    """
+    if model is None:
+        return None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        weights = model.state_dict()
+        del weights["model.norm.weight"]
+        model.save_pretrained(folder, state_dict=weights)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(folder)
 
 
 def trained(model: Any) -> dict[str, Any]:
@@ -86,10 +133,26 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     trainer.train(resume_from_checkpoint=resume)
     end = trained(trainer.model)
     found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
+    found["mesh"] = {tuple(p.device_mesh.shape) for p in trainer.model.parameters() if isinstance(p, DTensor)}
     found["eval"] = trainer.evaluate()["eval_loss"]
+    if RUNS[name].get("bf16"):
+        batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
+        with torch.no_grad(), trainer.accelerator.autocast():
+            found["logps"] = trainer.model(**batch).logps
     if "saved" in name:
         trainer.save_model(str(folder / name / "model"))
     return found
+
+
+def refused(folder: Path) -> str:
+    """Return why rows beyond the limit of a longrope model are refused, as soon as the trainer is made."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [1.0] * 6}
+    model = tiny_llama(rope_parameters=rope | {"factor": 1.0, "original_max_position_embeddings": 16})
+    try:
+        make_trainer(folder / "longrope", model=model, fsdp=True, fsdp_config=FSDP, max_length=17)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 class FailsInOne(TrainerCallback):
@@ -101,20 +164,43 @@ class FailsInOne(TrainerCallback):
         time.sleep(60)
 
 
-def main(folder: Path, names: list[str]) -> None:
+def save_runs(folder: Path, names: list[str]) -> None:
     keep_fsdp_on_cpu()
     for name in names:
         found = run(folder, name, sharded=True)
         if "saved" in name:
-            found["resumed"] = run(folder, name, sharded=True, resume=str(folder / name / "out" / "checkpoint-2"))[
-                "end"
-            ]
-        if torch.distributed.get_rank() == 0:
+            checkpoint = folder / name / "out" / "checkpoint-2"
+            found["resumed"] = run(folder, name, sharded=True, resume=str(checkpoint))["end"]
+        if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Under torchrun: train all runs of two processes, and fail in one."""
+    save_runs(folder, names)
+    (folder / "refused").write_text(refused(folder))
     trainer = trainer_of(folder, "clipped", sharded=True)
     trainer.add_callback(FailsInOne())
     trainer.train(resume_from_checkpoint=False)
 
 
+def fork(folder: Path, port: str) -> None:
+    """Train the runs of four processes; they are forked, because an import in each of them would take longer."""
+    os.environ.update(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=port)
+    children = []
+    for rank in range(4):
+        if (child := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            save_runs(folder, OF_FOUR)
+            dist.destroy_process_group()
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(RUNS))
+    if sys.argv[2:3] == ["--fork"]:
+        fork(Path(sys.argv[1]), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:] or [name for name in RUNS if name not in OF_FOUR])

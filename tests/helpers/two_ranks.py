@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 
 import fastdpo
+from fastdpo.config import dpo_config
 from tests.helpers.trainers import NoTokenizer, data_for, rows, tiny_llama
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -69,10 +70,13 @@ def keep_fsdp_on_cpu() -> None:
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
         own(self, *args, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     state.AcceleratorState.__init__ = init
+    dpo_config.stay_on_cpu = lambda args: None  # which lets all processes load the weights
 
 
 if __name__ == "__main__":

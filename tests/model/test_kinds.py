@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastdpo.model.layout import layout_of
+from fastdpo.model.layout import check_sharded, layout_of
 from fastdpo.model.scoring_forward import find_head, patch_forward
 from tests.helpers.packed import make_adapted, pack, score
 from tests.helpers.tiny import (
@@ -227,6 +227,15 @@ def test_longrope_beyond_its_limit_is_exact_row_by_row():
 def score_after_pairs(model, pairs):
     patch_forward(model)
     return score(model, pairs, layout="padded")
+
+
+def test_longrope_beyond_its_limit_is_refused_where_weights_are_sharded():
+    model = make_model("llama", **rope("longrope"))
+    check_sharded(model, 64)
+    check_sharded(make_model("llama", **rope("dynamic")), None)
+    for length in (65, None):
+        with pytest.raises(ValueError, match=rf"set max_length <= 64 \(it is {length}\), or use DDP"):
+            check_sharded(model, length)
 
 
 def test_dynamic_rope_beyond_its_limit_is_refused():

@@ -98,6 +98,17 @@ def test_what_a_user_can_mend_is_one_line(function: Callable[[], Any], expected:
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[pair.cc:553] Connection closed by peer [10.0.0.2]:9638. This is typically caused by a remote crash.",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    ],
+)
+def test_that_another_process_has_ended_is_no_bug(said: str) -> None:
+    assert (one_line(RuntimeError(said)) or "").startswith("another process of this run has ended")
+
+
 def test_out_of_memory_says_how_much_was_asked_for() -> None:
     assert (one_line(caught(out_of_memory)) or "").endswith("(tried to allocate 3.50 GiB)")
 
