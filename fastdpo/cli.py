@@ -238,7 +238,7 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
 
     run, args = make_configs(chosen)
     train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
+    model, tokenizer = load_model(run, args, train_dataset)
     output = Path(args.output_dir) / "scores.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     options = options_of(args)  # the precision and batch size of training
@@ -272,7 +272,7 @@ def plan(config: Path | None, overrides: dict[str, Any]) -> None:
 
     run, args = make_configs(chosen)
     dataset, _ = load_datasets(run, args.seed)
-    found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
+    found = make_plan(run, args, dataset, load_tokenizer(run, args, dataset), **options)
     picture = Path(args.output_dir) / "plan.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_lengths(found.stats, picture)
@@ -285,7 +285,7 @@ def _trainer(run: Any, args: Any) -> Any:
     from fastdpo.trainer import DPOTrainer
 
     train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = load_model(run, args)
+    model, tokenizer = load_model(run, args, train_dataset)
     if eval_dataset is None:
         args.set_evaluate(strategy="no")
     args.eval_on_start = eval_dataset is not None

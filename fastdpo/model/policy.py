@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     set_seed,
@@ -142,13 +143,14 @@ def _stays(mode: bool = True) -> None:
     """Ignore a change between training and evaluation."""
 
 
-def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") -> Any:
+def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class", images: bool = False) -> Any:
     """Load the tokenizer that lies beside the weights of a loaded model, or in a folder, or in a repository on the Hub.
 
     Args:
         model: a loaded model, or the name or path of one.
         args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
         setting: what an error calls the place.
+        images: load the processor, which has the tokenizer, for rows with images.
 
     Raises:
         ValueError: the model was not loaded from anywhere.
@@ -163,7 +165,7 @@ def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") 
         )
     check_model_folder(setting, name, trusts_code=args.trust_remote_code)
     with loading(setting, name):
-        return AutoTokenizer.from_pretrained(name, **files)
+        return (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
 
 
 def align_pad_token(model: Any, tokenizer: Any) -> None:
