@@ -37,7 +37,7 @@ def with_blocks(
         value: `[T, G, D]`.
         blocks: for each image, the first row of its prompt, its own first row, and the row after its last one.
         scaling: as in `fastdpo.model.attention.backends.attend`, like the arguments after it. The window bounds what a
-            token sees before its image.
+            token sees to its left, also in its own image.
         window: see `scaling`.
         softcap: see `scaling`.
         sinks: see `scaling`.
@@ -47,7 +47,7 @@ def with_blocks(
         place = torch.arange(first, stop, device=query.device)
         seen = None
         if window:
-            seen = (place > place[start - first :, None] - window) | (place >= start)
+            seen = place > place[start - first :, None] - window
         q, k, v = (x.transpose(0, 1)[None] for x in (query[start:stop], key[first:stop], value[first:stop]))
         if softcap is None and sinks is None:
             groups = q.shape[1] // k.shape[1]
