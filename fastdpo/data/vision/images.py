@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Image, List
+from datasets import Dataset, Features, Image, List
 from PIL import Image as PIL
 from PIL import ImageOps
 from transformers import ProcessorMixin
@@ -83,9 +83,16 @@ def feature(column: str) -> Any:
 
 def undecoded(dataset: Any) -> Any:
     """Let a dataset give its images as bytes or paths, so that no URL is fetched and no pixels are stored."""
-    for column in COLUMNS:
-        if _decodes((dataset.features or {}).get(column)):
-            dataset = dataset.cast_column(column, feature(column))
+    features = dataset.features or {}
+    changed = {column: feature(column) for column in COLUMNS if _decodes(features.get(column))}
+    if not changed:
+        return dataset
+    if isinstance(dataset, Dataset):  # `cast_column` would copy the images of a list
+        schema = Features(features | changed).arrow_schema
+        options = {"indices_table": dataset._indices, "fingerprint": dataset._fingerprint}
+        return Dataset(dataset.data.cast(schema), **options)
+    for column, kind in changed.items():
+        dataset = dataset.cast_column(column, kind)
     return dataset
 
 
