@@ -195,7 +195,7 @@ def _shown(text: str) -> str:
 
     A special token that comes many times in a row, as those of an image do, is shown once, with its count.
     """
-    text = _REPEATED.sub(lambda found: f"{found[1]}*{len(found[0]) // len(found[1])}", text)
+    text = _REPEATED.sub(lambda found: f"{found[1]}*{len(found[0]) // len(found[1])} ", text)
     if (rest := len(text) - _HEAD - _TAIL) > 0:
         head, tail = printable(text[:_HEAD], ""), printable(text[-_TAIL:], "")
         return f"{head} [{rest:,} characters left out] {tail}"
