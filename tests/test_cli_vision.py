@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_vision import llava_processor
 from fastdpo.settings.dataset_files import load_splits
 from tests.helpers.command import Run, command
-from tests.helpers.vision import llava_processor, make_model, picture, said
+from tests.helpers.vision import make_model, picture, said
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from benchmarks.tiny_vision import llava_processor
 from tests.helpers.trainers import losses
-from tests.helpers.vision import llava_processor, make_model, make_trainer, rows
+from tests.helpers.vision import make_model, make_trainer, rows
 
 Make = Callable[..., Any]
 

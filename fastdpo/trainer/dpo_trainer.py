@@ -23,7 +23,7 @@ from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_co
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
-from fastdpo.data.vision.batch import collator_of
+from fastdpo.data.vision.batch import check_sharded, collator_of
 from fastdpo.data.vision.images import has_images, text_tokenizer
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
@@ -158,6 +158,10 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
+        if self.is_fsdp_enabled:
+            named = [("train", self.train_dataset)]
+            prepare.each(self.eval_dataset, lambda rows, name: named.append((name, rows)))
+            check_sharded(named)
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
             if self.is_fsdp_enabled and ref_model is not None:

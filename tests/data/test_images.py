@@ -10,9 +10,10 @@ import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as PIL
 
+from benchmarks.tiny_vision import llava_processor, qwen_processor
 from fastdpo.data.prepare import prepare_dataset, tokenize_row
 from fastdpo.data.vision.images import images_of
-from tests.helpers.vision import llava_processor, picture, png, qwen_processor, said
+from tests.helpers.vision import picture, png, said
 
 Row = dict[str, Any]
 

@@ -1,7 +1,6 @@
-"""Processors that need neither a network nor torchvision, tiny models for them, and rows with drawn images."""
+"""Tiny models for processors that need no network, rows with drawn images, and trainers of them by fastdpo and TRL."""
 
 import copy
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,58 +11,9 @@ import transformers
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2_5_VLProcessor
 
 import fastdpo
-from tests.helpers.vision_models import TEXT
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_QWEN = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-
-
-def _tokenizer(image: str, special: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token per byte, and special tokens; an image is written as `image`."""
-    own = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE({token: i for i, token in enumerate([*own, *alphabet])}, []))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<|im_end|>", pad_token="<pad>")
-    fast.add_special_tokens({"additional_special_tokens": [*special, "<|im_start|>"]})
-    fast.chat_template = TEMPLATE.replace("IMAGE", image)
-    return fast
-
-
-def llava_processor() -> Any:
-    """Every image has 16 tokens."""
-    tokenizer = _tokenizer("<image>", ["<image>"])
-    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return transformers.LlavaProcessor(images, tokenizer, chat_template=tokenizer.chat_template, **options)
-
-
-class _QwenWithoutVideos(Qwen2_5_VLProcessor):
-    """The part for videos needs torchvision."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        self.image_token, self.video_token = _QWEN[:2]
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(list(_QWEN[:2]))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
-def qwen_processor() -> Any:
-    """The tokens of an image are as many as its size makes them, 4 to 16."""
-    tokenizer = _tokenizer("<|vision_start|><|image_pad|><|vision_end|>", _QWEN)
-    sizes = {"min_pixels": 8 * 8 * 4, "max_pixels": 8 * 8 * 16}
-    images = transformers.Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, **sizes)
-    return _QwenWithoutVideos(images, tokenizer, chat_template=tokenizer.chat_template)
-
+from benchmarks.tiny_vision import QWEN_TOKENS, TEXT, llava_processor, qwen_processor
 
 PROCESSORS = {"llava": llava_processor, "qwen2.5-vl": qwen_processor}
 
@@ -88,7 +38,7 @@ def make_model(name: str, processor: Any) -> Any:
         tower |= {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(_QWEN)), strict=True))
+        ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
         config = transformers.Qwen2_5_VLConfig(
             vision_config=tower, text_config=text | {"rope_parameters": rope}, tie_word_embeddings=False, **ids
         )

@@ -7,22 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.data.vision import batch as vision_batch
-from fastdpo.data.vision.batch import VisionCollator
+from benchmarks.tiny_vision import REFUSED, SHARED, TREE, MadeUpCollator, build, examples, own_logps
 from fastdpo.model import scoring_forward
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.model.self_check import checked_layout
 from tests.helpers.tiny import gradients
-from tests.helpers.vision_models import REFUSED, SHARED, TREE, MadeUpProcessor, build, examples, own_logps
 
 QUICK = ("llava", "qwen2.5-vl", "gemma3")
 FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SHARED | TREE]
-
-
-@pytest.fixture(autouse=True)
-def images_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision_batch, "images_of", lambda example: example.get("images") or [])
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +23,11 @@ def families() -> dict[str, Any]:
     return {name: build(name) for name in QUICK}
 
 
-def patched(family: Any) -> tuple[Any, VisionCollator]:
+def patched(family: Any) -> tuple[Any, MadeUpCollator]:
     """A patched copy of the model, and the collator of its batches."""
     model = copy.deepcopy(family.model)
     patch_forward(model, impl="torch")
-    return model, VisionCollator(MadeUpProcessor(family.inputs), model)
+    return model, MadeUpCollator(family, model)
 
 
 def assert_same_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -60,7 +53,7 @@ def test_log_probs_and_gradients_are_the_models_own(name: str) -> None:
 
     patch_forward(family.model, impl="torch")
     assert vars(family.model)["_fastdpo"].own is None  # the head is fused
-    collate = VisionCollator(MadeUpProcessor(family.inputs), family.model)
+    collate = MadeUpCollator(family, family.model)
     logps = family.model(**collate(rows, layout=layout)).logps
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
     assert_same_gradients(gradients(family.model, logps * weights), expected_gradients)

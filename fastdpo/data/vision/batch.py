@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
@@ -35,6 +36,8 @@ class VisionCollator:
         model: the model, without PEFT's wrapper; only its config and its rule of positions are kept.
     """
 
+    images_of: Callable[[Mapping[str, Any]], list[Any]] = staticmethod(images_of)
+
     def __init__(self, processor: Any, model: Any) -> None:
         self.processor = processor
         self.image_token = image_token_of(model.config)
@@ -49,7 +52,7 @@ class VisionCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]], *, layout: str = "shared") -> dict[str, Any]:
         """Make the batch; arguments and errors are those of `shared_prefix_batch`."""
         batch = shared_prefix_batch(examples, layout=layout)
-        images = [images_of(example) for example in examples]
+        images = [self.images_of(example) for example in examples]
         if not any(images):
             return batch
         order = example_order(examples, layout)
@@ -68,7 +71,7 @@ class VisionCollator:
 
     def inputs_of(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return what the model takes of one example's images; nothing if it has none."""
-        images = images_of(example)
+        images = self.images_of(example)
         return self._inputs([example], [images], [0]) if images else {}
 
     def _inputs(
@@ -117,6 +120,28 @@ def collator_of(columns: Iterable[Collection[str]], processor: Any, model: Any) 
         model: as in `VisionCollator`.
     """
     return VisionCollator(processor, model) if any("images_key" in each for each in columns) else shared_prefix_batch
+
+
+def check_sharded(datasets: Iterable[tuple[str, Any]]) -> None:
+    """Check that each row has an image, for a model whose weights are sharded: all processes run the tower together.
+
+    Args:
+        datasets: name and rows of each prepared dataset.
+
+    Raises:
+        ValueError: a dataset with images has a row without one, or is a stream, of which this is not known.
+    """
+    for name, rows in datasets:
+        if "images_key" not in (rows.column_names or ()):
+            continue
+        if not isinstance(rows, Dataset):
+            raise ValueError(f"{name} dataset is a stream with images, which can't be used with FSDP; load it whole")
+        bare = [i for i, key in zip(rows["pair_index"], rows["images_key"], strict=True) if not key]
+        if bare:
+            raise ValueError(
+                f"{name} dataset: row {bare[0]} has no image, and with FSDP every row needs one, because all processes "
+                "gather the weights of the part that sees the images together; leave such rows out, or use DDP"
+            )
 
 
 def image_token_of(config: Any) -> int | None:

@@ -1,4 +1,7 @@
-"""Tiny vision-language models with random weights, one for each family, and made-up pixels that need no processor."""
+"""Tiny vision-language models with random weights, one for each family, made-up pixels, and two small processors.
+
+The processors need neither a network nor torchvision.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen2_5_VLProcessor
+
+from fastdpo.data.vision.batch import VisionCollator
 
 VOCAB, IMAGE, START, END, VIDEO = 128, 120, 121, 122, 123
 
@@ -31,7 +38,7 @@ _TOWER = {
     "image_size": 16,
     "patch_size": 4,
 }
-_CLIP = _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
+CLIP = _TOWER | {"model_type": "clip_vision_model", "projection_dim": 16}
 _SIGLIP = _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 _PIXTRAL = _TOWER | {"model_type": "pixtral", "image_size": 32, "head_dim": 12}
 _TOKEN = {"image_token_id": IMAGE, "image_token_index": IMAGE}
@@ -60,8 +67,8 @@ def _make(name: str, config: Mapping[str, Any], suffix: str = "ForConditionalGen
     return getattr(transformers, f"{class_ or name}{suffix}")(made)
 
 
-def _llava(**text: Any) -> Family:
-    config = {"vision_config": _CLIP, "text_config": TEXT | {"model_type": "llama"} | text, **_TOKEN}
+def _llava() -> Family:
+    config = {"vision_config": CLIP, "text_config": TEXT | {"model_type": "llama"}, **_TOKEN}
     return Family(_make("Llava", config | {"vision_feature_layer": -2}), {"pixel_values": _pixels(3)}, [16] * 3)
 
 
@@ -72,21 +79,23 @@ def _llava_pixtral() -> Family:
     return Family(_make("Llava", config), {"pixel_values": _pixels(3), "image_sizes": sizes}, [12, 8, 6])
 
 
-def _llava_tiles(name: str, tower: Mapping[str, Any], text: str, layer: int, **more: Any) -> Family:
+def _llava_tiles(name: str, tower: Mapping[str, Any], text: str, more: Mapping[str, Any]) -> Family:
     config = {"vision_config": tower, "text_config": TEXT | {"model_type": text}, **_TOKEN, **more}
-    config |= {"vision_feature_layer": layer, "image_grid_pinpoints": _PINPOINTS}
+    config |= {"image_grid_pinpoints": _PINPOINTS}
     inputs = {"pixel_values": torch.randn(3, 3, 3, 16, 16), "image_sizes": torch.tensor([[32, 16], [16, 32], [32, 16]])}
     # a base image of 16 tokens, two tiles of 16, and a token at the end of each of their lines: 8 lines, or 4
     return Family(_make(name, config), inputs, [56, 52, 56])
 
 
-def _qwen(name: str, tower: Mapping[str, Any], rope: Mapping[str, Any] | None = None, **text: Any) -> Family:
+def _qwen(
+    name: str, tower: Mapping[str, Any], rope: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None
+) -> Family:
     base = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
     sizes = {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 32}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], **(rope or {})}
     config = {
         "vision_config": base | sizes | dict(tower),
-        "text_config": TEXT | {"rope_parameters": rope} | text,
+        "text_config": TEXT | {"rope_parameters": rope} | dict(text or {}),
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
         "vision_start_token_id": START,
@@ -136,7 +145,7 @@ def _mistral3() -> Family:
     return Family(model, {"pixel_values": _pixels(3), "image_sizes": sizes}, [2, 2, 4])
 
 
-def _cohere(name: str, **more: Any) -> Family:
+def _cohere(name: str, more: dict[str, Any]) -> Family:
     text = TEXT | {"model_type": "cohere2", **_WINDOWED, "logit_scale": 0.25}
     config = {"vision_config": _SIGLIP, "text_config": text, **_TOKEN, "downsample_factor": 2} | more
     return Family(_make(name, config), {"pixel_values": _pixels(3)}, [4] * 3)
@@ -171,7 +180,7 @@ def _llama4() -> Family:
 
 
 def _mllama() -> Family:
-    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
+    tower: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1}
     tower |= {"attention_heads": 2, "image_size": 16, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 48}
     tower |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
     text = TEXT | {"cross_attention_layers": [1], "num_hidden_layers": 3}
@@ -180,47 +189,47 @@ def _mllama() -> Family:
     return Family(model, {"pixel_values": torch.randn(3, 1, 1, 3, 16, 16)}, [1] * 3)
 
 
-_GLM = {"image_size": 32, "attention_bias": False}
-_HALF = {"partial_rotary_factor": 1.0}
-_INTERLEAVED = {"mrope_interleaved": True}
-_DEEP = {"num_position_embeddings": 64}
+_GLM: dict[str, Any] = {"image_size": 32, "attention_bias": False}
+_OF_GLM4V: dict[str, Any] = {"model_type": "glm4v_vision"}
+_ALL_ROTATED: dict[str, Any] = {"partial_rotary_factor": 1.0}
+_INTERLEAVED: dict[str, Any] = {"mrope_interleaved": True}
+_DEEP: dict[str, Any] = {"num_position_embeddings": 64}
+_STACKED: dict[str, Any] = _DEEP | {"deepstack_visual_indexes": [0, 1]}
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_LAST: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+_VIDEO: dict[str, Any] = {"video_token_index": VIDEO, "video_token_id": VIDEO}
 
 SHARED: dict[str, Callable[[], Family]] = {
     "llava": _llava,
     "llava-pixtral": _llava_pixtral,
-    "llava-next": lambda: _llava_tiles("LlavaNext", _CLIP, "llama", -2),
-    "llava-onevision": lambda: _llava_tiles(
-        *("LlavaOnevision", _SIGLIP, "qwen2", -1),
-        **{"vision_feature_select_strategy": "full", "video_token_index": VIDEO, "video_token_id": VIDEO},
-    ),
+    "llava-next": lambda: _llava_tiles("LlavaNext", CLIP, "llama", {"vision_feature_layer": -2}),
+    "llava-onevision": lambda: _llava_tiles("LlavaOnevision", _SIGLIP, "qwen2", _LAST | _VIDEO),
     "qwen2-vl": lambda: _qwen("Qwen2VL", {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}),
     "qwen2.5-vl": lambda: _qwen("Qwen2_5_VL", {"window_size": 16, "fullatt_block_indexes": [1]}),
-    "qwen3-vl": lambda: _qwen("Qwen3VL", _DEEP | {"deepstack_visual_indexes": [0, 1]}, _INTERLEAVED, head_dim=8),
-    "qwen3-vl-moe": lambda: _qwen(
-        *("Qwen3VLMoe", _DEEP | {"deepstack_visual_indexes": [0, 1]}, _INTERLEAVED),
-        **{"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    ),
-    "glm-4v": lambda: _qwen("Glm4v", _GLM, _HALF),
-    "glm-4.6v": lambda: _qwen("Glm46V", _GLM | {"model_type": "glm4v_vision"}, _HALF, model_type="glm4v_text"),
+    "qwen3-vl": lambda: _qwen("Qwen3VL", _STACKED, _INTERLEAVED, {"head_dim": 8}),
+    "qwen3-vl-moe": lambda: _qwen("Qwen3VLMoe", _STACKED, _INTERLEAVED, _MOE | {"head_dim": 8}),
+    "glm-4v": lambda: _qwen("Glm4v", _GLM, _ALL_ROTATED),
+    "glm-4.6v": lambda: _qwen("Glm46V", _GLM | _OF_GLM4V, _ALL_ROTATED, {"model_type": "glm4v_text"}),
     "idefics3": lambda: _idefics("Idefics3"),
     "smolvlm": lambda: _idefics("SmolVLM"),
     "internvl": _internvl,
     "mistral3": _mistral3,
-    "aya-vision": lambda: _cohere(
-        "AyaVision", **{"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    ),
-    "cohere2-vision": lambda: _cohere("Cohere2Vision", **{"alignment_intermediate_size": 64}),
+    "aya-vision": lambda: _cohere("AyaVision", _LAST),
+    "cohere2-vision": lambda: _cohere("Cohere2Vision", {"alignment_intermediate_size": 64}),
     "gemma3": _gemma3,
     "gemma4": _gemma4,
     "gemma4-window-below-image": lambda: _gemma4(window=2),
 }
 """Families whose batches share prompts."""
 TREE: dict[str, Callable[[], Family]] = {
-    "qwen3.5": lambda: _qwen(
-        *("Qwen3_5", _DEEP, _INTERLEAVED | _HALF),
-        **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2},
-        **{"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
-    ),
+    "qwen3.5": lambda: _qwen("Qwen3_5", _DEEP, _INTERLEAVED | _ALL_ROTATED, _LINEAR | {"head_dim": 8}),
     "lfm2-vl": _lfm2,
 }
 """Families with recurrent layers, which follow a tree with tree-recurrence."""
@@ -262,6 +271,15 @@ class MadeUpProcessor:
         return picked
 
 
+class MadeUpCollator(VisionCollator):
+    """The collator of `examples` of a family; each call makes a batch for `model`, which may be a copy of its own."""
+
+    images_of = staticmethod(lambda example: example.get("images") or [])
+
+    def __init__(self, family: Family, model: Any) -> None:
+        super().__init__(MadeUpProcessor(family.inputs), model)
+
+
 def examples(counts: Sequence[int]) -> list[dict[str, Any]]:
     """A pair with one image, one with text alone, and one with two images, whose responses share their start."""
     generator = torch.Generator().manual_seed(3)
@@ -301,3 +319,53 @@ def own_logps(family: Family, rows: Sequence[Mapping[str, Any]]) -> Tensor:
             log_probs = logits.float().log_softmax(-1)
             parts.append(log_probs.gather(-1, torch.tensor(row[field])[:, None])[:, 0])
     return torch.cat(parts)
+
+
+# Processors
+
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+
+
+def _tokenizer(image: str, special: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token per byte, and special tokens; an image is written as `image`."""
+    own = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE({token: i for i, token in enumerate([*own, *alphabet])}, []))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<|im_end|>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": [*special, "<|im_start|>"]})
+    fast.chat_template = _TEMPLATE.replace("IMAGE", image)
+    return fast
+
+
+def llava_processor(size: int = 16, patch: int = 4) -> Any:
+    """Every image has (size / patch) ** 2 tokens."""
+    tokenizer = _tokenizer("<image>", ["<image>"])
+    crop = {"height": size, "width": size}
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop)
+    options = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return transformers.LlavaProcessor(images, tokenizer, chat_template=tokenizer.chat_template, **options)
+
+
+class _QwenWithoutVideos(Qwen2_5_VLProcessor):
+    """The part for videos needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token, self.video_token = QWEN_TOKENS[:2]
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS[:2]))
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def qwen_processor(pixels: int | None = None) -> Any:
+    """The tokens of an image are as many as its size makes them, 4 to 16; or one for each 64 of so many pixels."""
+    tokenizer = _tokenizer("<|vision_start|><|image_pad|><|vision_end|>", QWEN_TOKENS)
+    sizes = {"min_pixels": pixels or 8 * 8 * 4, "max_pixels": pixels or 8 * 8 * 16}
+    images = transformers.Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, **sizes)
+    return _QwenWithoutVideos(images, tokenizer, chat_template=tokenizer.chat_template)
