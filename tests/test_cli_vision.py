@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.tiny_vision import llava_processor
 from fastdpo.settings.dataset_files import load_splits
@@ -61,6 +62,22 @@ def test_train_plan_precompute_and_score(run: Run, home: Path, caplog: pytest.Lo
     lines = [json.loads(line) for line in (home / "scores" / "scores.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == [0, 1]
     assert any(abs(reward) > 0 for line in lines for reward in line["rewards"])
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_again_and_merged(run: Run, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    options = ("--max_steps", "1", "--learning_rate", "1e-2", "--report_samples", "0")
+    lora = ("--use_peft", "--lora_target_modules", "q_proj", "--lora_r", "2")
+    ended = run("train", "--output_dir", "lora", *lora, *options)
+    assert ended.code == 0, ended.err
+    ended = run("train", "--model_name_or_path", "lora", "--output_dir", "again", *options)
+    assert ended.code == 0, ended.err
+    ended = command(capsys)("merge", "lora", "--output_dir", "merged")
+    assert ended.code == 0, ended.err
+    merged = AutoModelForImageTextToText.from_pretrained("merged")
+    assert type(merged).__name__ == "LlavaForConditionalGeneration"
+    assert AutoProcessor.from_pretrained("merged").image_processor.crop_size["height"] == 16
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -70,10 +70,17 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
 def _from_pretrained(model: str, args: Any) -> Any:
     options = _options(args)
     if (Path(model) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+        from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
         with adapters.peft_is_older():
-            policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+            adapter = PeftConfig.from_pretrained(model)
+            name = adapter.base_model_name_or_path
+            files = {"trust_remote_code": args.trust_remote_code, "revision": adapter.revision}
+            if not name or auto_class(AutoConfig.from_pretrained(name, **files)) is AutoModelForCausalLM:
+                policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+            else:  # PEFT knows no class that loads a vision tower
+                base = AutoModelForImageTextToText.from_pretrained(name, **options | files)
+                policy = PeftModel.from_pretrained(base, model, is_trainable=True)
         reference = args.ref_adapter_name or adapters.REF_ADAPTER
         if (Path(model) / reference / "adapter_config.json").is_file():
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
