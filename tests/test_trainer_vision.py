@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from benchmarks.tiny_vision import llava_processor
+from fastdpo.data.vision.batch import check_sharded
 from tests.helpers.trainers import losses
-from tests.helpers.vision import make_model, make_trainer, rows
+from tests.helpers.vision import make_model, make_trainer, picture, png, rows
 
 Make = Callable[..., Any]
 
@@ -158,3 +159,37 @@ def test_a_worker_reads_the_images(make: Make) -> None:
     here.train()
     there.train()
     assert losses(here) == losses(there)
+
+
+def test_an_image_that_is_gone_is_named(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(picture(1)))
+    data = [rows(1).remove_columns("images")[0] | {"images": [str(path)]}]
+    trainer = make("llava", Dataset.from_list(data))
+    path.unlink()
+    with pytest.raises(ValueError, match="pair_index 0: an image can't be read any more: `images`: FileNotFoundError"):
+        trainer.train()
+
+
+def test_with_sharded_weights_each_row_needs_an_image(make: Make) -> None:
+    """All processes gather the tower's weights together, so a batch without images would make them wait."""
+    prepared = make("llava", rows(4, mixed=True)).train_dataset
+    check_sharded([("train", prepared.select([0, 2]))])
+    with pytest.raises(ValueError, match="train dataset: row 1 has no image, and with FSDP every row needs one"):
+        check_sharded([("train", prepared)])
+    with pytest.raises(ValueError, match="eval dataset is a stream with images"):
+        check_sharded([("eval", prepared.to_iterable_dataset())])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # those of TRL
+def test_mpo_is_trls(make: Make) -> None:
+    """Mixed preference optimisation, https://arxiv.org/abs/2411.10442, with three losses and their weights."""
+    pytest.importorskip("trl")
+    options = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "max_steps": 2}
+    found = []
+    for trl in (True, False):
+        trainer = make("qwen2.5-vl", rows(4, mixed=True), trl=trl, learning_rate=0.01, **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

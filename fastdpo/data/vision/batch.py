@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.data.text.messages import BadRow
 from fastdpo.data.vision.images import COLUMNS, TOKEN_INPUTS, images_of
 
 KEPT = (*COLUMNS, "prompt_text")
@@ -50,9 +51,14 @@ class VisionCollator:
             self._rope_index = shell.get_rope_index
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], *, layout: str = "shared") -> dict[str, Any]:
-        """Make the batch; arguments and errors are those of `shared_prefix_batch`."""
+        """Make the batch; arguments and errors are those of `shared_prefix_batch`, and a file may be gone."""
         batch = shared_prefix_batch(examples, layout=layout)
-        images = [self.images_of(example) for example in examples]
+        images = []
+        for row, example in zip(batch["pair_index"].tolist(), examples, strict=True):
+            try:
+                images.append(self.images_of(example))
+            except BadRow as error:
+                raise ValueError(f"pair_index {row}: an image can't be read any more: {error}") from None
         if not any(images):
             return batch
         order = example_order(examples, layout)
