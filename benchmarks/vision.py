@@ -1,7 +1,7 @@
 """Compare DPO steps on images with TRL's, and list how exact each family of vision-language models is.
 
     python -m benchmarks.vision families
-    python -m benchmarks.vision steps
+    python -m benchmarks.vision steps [MODEL [TOKENS OF A RESPONSE]]
 
 `families` compares a tiny model of each family, in float32, with its own forward on each sequence alone. `steps` trains
 a LLaVA and a Qwen2.5-VL of four layers each, with images of about 200 tokens, by fastdpo and by TRL in one process and
@@ -32,7 +32,7 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward
 
-STEPS = 5
+STEPS = 4
 
 
 def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -169,12 +169,12 @@ def turn(which: str, model: str, data: Dataset, steps: int) -> tuple[float, floa
     return min(clock.seconds[1:]), memory
 
 
-def steps() -> None:
+def steps(models: list[str], responses: list[int]) -> None:
     disable_progress_bars()
     print("| model | tokens of a response | TRL, s | fastdpo | reference cached | memory, TRL, MiB | fastdpo |")
     print("|---|---|---|---|---|---|---|")
-    for model in MODELS:
-        for words in (50, 400):
+    for model in models:
+        for words in responses:
             data = rows(words)
             found = {which: turn(which, model, data, STEPS) for which in ("fastdpo", "fastdpo, cached", "TRL")}
             again = {which: turn(which, model, data, STEPS) for which in found}
@@ -189,4 +189,8 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastdpo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    {"families": families, "steps": steps}[sys.argv[1]]()
+    what, *chosen = sys.argv[1:]
+    if what == "families":
+        families()
+    else:
+        steps(chosen[:1] or list(MODELS), [int(n) for n in chosen[1:]] or [50, 400])

@@ -197,6 +197,7 @@ def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
                 for file in local:
                     _check_depth(file, is_json=path == "json")
                 splits = load_dataset(path, entry.get("name"), streaming=streaming, **files)
+            splits = with_image_paths(splits, local[0].parent) if local else splits
         else:
             splits = load_splits(path, entry.get("name"), streaming=streaming)
     name, bracket, rest = split.partition("[")
