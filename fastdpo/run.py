@@ -26,8 +26,9 @@ class RunConfig:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, also with the images "
-            "that they name, one such file, a folder that `save_to_disk` wrote, or the name of a dataset on the Hub."
+            "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, with or without "
+            "images that they name, one such file, a folder that `save_to_disk` wrote, or the name of a dataset on the "
+            "Hub."
         },
     )
     model_name_or_path: str | None = field(
