@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tiny_vision import REFUSED, SHARED, TREE, MadeUpCollator, build, examples, own_logps
+from benchmarks.tiny_vision import IMAGE, REFUSED, SHARED, TREE, MadeUpCollator, build, examples, own_logps
 from fastdpo.model import scoring_forward
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward
@@ -149,3 +149,17 @@ def test_a_batch_without_images_is_that_of_text(families: dict[str, Any]) -> Non
     assert batch.keys().isdisjoint({"image_inputs", "image_blocks"})
     assert batch["position_ids"].ndim == 2
     assert torch.isfinite(model(**batch).logps).all()
+
+
+@pytest.mark.slow
+def test_the_balancing_loss_is_the_models_own() -> None:
+    """Of a mixture of experts that sees images; TRL's default adds it to the loss."""
+    family = build("qwen3-vl-moe")
+    model, collate = patched(family)
+    row = examples(family.counts)[0]
+    shared = {name: row[name] for name in ("prompt_ids", "images", "prompt_text")}
+    batch = collate([shared | {"completion_ids": row["chosen_ids"], "label": True}])
+    ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"][:-1]]])
+    seen = collate.inputs_of(row) | {"mm_token_type_ids": (ids == IMAGE).int()}
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_router_logits=True, use_cache=False, **seen)
+    torch.testing.assert_close(model(**batch, with_aux_loss=True).aux_loss, own.aux_loss, rtol=1e-6, atol=0)
