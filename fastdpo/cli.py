@@ -251,7 +251,7 @@ def plan(config: Path | None, overrides: dict[str, Any]) -> None:
         return
     options.setdefault("processes", args.world_size)
     dataset, _ = load_datasets(run, args.seed)
-    found = make_plan(run, args, dataset, load_tokenizer(run, args), **options)
+    found = make_plan(run, args, dataset, load_tokenizer(run, args, dataset), **options)
     picture = Path(args.output_dir) / "plan.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_lengths(found.stats, picture)
@@ -266,7 +266,7 @@ def _trainer(run: Any, args: Any) -> Any:
 
     with failing_together(args):
         train_dataset, eval_dataset = load_datasets(run, args.seed)
-        model, tokenizer = load_model(run, args)
+        model, tokenizer = load_model(run, args, train_dataset)
         if eval_dataset is None:
             args.set_evaluate(strategy="no")
         args.eval_on_start = eval_dataset is not None

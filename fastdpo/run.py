@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastdpo.config import DPOConfig
+from fastdpo.data.vision.images import has_images
 from fastdpo.model import policy
 from fastdpo.model.adapters import lora_config
 from fastdpo.settings.config_file import nearest
@@ -25,8 +26,9 @@ class RunConfig:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, one such file, a "
-            "folder that `save_to_disk` wrote, or the name of a dataset on the Hub."
+            "help": "The dataset: a folder of JSONL, CSV or Parquet files named after their splits, with or without "
+            "images that they name, one such file, a folder that `save_to_disk` wrote, or the name of a dataset on the "
+            "Hub."
         },
     )
     model_name_or_path: str | None = field(
@@ -229,13 +231,13 @@ def _merged(model_init_kwargs: Any, options: dict[str, Any]) -> dict[str, Any]:
 _SETTING_OF = {"revision": "model_revision", "quantization_config": "load_in_4bit or load_in_8bit"}
 
 
-def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
-    """Return the policy, as a name to load or a model with random weights, and its tokenizer.
+def load_model(run: RunConfig, args: DPOConfig, dataset: Any = None) -> tuple[Any, Any]:
+    """Return the policy, as a name to load or a model with random weights, and what `load_tokenizer` returns.
 
     Raises:
         ValueError: as `fastdpo.model.policy.build_policy`.
     """
-    tokenizer = load_tokenizer(run, args)
+    tokenizer = load_tokenizer(run, args, dataset)
     if run.config_name is None:
         return run.model_name_or_path, tokenizer
     if run.use_peft:
@@ -243,12 +245,12 @@ def load_model(run: RunConfig, args: DPOConfig) -> tuple[Any, Any]:
     return policy.build_policy(run.config_name, args), tokenizer
 
 
-def load_tokenizer(run: RunConfig, args: DPOConfig) -> Any:
-    """Load the tokenizer that is saved with the model or its config."""
+def load_tokenizer(run: RunConfig, args: DPOConfig, dataset: Any = None) -> Any:
+    """Load the tokenizer that is saved with the model or its config; for a dataset with images, the processor."""
     source: Any = run.model_name_or_path or run.config_name
-    return policy.load_tokenizer(
-        source, args, setting="model_name_or_path" if run.model_name_or_path else "config_name"
-    )
+    setting = "model_name_or_path" if run.model_name_or_path else "config_name"
+    images = dataset is not None and has_images(dataset)
+    return policy.load_tokenizer(source, args, setting=setting, images=images)
 
 
 def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:

@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data import prepare
 from fastdpo.data.packing import kind_of
+from fastdpo.data.vision.batch import collator_of
 from fastdpo.model import adapters
-from fastdpo.model.layout import choose_layout
+from fastdpo.model.adapted_layers import unwrap
+from fastdpo.model.layout import check_images, choose_layout
 from fastdpo.model.policy import smallest_vocab
 from fastdpo.model.scoring_forward import is_patched, patch_forward
 from fastdpo.model.self_check import checked_layout
@@ -65,7 +67,7 @@ def score(
             `ref_adapter_name` on.
         rows: rows of one format: `prompt` with `chosen` and `rejected`, with `responses` (best first), or with
             `completion`; text, messages or token ids, see `fastdpo.data.prepare`.
-        tokenizer: the tokenizer of training.
+        tokenizer: the tokenizer of training; for rows with images, the processor.
         beta: scale of the rewards, > 0. Accuracy does not depend on it.
         max_length: cut prompt + response to this many tokens; None: nothing is cut.
         max_prompt_length: cut prompts to this many tokens; None: nothing is cut.
@@ -104,11 +106,14 @@ def score(
         )
 
     models = [model] if ref_model is None else [model, ref_model]
+    collate = collator_of([dataset.column_names], tokenizer, unwrap(model))
     for each in models:
+        if "images_key" in dataset.column_names:
+            check_images(each)
         if not is_patched(each):
             patch_forward(each)
-    layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True))
-    options = {"layout": layout, "folder": cache_dir, **options}
+    layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True), collate=collate)
+    options = {"layout": layout, "collate": collate, "folder": cache_dir, **options}
     if processes is not None:
         options |= {
             "process_index": processes.process_index,

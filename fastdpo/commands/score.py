@@ -19,7 +19,7 @@ def score_run(chosen: Mapping[str, Any]) -> None:
     output = Path(args.output_dir) / "scores.jsonl"
     with failing_together(args):
         train_dataset, eval_dataset = load_datasets(run, args.seed)
-        model, tokenizer = load_model(run, args)
+        model, tokenizer = load_model(run, args, train_dataset)
         output.parent.mkdir(parents=True, exist_ok=True)
         options = options_of(args)  # the precision and batch size of training
         result = scoring.score(

@@ -81,10 +81,12 @@ def _check_processing_class(given: Any, model: Any) -> None:
             "processing_class is None, and the model was not loaded from a folder or the Hub, where its tokenizer "
             "would be; pass processing_class=AutoTokenizer.from_pretrained(...)"
         )
+    if isinstance(given, ProcessorMixin) and hasattr(given, "image_processor") and hasattr(given, "tokenizer"):
+        return
     if isinstance(given, ProcessorMixin):
         raise ValueError(
-            f"processing_class is a {type(given).__name__}, but only text can be trained on; pass its tokenizer: "
-            "processing_class=processor.tokenizer"
+            f"processing_class is a {type(given).__name__}, but only text and images can be trained on; pass its "
+            "tokenizer: processing_class=processor.tokenizer"
         )
     if isinstance(given, str):
         raise ValueError(

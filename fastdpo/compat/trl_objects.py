@@ -72,19 +72,20 @@ def resolve_collator(collator: Any, args: DPOConfig) -> Any:
     """Return the collator to use: None, for fastdpo's own, in place of TRL's, which pads the same rows.
 
     Raises:
-        ValueError: TRL's collator would cut other tokens than `args` says, or it is one for images.
+        ValueError: TRL's collator would cut other tokens than `args` says, or it is one for other data.
     """
     kinds = [cls.__name__ for cls in type(collator).__mro__ if cls.__module__.partition(".")[0] == "trl"]
     if not kinds:
         return collator
-    if "DataCollatorForPreference" not in kinds or type(collator).__name__ != kinds[0]:
+    known = {"DataCollatorForPreference", "DataCollatorForVisionPreference"}
+    if known.isdisjoint(kinds) or type(collator).__name__ != kinds[0]:
         raise ValueError(
             f"data_collator is a {type(collator).__name__}, which makes padded batches as TRL's trainer needs them; "
             "leave it out, or pass one that calls fastdpo.shared_prefix_batch"
         )
     if collator.max_length is not None:
         for name, expected in (("max_length", args.max_length), ("truncation_mode", "keep_start")):
-            if (found := getattr(collator, name)) != expected:
+            if (found := getattr(collator, name, expected)) != expected:
                 raise ValueError(
                     f"data_collator would cut rows with {name}={found!r}, but DPOConfig says {expected!r}; set "
                     f"{name} there, and leave data_collator out"

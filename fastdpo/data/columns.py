@@ -24,7 +24,7 @@ REFERENCES = {
 }
 COLUMNS = (
     *dict.fromkeys(column for columns in TOKEN_COLUMNS.values() for column in columns),
-    *("kl_ids", "pair_index", *NUMBERS, *REFERENCES),
+    *("kl_ids", "pair_index", *NUMBERS, *REFERENCES, "images", "image", "prompt_text", "images_key"),
 )
 """All columns that `fastdpo.data.prepare.prepare_dataset` may return, for rows of any kind."""
 
@@ -36,6 +36,8 @@ _USES = {
     "chat_template_kwargs": "for the chat template",
     "pair_index": "the row's number",
     "kl_ids": "completion for the KL term",
+    **dict.fromkeys(("images", "image"), "seen by the model in the prompt"),
+    **dict.fromkeys(("prompt_text", "images_key"), "the prompt and its images, as they were tokenised"),
     **dict.fromkeys(REFERENCES, "the reference's log-probs, used instead of computing them"),
 }
 _SYNONYMS = {
@@ -71,8 +73,6 @@ def find_kind(columns: list[str], wanted: str, name: str) -> str:
     Raises:
         ValueError: a column is missing, or the rows are of another kind. The message calls the dataset `name`.
     """
-    if unsupported := {"image", "images"} & set(columns):
-        raise ValueError(f"{name} dataset has a column {min(unsupported)!r}: images are not supported; remove it")
     table = TOKEN_COLUMNS if "prompt_ids" in columns else RAW_COLUMNS
     fitting = [kind for kind, needed in table.items() if set(needed) <= set(columns)]
     for kind in (wanted, "preference"):

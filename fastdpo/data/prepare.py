@@ -9,7 +9,8 @@
 | unpaired | `prompt_ids`, `completion_ids`, `label` and, where asked for, `kl_ids` |
 
 and `pair_index`, the number of the row it came from. Completions end with EOS, or as their chat template ends a turn,
-unless they were cut. The columns `weight`, `margin`, `beta` and reference log-probs are kept; all others are dropped.
+unless they were cut. The columns `weight`, `margin`, `beta` and reference log-probs are kept, and so is a column of
+images, from which the collator reads them again; all others are dropped.
 """
 
 import functools
@@ -28,13 +29,15 @@ from fastdpo.data.columns import NUMBERS, RAW_COLUMNS, TOKEN_COLUMNS, unread_pro
 from fastdpo.data.columns import REFERENCES as REFERENCES
 from fastdpo.data.columns import check_reference_columns as check_reference_columns
 from fastdpo.data.columns import find_kind as find_kind
+from fastdpo.data.row_checks import check_fields, check_references, check_tokens
 from fastdpo.data.summary import CUTS, Reporter, report_streamed
 from fastdpo.data.text.messages import BadRow, read_value
-from fastdpo.data.text.rows import read_ids, response_names, tokenize
+from fastdpo.data.text.rows import read_ids, tokenize
+from fastdpo.data.vision import images
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 5
+RULES = 6
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode")
@@ -64,7 +67,8 @@ def prepare_dataset(
 
     Args:
         dataset: rows as `fastdpo.data.text.rows` describes them, or rows with the token columns above.
-        tokenizer: needs an EOS token for the standard format, a chat template for the conversational one.
+        tokenizer: needs an EOS token for the standard format, a chat template for the conversational one; for rows with
+            images, the model's processor.
         max_length: most tokens of prompt + completion; see truncation_mode for longer ones. None: no limit.
         vocab_size: rows of the model's embedding; a token id must be below it.
         max_prompt_length: most tokens of a prompt; longer ones are cut at the start, after a BOS token. None: no limit.
@@ -95,10 +99,13 @@ def prepare_dataset(
         raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
     is_stream = isinstance(dataset, IterableDataset)
     dataset = unformatted(dataset)
+    is_transformed = not is_stream and dataset.format["type"] == "custom"
+    dataset = dataset if is_transformed else images.undecoded(dataset)
     head = list(itertools.islice(dataset, 1 if is_stream else _LOOKED_AT))
     if not head:
         raise ValueError(f"{name} dataset is empty")
     first = head[0]
+    image_column = images.check_column(list(first), tokenizer, name)
     found = find_kind(list(first), kind, name)
     if "prompt_ids" not in first and (wrong := unread_prompt(head, found)):
         if "prompt" not in first:
@@ -133,11 +140,16 @@ def prepare_dataset(
         kind=found,
         is_chat=_is_chat(first, found),
         limits=limits,
-        tokenizer=tokenizer,
+        tokenizer=images.text_tokenizer(tokenizer),
         on_bad_row=on_bad_row,
         show_example=show_example,
         is_silent=_is_silent(),
     )
+    # the images of a plain dataset are put beside its rows; those that exist only while a row is read go through `map`
+    is_beside = not (is_stream or is_transformed)
+    if image_column and not is_beside:
+        options["features"][image_column] = images.feature(image_column)
+        options["fn_kwargs"] = arguments | {"carries": image_column}
     trial = tokenize_row(first, 0, **arguments)  # a tokenizer that lacks something fails here, not in a worker of map
     if is_stream:
         reporter.report_stream(trial)
@@ -149,10 +161,18 @@ def prepare_dataset(
         rows = dataset.map(tokenize_row, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **options)
         rows = rows.with_format(None)  # a transform stays on what `map` returns
         kept = reporter.report(rows)
+        if image_column and is_beside:
+            rows = concatenate_datasets([rows, dataset.select_columns([image_column])], axis=1)
         rows = rows if len(kept) == len(rows) else rows.select(kept)
         rows = rows.remove_columns(["problem", "notes"])
     if kind == "unpaired" and found == "preference":
-        rows = rows.map(_unpair, batched=True, remove_columns=rows.column_names)
+        if image_column and not is_stream:
+            labelled = rows.remove_columns(image_column)
+            labelled = labelled.map(_unpair, batched=True, batch_size=_UNPAIRED, remove_columns=labelled.column_names)
+            twice = rows.select_columns([image_column]).select(_unpaired_order(len(rows)))
+            rows = concatenate_datasets([labelled, twice], axis=1)
+        else:
+            rows = rows.map(_unpair, batched=True, batch_size=_UNPAIRED, remove_columns=rows.column_names)
     if with_kl and kind == "unpaired" and "kl_ids" not in rows.column_names:
         rows = _add_kl(rows, name, max_length)
     return rows
@@ -197,14 +217,16 @@ def tokenize_row(
     as_ranked: bool = False,
     columns: tuple[str, ...] | None = None,
     rules: int = RULES,
+    carries: str | None = None,
 ) -> dict[str, Any]:
     """Tokenise one row of a kind; `problem` in the result says why the row can't be used, or is empty.
 
     A problem that begins with "dropped:" means that the row is well formed but has nothing to learn from. `notes` in
     the result says what was done to the row, by keys of `fastdpo.data.summary.NOTES`. `as_ranked` returns a preference
-    as a ranking of two. `columns` are those of the first row.
+    as a ranking of two. `columns` are those of the first row. The result carries the row's column `carries`, if any.
     """
     result = _empty("ranked" if as_ranked else kind, row, index)
+    result |= {carries: row[carries]} if carries else {}
     notes: list[str] = result["notes"]
     try:
         is_tokenised = "prompt_ids" in row
@@ -214,15 +236,16 @@ def tokenize_row(
         for column in _IN_ALL_ROWS:
             if columns is not None and (column in row) != (column in columns):
                 raise BadRow(f"it has {'a' if column in row else 'no'} `{column}`, unlike the first row")
-        _check_fields(row, kind)
+        check_fields(row, kind)
         if is_tokenised:
             prompt, responses = read_ids(row, kind)
         else:
-            prompt, responses, found = tokenize(row, kind, tokenizer)
+            prompt, responses, found, seen = tokenize(row, kind, tokenizer)
             notes += found
-        _check_tokens(prompt, responses, kind, vocab_size)
-        _check_references(row, responses)
-        bos = tokenizer.bos_token_id
+            result |= seen
+        check_tokens(prompt, responses, kind, vocab_size)
+        check_references(row, responses)
+        bos = images.text_tokenizer(tokenizer).bos_token_id
         if bos is not None and prompt[:2] == [bos] * 2:
             raise BadRow("`prompt` begins with two BOS tokens: the tokenizer adds one, so remove it from the text")
 
@@ -232,6 +255,10 @@ def tokenize_row(
                 raise BadRow(f"its completion of {longest} tokens fills max_length, so 'keep_end' would cut it")
             max_prompt_length = min(max_prompt_length or max_length, int(max_length - longest))
         if max_prompt_length is not None and len(prompt) > max_prompt_length:
+            if result.get("images_key"):
+                limit = f"max_prompt_length={max_prompt_length}"
+                why = f"its prompt of {len(prompt)} tokens has images, which are not cut to {limit}"
+                return result | {"problem": f"dropped: {why}"}
             keep = [bos] if prompt[0] == bos and max_prompt_length > 1 else []  # some models need it
             prompt = keep + prompt[len(prompt) + len(keep) - max_prompt_length :]
             notes.append("prompt")
@@ -267,6 +294,8 @@ def _features(kind: str, first: dict[str, Any]) -> Features:
     features |= {column: feature for column, feature in REFERENCES.items() if column in first}
     if "kl_ids" in first:
         features["kl_ids"] = ids
+    if any(column in first for column in images.COLUMNS):
+        features |= dict.fromkeys(images.ADDED, Value("string"))
     return Features(
         features | {"pair_index": Value("int64"), "problem": Value("string"), "notes": List(Value("string"))}
     )
@@ -280,57 +309,23 @@ def _empty(kind: str, row: dict[str, Any], index: int) -> dict[str, Any]:
     # a value whose type Arrow would refuse becomes None; its row has a problem anyway
     carried = {c: row[c] if type(row[c]) in types else None for c, types in kept.items() if c in row}
     carried |= {column: row[column] for column in REFERENCES if column in row}
+    if any(column in row for column in images.COLUMNS):
+        carried |= {column: row.get(column, "") for column in images.ADDED}
     ids: dict[str, Any] = {column: [] for column in TOKEN_COLUMNS[kind] if column != "label"}
     return {"pair_index": index, **ids, **carried, "problem": "", "notes": []}
 
 
-def _check_fields(row: dict[str, Any], kind: str) -> None:
-    """Check the row's numbers, its label and its `pair_index`."""
-    for field in NUMBERS:
-        if field not in row:
-            continue
-        value = row[field]
-        if not _is_finite(value):
-            raise BadRow(f"`{field}` must be a finite number, got {value!r:.80}")
-        if (field == "weight" and value < 0) or (field == "beta" and value <= 0):
-            raise BadRow(f"`{field}` must be {'at least' if field == 'weight' else 'above'} 0, got {value}")
-    if kind == "unpaired" and not isinstance(row["label"], bool):
-        raise BadRow(f"`label` must be true (desirable) or false, got {row['label']!r:.80}")
-    if type(row.get("pair_index", 0)) is not int:
-        raise BadRow(f"`pair_index` must be an int, got {row['pair_index']!r:.80}; rename or remove the column")
-
-
-def _check_tokens(prompt: list[int], responses: list[list[int]], kind: str, vocab_size: int) -> None:
-    if not prompt:
-        raise BadRow("`prompt` has no tokens, so nothing predicts the first token of the completions; add a BOS token")
-    for field, ids in zip(["prompt", *response_names(kind, len(responses))], [prompt, *responses], strict=True):
-        if not ids:
-            raise BadRow(f"`{field}` has no tokens")
-        if (worst := max(ids)) >= vocab_size or min(ids) < 0:
-            bad = worst if worst >= vocab_size else min(ids)
-            raise BadRow(f"`{field}` holds token id {bad}, but the model's vocabulary has {vocab_size} entries")
-
-
-def _check_references(row: dict[str, Any], responses: list[list[int]]) -> None:
-    for field in ("ref_chosen_logps", "ref_rejected_logps"):
-        if field in row and not _is_finite(row[field]):
-            raise BadRow(f"`{field}` must be a finite number, got {row[field]!r:.80}")
-    if "ref_token_logps" not in row:
-        return
-    given = row["ref_token_logps"]
-    if not isinstance(given, list) or not all(isinstance(each, list) for each in given):
-        raise BadRow(f"`ref_token_logps` must be a list of numbers for each response, got {given!r:.80}")
-    if (found := [*map(len, given)]) != (expected := [*map(len, responses)]):
-        raise BadRow(f"`ref_token_logps` has lists of {found} numbers, but the responses have {expected} tokens")
-    if bad := [value for each in given for value in each if not _is_finite(value)]:
-        raise BadRow(f"`ref_token_logps` must hold finite numbers, got {bad[0]!r:.80}")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 # Rows of another kind
+
+
+_UNPAIRED = 1000
+"""Number of preferences that become unpaired rows together."""
+
+
+def _unpaired_order(rows: int) -> list[int]:
+    """Return of which preference each unpaired row is."""
+    starts = range(0, rows, _UNPAIRED)
+    return [i for start in starts for _ in range(2) for i in range(start, min(start + _UNPAIRED, rows))]
 
 
 def _unpair(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

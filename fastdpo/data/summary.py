@@ -4,6 +4,7 @@ Counts come from Arrow's columns, not from a loop over the rows.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ NOTES = {
 }
 CUTS = ("prompt", "completion")
 _SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
+_REPEATED = re.compile(r"([<\[][^\s<>\[\]]{1,40}[>\]])\1{3,}")
 _HEAD, _TAIL = 240, 120
 """Numbers of characters that are shown from the start and from the end of a longer text."""
 
@@ -190,7 +192,11 @@ def _share(part: int, whole: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Return text on one line, shortened in the middle if it is long, with control characters escaped."""
+    """Return text on one line, shortened in the middle if it is long, with control characters escaped.
+
+    A special token that comes many times in a row, as those of an image do, is shown once, with its count.
+    """
+    text = _REPEATED.sub(lambda found: f"{found[1]}*{len(found[0]) // len(found[1])} ", text)
     if (rest := len(text) - _HEAD - _TAIL) > 0:
         head, tail = printable(text[:_HEAD], ""), printable(text[-_TAIL:], "")
         return f"{head} [{rest:,} characters left out] {tail}"

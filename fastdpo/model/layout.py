@@ -6,6 +6,7 @@ layouts; `fastdpo.model.self_check` confirms the choice by numbers on the model 
 
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastdpo.data.packing import LAYOUTS
+from fastdpo.data.vision.batch import image_token_of
 from fastdpo.model.adapted_layers import puts_prompts_first, unwrap
+from fastdpo.model.body_and_head import locate_head
 
 logger = logging.getLogger("fastdpo")
 
@@ -88,15 +91,15 @@ def refusal(model: Any, reason: str) -> ValueError:
 
 def has_state(model: Any) -> bool:
     """Whether layers carry a state from token to token; LFM2's convolutions show only in the kinds of its layers."""
-    unknown = set(getattr(model.config, "layer_types", None) or ()) - LAYER_TYPES
+    unknown = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     return bool(getattr(model, "_is_stateful", False)) or bool(unknown and unknown <= _HYBRID_TYPES)
 
 
 def only_padded(model: PreTrainedModel) -> str | None:
     """Return why packed batches would not be exact on this model, or None if they are exact."""
-    config: Any = model.config
-    if config.get_text_config() is not config:
-        return "it is not a decoder of text alone"
+    config: Any = model.config.get_text_config()
+    if config is not model.config and (reason := _sees_otherwise(model)):
+        return reason
     if unknown := set(getattr(config, "layer_types", None) or ()) - _HYBRID_TYPES:
         return f"it has layers of type {', '.join(sorted(unknown))}"
     if not has_state(model) and not model._supports_attention_backend:
@@ -105,6 +108,44 @@ def only_padded(model: PreTrainedModel) -> str | None:
     if limit is not None:
         return f"its {rope_type} RoPE depends on the longest sequence in the batch"
     return _follows_trees(model) if has_state(model) else None
+
+
+def check_images(model: Any) -> None:
+    """Check that a model's images become tokens of its prompts, in an order that batches can keep.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+
+    Raises:
+        ValueError: they don't; the message names the model's class and the reason.
+    """
+    model = checked_model(model)
+    reason = _sees_otherwise(model)
+    if reason is None and image_token_of(model.config) is None:
+        reason = "its config names no token that stands for an image"
+    if reason is not None:
+        raise refusal(model, f"{reason}; train it on text alone, without the column of images")
+
+
+def image_blocks(model: Any) -> str | None:
+    """Return in which layers the tokens of an image see each other in both directions: "all", "sliding" or None."""
+    if model.config.model_type == "gemma3":
+        return "all"
+    text = model.config.get_text_config()
+    return "sliding" if getattr(text, "use_bidirectional_attention", None) == "vision" else None
+
+
+def _sees_otherwise(model: Any) -> str | None:
+    """Return why a model's images are not tokens that only later tokens see (or its own, in `image_blocks`)."""
+    text = model.config.get_text_config()
+    takes = inspect.signature(locate_head(model).decoder.forward).parameters
+    if getattr(text, "cross_attention_layers", None):
+        return "its layers look at the images by cross-attention"
+    if "pixel_values" not in takes:
+        return "its images do not become tokens inside its decoder"
+    if "token_type_ids" in takes and image_blocks(model) is None:
+        return "its prompt is read in both directions"
+    return None
 
 
 def rope_limit(config: Any) -> tuple[int | None, str]:

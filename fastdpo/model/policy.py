@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     set_seed,
@@ -69,10 +70,17 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
 def _from_pretrained(model: str, args: Any) -> Any:
     options = _options(args)
     if (Path(model) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+        from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
         with adapters.peft_is_older():
-            policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+            adapter = PeftConfig.from_pretrained(model)
+            name = adapter.base_model_name_or_path
+            files = {"trust_remote_code": args.trust_remote_code, "revision": adapter.revision}
+            if not name or auto_class(AutoConfig.from_pretrained(name, **files)) is AutoModelForCausalLM:
+                policy = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True, **options)
+            else:  # PEFT knows no class that loads a vision tower
+                base = AutoModelForImageTextToText.from_pretrained(name, **options | files)
+                policy = PeftModel.from_pretrained(base, model, is_trainable=True)
         reference = args.ref_adapter_name or adapters.REF_ADAPTER
         if (Path(model) / reference / "adapter_config.json").is_file():
             policy.load_adapter(str(Path(model) / reference), adapter_name=reference, is_trainable=False)
@@ -142,13 +150,14 @@ def _stays(mode: bool = True) -> None:
     """Ignore a change between training and evaluation."""
 
 
-def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") -> Any:
+def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class", images: bool = False) -> Any:
     """Load the tokenizer that lies beside the weights of a loaded model, or in a folder, or in a repository on the Hub.
 
     Args:
         model: a loaded model, or the name or path of one.
         args: a `DPOConfig`; those of its `model_init_kwargs` that say which files to read, such as `revision`, count.
         setting: what an error calls the place.
+        images: load the processor, which has the tokenizer, for rows with images.
 
     Raises:
         ValueError: the model was not loaded from anywhere.
@@ -163,7 +172,7 @@ def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class") 
         )
     check_model_folder(setting, name, trusts_code=args.trust_remote_code)
     with loading(setting, name):
-        return AutoTokenizer.from_pretrained(name, **files)
+        return (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
 
 
 def align_pad_token(model: Any, tokenizer: Any) -> None:

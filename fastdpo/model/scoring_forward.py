@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 
+from fastdpo.data.vision.batch import image_token_of, kinds_of_tokens
 from fastdpo.head.eager import Stats
 from fastdpo.model import body_and_head, router
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
-from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit
+from fastdpo.model.layout import check_images, checked_model, has_state, image_blocks, only_padded, refusal, rope_limit
 from fastdpo.sharding import decided_by_first, is_sharded
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
@@ -34,7 +35,7 @@ _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
 _PADDED_INPUTS = (*_INPUTS, "position_ids", "attention_mask")
 _NOT_FOR_THE_MODEL = (
     *("cu_target", "ref_logps", "ref_token_logps", "pair_index", "response_index"),
-    *("weight", "margin", "beta", "label", "tree_seqlens_k"),
+    *("weight", "margin", "beta", "label", "tree_seqlens_k", "image_inputs", "image_blocks"),
     *("num_tokens", "num_padded_tokens", "num_packed_tokens"),
 )
 
@@ -60,6 +61,7 @@ class _Patch(NamedTuple):
     place: int  # of the decoder, see body_and_head.locate_head
     own: str | None  # why the model's own head is used
     padded: str | None  # why batches must be padded
+    unscaled: bool  # whether its forward leaves out the scale that its config has
 
 
 def find_head(model: Any) -> Head:
@@ -75,8 +77,9 @@ def find_head(model: Any) -> Head:
         ValueError: no layout of a batch is exact on the model; the message names its class and the reason.
     """
     model = checked_model(model)
-    place, own = _search(model)
-    return body_and_head.locate_head(model, place)._replace(own=own)
+    place, own, unscaled = _search(model)
+    head = body_and_head.locate_head(model, place)._replace(own=own)
+    return head._replace(logit_scale=1.0) if unscaled else head
 
 
 def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", attention_backend: str = "auto") -> None:
@@ -101,7 +104,7 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
     """
     model = checked_model(model)
     # with FSDP's cpu_ram_efficient_loading, only the first process has weights that can be tried
-    place, own = decided_by_first(lambda: _search(model)) if is_fsdp_enabled() else _search(model)
+    place, own, unscaled = decided_by_first(lambda: _search(model)) if is_fsdp_enabled() else _search(model)
     if own:
         logger.warning("%s: the logits are computed in chunks by the model's own head: %s", type(model).__name__, own)
     padded = only_padded(model)
@@ -109,7 +112,7 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
         _set_attention(model)
     previous = vars(model).get("_fastdpo")
     forward = previous.forward if previous else vars(model).get("forward")
-    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, forward, place, own, padded)
+    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, forward, place, own, padded, unscaled)
     if not previous:
         # a bound method of a function that holds no model: deepcopy binds it to the copy
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
@@ -155,6 +158,7 @@ def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = 
     """Run a batch through body and head."""
     patch = vars(model)["_fastdpo"]
     head = body_and_head.locate_head(model, patch.place)
+    head = head._replace(logit_scale=1.0) if patch.unscaled else head
     packed = batch.get("attention_mask") is None
     inputs = _PACKED_INPUTS if packed else _PADDED_INPUTS
     if missing := [name for name in inputs if batch.get(name) is None]:
@@ -193,9 +197,12 @@ def _packed_hidden(
         raise refusal(model, f"{reason}; they must be padded (layout='padded')")
     if has_state(model) and _begins_inside_a_segment(batch):
         raise refusal(model, "its layers carry a state, so shared prompts need layout='tree'")
-    name = model.config._attn_implementation
+    name = model.config.get_text_config()._attn_implementation
     if name != registered.NAME:
         raise refusal(model, f"its attention is {name!r} and not {registered.NAME!r}; call patch_forward (again)")
+    layer_kwargs = registered.layer_kwargs(batch, vars(model)["_fastdpo"].attention)
+    if batch.get("image_blocks") and (layers := image_blocks(model)):
+        layer_kwargs["tree_image_blocks"] = (layers == "all", batch["image_blocks"])
     with registered.packing():
         outputs = decoder(
             input_ids=input_ids,
@@ -203,10 +210,19 @@ def _packed_hidden(
             attention_mask=torch.ones_like(input_ids),
             position_ids=batch["position_ids"],
             use_cache=False,
+            **_image_inputs(model, batch),
             **options,
-            **registered.layer_kwargs(batch, vars(model)["_fastdpo"].attention),
+            **layer_kwargs,
         )
     return outputs[0][0], [outputs]
+
+
+def _image_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what the body takes of a batch's images."""
+    inputs: dict[str, Any] = batch.get("image_inputs") or {}
+    if inputs:
+        check_images(model)
+    return inputs
 
 
 def _begins_inside_a_segment(batch: dict[str, Any]) -> bool:
@@ -228,6 +244,8 @@ def _padded_hidden(
         raise ValueError(f"input_ids and attention_mask of a padded batch must be [R, L], got {shapes[0]}, {shapes[1]}")
     # the model makes its own positions, which need not begin with 0 (RoBERTa) and are right for padding on the right
     options = {"use_cache": False, **options}
+    if images := _image_inputs(model, batch):
+        options |= images | kinds_of_tokens(decoder, input_ids, image_token_of(model.config))
     accepted = inspect.signature(decoder.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options = {name: value for name, value in options.items() if name in accepted}
@@ -236,7 +254,7 @@ def _padded_hidden(
     if limit is None or input_ids.shape[1] <= limit:
         outputs = decoder(input_ids=input_ids, attention_mask=attention_mask, **options)
         return outputs[0].flatten(0, 1), [outputs]
-    if rope_type != "longrope":
+    if rope_type != "longrope" or images:
         raise refusal(
             model,
             f"beyond {limit} tokens its {rope_type} RoPE depends on earlier batches; set max_length <= {limit}",
@@ -253,26 +271,36 @@ def _padded_hidden(
 # What is exact
 
 
-def _search(model: Any) -> tuple[int, str | None]:
-    """Return the place of the decoder, and why the fused head does not compute the logits (None: it does)."""
+def _search(model: Any) -> tuple[int, str | None, bool]:
+    """Return the place of the decoder, why the fused head does not compute the logits (None: it does), and `unscaled`.
+
+    `unscaled` says whether the model's forward leaves out the scale of the logits that its config has.
+    """
     tried = []
     for place in body_and_head.places(model):
         head = body_and_head.locate_head(model, place)
         own = head.own or body_and_head.outside(model, head)
         if not body_and_head.can_probe(model):
-            return place, own
+            return place, own, False
         reason, failure = body_and_head.probe(model, _own_forward(model), head._replace(own=own))
+        if failure is None and reason and head.logit_scale != 1 and model.config.get_text_config() is not model.config:
+            plain = head._replace(own=own, logit_scale=1.0)  # Aya Vision leaves out the scale of its text model
+            if body_and_head.probe(model, _own_forward(model), plain) == (None, None):
+                return place, own, True
         if failure is None:
-            return place, own or reason
+            return place, own or reason, False
         tried.append(failure)
     head = body_and_head.locate_head(model)
     # a forward that replaces the class's own may need more than hidden states; by its weights the fused head is right
     if head.own is None and body_and_head.outside(model, head) is None:
-        return 0, None
+        return 0, None, False
     raise refusal(model, tried[0])
 
 
 def _set_attention(model: Any) -> None:
-    model.set_attn_implementation(registered.NAME)
-    if model.config._attn_implementation != registered.NAME:
-        raise refusal(model, f"its attention stays {model.config._attn_implementation!r} when it is set")
+    text = model.config.get_text_config()
+    # a tower that sees the images keeps its own, which is not causal
+    part = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
+    model.set_attn_implementation(registered.NAME if part is None else {part: registered.NAME})
+    if text._attn_implementation != registered.NAME:
+        raise refusal(model, f"its attention stays {text._attn_implementation!r} when it is set")

@@ -14,18 +14,19 @@ The bound of an error is derived from the dtype, or from how much the model's ow
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, Trainer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.data.vision.batch import KEPT, Collate, VisionCollator, example_order, image_token_of, kinds_of_tokens
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.registered import NAME
 from fastdpo.model.layout import Layout
@@ -62,13 +63,14 @@ class SelfCheck(NamedTuple):
         )
 
 
-def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> Layout:
+def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None, collate: Collate) -> Layout:
     """Run `checked_layout` on the first examples of a trainer; all processes get the same answer.
 
     Args:
         trainer: a trainer whose model is patched.
         layout: the layout to check.
         ref_model: the reference, where it is not a copy of the policy.
+        collate: as in `self_check`.
     """
     args: Any = trainer.args
     examples = list(islice(trainer.train_dataset, 2))
@@ -76,7 +78,8 @@ def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> La
     if ref_model is not None:
         models.append(ref_model if is_sharded(ref_model) else ref_model.to(args.device))
     with trainer.accelerator.autocast():
-        layouts = [checked_layout(models, examples, layout, fallback=args.self_check == "fallback")]
+        fallback = args.self_check == "fallback"
+        layouts = [checked_layout(models, examples, layout, fallback=fallback, collate=collate)]
     for each in models:
         reshard(each)
     broadcast_object_list(layouts)  # rounding might differ between processes
@@ -84,7 +87,12 @@ def agreed_layout(trainer: Trainer, layout: Layout, ref_model: Any | None) -> La
 
 
 def checked_layout(
-    models: Iterable[Any], examples: list[dict[str, Any]], layout: Layout, *, fallback: bool = True
+    models: Iterable[Any],
+    examples: list[dict[str, Any]],
+    layout: Layout,
+    *,
+    fallback: bool = True,
+    collate: Collate = shared_prefix_batch,
 ) -> Layout:
     """Check patched models on a batch of `examples`, and return the layout that is exact on all: `layout` or "padded".
 
@@ -93,15 +101,15 @@ def checked_layout(
         examples: as in `fastdpo.shared_prefix_batch`.
         layout: the layout to check.
         fallback: as in `self_check`.
+        collate: as in `self_check`.
 
     Raises:
         ValueError, FloatingPointError: as in `self_check`.
     """
     for which, model in zip(("model", "reference"), models, strict=False):
         device = next(model.parameters()).device
-        batch = shared_prefix_batch(examples, layout=layout)
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        checked = self_check(model, batch, layout=layout, fallback=fallback)
+        batch = send_to_device(collate(examples, layout=layout), device)
+        checked = self_check(model, batch, layout=layout, fallback=fallback, examples=examples, collate=collate)
         logger.info("self-check of the %s passed: %s", which, checked)
         layout = checked.layout
     return layout
@@ -109,7 +117,14 @@ def checked_layout(
 
 @torch.no_grad()
 def self_check(
-    model: Any, batch: dict[str, Any], *, layout: Layout, fallback: bool = False, positions: int = 64
+    model: Any,
+    batch: dict[str, Any],
+    *,
+    layout: Layout,
+    fallback: bool = False,
+    positions: int = 64,
+    examples: Sequence[Mapping[str, Any]] = (),
+    collate: Collate = shared_prefix_batch,
 ) -> SelfCheck:
     """Compare a patched model's scores of a batch with its own forward.
 
@@ -122,6 +137,8 @@ def self_check(
         layout: the layout of the batch.
         fallback: if padded rows are exact but this layout is not, warn and return "padded" instead of raising.
         positions: number of positions of the batch that are compared with the model's own forward.
+        examples: the examples of the batch, if they have images.
+        collate: what made the batch of them.
 
     Raises:
         ValueError: the scores are not the model's own; the message names the class, the numbers and what to do.
@@ -132,7 +149,8 @@ def self_check(
     name = _class_name(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         sequences = _sequences(batch, positions)
-        alone, noise = _own_logps(model, sequences, device)
+        images = _images(examples, collate, len(sequences))
+        alone, noise = _own_logps(model, sequences, device, images, collate)
         if not alone.isfinite().all():
             raise FloatingPointError(
                 f"{name}: the model's own log-probs are not finite on the first examples. Check its weights, and in "
@@ -141,7 +159,7 @@ def self_check(
         dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if torch.is_autocast_enabled(device.type):
             dtypes.add(torch.get_autocast_dtype(device.type))
-        pairs = _tiny_pairs(batch["input_ids"])
+        pairs = _tiny_pairs(_text_of(model, batch["input_ids"]))
         tiny_rows = shared_prefix_batch(pairs, layout="padded")
         tiny_alone, tiny_noise = _own_logps(model, _sequences(tiny_rows, 10**9, part=1), device)
         # a model that is sure of the batch's tokens is unsure of these, and larger log-probs have larger rounding
@@ -150,7 +168,8 @@ def self_check(
         # log-probs that padding changes much more than rounding does are no noise: the model sees the padding
         bound = min(max(4 * noise, rounding), 4 * rounding)
 
-        rows = shared_prefix_batch([_as_pair(*sequence) for sequence in sequences], layout="padded")
+        pairs_of_rows = [_as_pair(*sequence) | kept for sequence, kept in zip(sequences, images, strict=True)]
+        rows = collate(pairs_of_rows, layout="padded")
         head_error = _error(_score(model, rows, device)[: len(alone)], alone)
         if not head_error <= bound:
             raise ValueError(
@@ -261,6 +280,19 @@ def _as_pair(ids: list[int], scored: int) -> dict[str, Any]:
     return {"prompt_ids": ids[:-scored], "chosen_ids": ids[-scored:], "rejected_ids": ids[-scored:]}
 
 
+def _images(examples: Sequence[Mapping[str, Any]], collate: Collate, count: int) -> list[dict[str, Any]]:
+    """Return, for each of the first sequences of a batch, the columns that its images are read from."""
+    if not isinstance(collate, VisionCollator):
+        return [{}] * count
+    return [{c: examples[i][c] for c in KEPT if c in examples[i]} for i in example_order(examples)[:count]]
+
+
+def _text_of(model: Any, input_ids: Tensor) -> Tensor:
+    """Return ids without those of images, for which there would be no features."""
+    token = image_token_of(_inner(model).config)
+    return input_ids if token is None else input_ids[input_ids != token]
+
+
 def _tiny_pairs(input_ids: Tensor) -> list[dict[str, Any]]:
     """Make two pairs from tokens of the batch, one without and one with a common start of the responses."""
     tokens = input_ids.flatten().cpu()
@@ -278,19 +310,30 @@ def _tiny_pairs(input_ids: Tensor) -> list[dict[str, Any]]:
 
 
 def _score(model: Any, batch: dict[str, Any], device: torch.device) -> Tensor:
-    scores: TokenScores = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    scores: TokenScores = model(**send_to_device(batch, device))
     return scores.logps
 
 
-def _own_logps(model: Any, sequences: list[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, float]:
+def _own_logps(
+    model: Any,
+    sequences: list[tuple[list[int], int]],
+    device: torch.device,
+    images: Sequence[Mapping[str, Any]] = (),
+    collate: Collate = shared_prefix_batch,
+) -> tuple[Tensor, float]:
     """Return log-probs by the model's own forward on each sequence alone, and how much padding changes them."""
     alone, noise = [], 0.0
-    for ids, n in sequences:
+    for i, (ids, n) in enumerate(sequences):
+        seen = collate.inputs_of(images[i]) if images and isinstance(collate, VisionCollator) else {}
+        seen = send_to_device(seen, device)
         row = torch.tensor([ids[:-1]], device=device)
         padded = torch.cat((row, row.new_zeros(1, _PADDING)), 1)
         mask = (torch.arange(padded.shape[1], device=device) < row.shape[1]).long()[None]
         parts = []
         for inputs, keep in (({"input_ids": row}, n), ({"input_ids": padded, "attention_mask": mask}, n + _PADDING)):
+            if seen:
+                inner = _inner(model)
+                inputs |= seen | kinds_of_tokens(inner, inputs["input_ids"], image_token_of(inner.config))
             logits = model(**inputs, use_cache=False, **_keep(model, keep)).logits[0, -keep:][:n]
             log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             parts.append(log_probs.gather(-1, torch.tensor(ids[-n:], device=device)[:, None]).squeeze(-1))
@@ -338,5 +381,8 @@ def _attention_layers(model: nn.Module) -> list[nn.Module]:
     def is_attention(module: nn.Module) -> bool:
         return type(module).__name__.endswith("Attention")
 
-    found = [m for m in model.modules() if is_attention(m)]
+    def is_set(module: nn.Module) -> bool:  # a tower that sees the images keeps its own
+        return getattr(getattr(module, "config", None), "_attn_implementation", NAME) == NAME
+
+    found = [m for m in model.modules() if is_attention(m) and is_set(m)]
     return [m for m in found if not any(is_attention(child) for child in m.modules() if child is not m)]

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
+from fastdpo.data.vision.images import has_images
 from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.layout import choose_layout
@@ -86,7 +87,7 @@ def make_plan(
         run: names the model, of which only the config is read, and the adapter.
         args: all other settings.
         dataset: rows to train on, not tokenised.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer; for rows with images, its processor.
         gpu_memory: GiB of the GPU to train on; None: this machine's GPU, if it has one.
         processes: number of processes, one per GPU.
         strategy: how they divide the work, see `fastdpo.plan.resident.STRATEGIES`; None: as `args` says.
@@ -151,6 +152,7 @@ def make_plan(
         *(f"attention by {' and '.join(each.attention)}" for each in list(memory.values())[:1]),
         "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
         f"optimizer {getattr(args.optim, 'value', args.optim)}",
+        *(["no activations of the part that sees the images"] if has_images(dataset) else []),
     )
     return Plan(
         stats=stats,

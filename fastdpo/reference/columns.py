@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from fastdpo.data import prepare
+from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
 from fastdpo.reference.exchange import exchange
@@ -73,6 +74,7 @@ def with_logps(trainer: Trainer, reference: Any, layout: Layout, rows: Any, name
     options = options_of(args) | {
         "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
+        "collate": getattr(trainer, "collate", shared_prefix_batch),
         "model": reference if home == device or trainer.is_fsdp_enabled else reference.to(device),
         "process_index": args.process_index,
         "num_processes": args.world_size,

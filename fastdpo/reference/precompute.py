@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.data.vision.batch import KEPT, Collate
+from fastdpo.data.vision.images import key_ids
 from fastdpo.model.scoring_forward import evaluating, is_patched, patch_forward
 from fastdpo.reference.cache import Logps, TokenCache, entry_key
 from fastdpo.reference.fingerprint import fingerprint
@@ -97,6 +100,7 @@ def token_logps(
     largest: Callable[[int], int] = lambda number: number,
     exchange: Callable[..., dict[bytes, Logps]] = lambda entries, lacks_some: {},
     disable_tqdm: bool = False,
+    collate: Collate = shared_prefix_batch,
 ) -> list[list[Logps]]:
     """Return the log-probs that `model` gives each token of each response, in nats, from the cache if it has them.
 
@@ -117,6 +121,7 @@ def token_logps(
             sharded: then each process must call the model as often as the one with most to score.
         exchange: see `fastdpo.reference.exchange`. Without it, a process computes itself what it does not find.
         disable_tqdm: show no progress bar.
+        collate: what makes a batch of rows; a `VisionCollator` for rows with images.
 
     Returns:
         One list per dataset row, with one `[tokens]` float32 array per response.
@@ -137,7 +142,9 @@ def token_logps(
     if not is_patched(model):
         patch_forward(model)
     items = list(_items(dataset))
-    options: dict[str, Any] = {"layout": layout, "autocast": autocast}
+    options: dict[str, Any] = {"layout": layout, "autocast": autocast, "collate": collate}
+    if "images_key" in dataset.column_names:
+        options["images"] = dataset.select_columns([c for c in KEPT if c in dataset.column_names])
     with evaluating(model):
         cache = _open(folder, model, autocast)
         known = [item for item in items if all(key in cache for key in item.keys)]
@@ -205,12 +212,13 @@ def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -
 
 
 def _items(dataset: Dataset) -> Iterator[Item]:
-    columns = {"prompt_ids", *(field for fields in RESPONSE_FIELDS.values() for field in fields)}
+    columns = {"prompt_ids", "images_key", *(field for fields in RESPONSE_FIELDS.values() for field in fields)}
     for i, row in enumerate(dataset.select_columns([c for c in dataset.column_names if c in columns])):
         kind = kind_of(row)
         found = [row[field] for field in RESPONSE_FIELDS[kind] if row.get(field) is not None]
         responses = found[0] if kind == "ranked" else found
-        yield Item(i, row["prompt_ids"], responses, [entry_key(row["prompt_ids"], ids) for ids in responses])
+        prompt = [*key_ids(row.get("images_key")), *row["prompt_ids"]]
+        yield Item(i, row["prompt_ids"], responses, [entry_key(prompt, ids) for ids in responses])
 
 
 def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
@@ -284,19 +292,26 @@ def _fill(
 
 
 def score_batch(
-    model: Any, items: Sequence[Item], name: str, *, layout: str, autocast: torch.dtype | None
+    model: Any,
+    items: Sequence[Item],
+    name: str,
+    *,
+    layout: str,
+    autocast: torch.dtype | None,
+    collate: Collate = shared_prefix_batch,
+    images: Dataset | None = None,
 ) -> dict[bytes, Logps]:
-    """Score the items in one batch of this layout."""
+    """Score the items in one batch of this layout; `images` has the images of all rows of the dataset, if there are."""
     device = next(model.parameters()).device
-    examples = [item.example() for item in items]
+    examples = [item.example() | ({} if images is None else images[item.row]) for item in items]
     # few tokens are repeated up to MIN_TARGETS, so that the head uses its usual algorithm
     tokens = sum(len(response) for item in items for response in item.responses)
-    batch = shared_prefix_batch(examples * -(-MIN_TARGETS // tokens), layout=layout)
+    batch = collate(examples * -(-MIN_TARGETS // tokens), layout=layout)
     bounds = batch["cu_target"].tolist()
     # examples with one response each keep the order of the items
     index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
     batch.pop("label", None)
-    batch = {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    batch = send_to_device(batch, device, non_blocking=True)
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logps = model(**batch).logps.float().cpu().numpy()
     scored = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from matplotlib.image import imsave
+from transformers import ProcessorMixin
 
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.report import facts, page, plots
@@ -55,11 +56,12 @@ def write_model_card(
     folder.mkdir(parents=True, exist_ok=True)
     base = _on_the_hub(getattr(unwrap(trainer.model).config, "_name_or_path", None))
     dataset = _on_the_hub(dataset_name)
+    sees = isinstance(trainer.processing_class, ProcessorMixin)
     entries: dict[str, Any] = {
         "base_model": base,
         "datasets": dataset,
         "library_name": "peft" if hasattr(trainer.model, "peft_config") else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "model_name": name,
         "tags": list(dict.fromkeys(["generated_from_trainer", *tags])),
     }
@@ -71,7 +73,7 @@ def write_model_card(
         f"---\n{ModelCardData(**entries | dict(metadata)).to_yaml()}\n---",
         f"# {name}",
         f"This model was trained from {start} on {data} by {paper}, with fastdpo.",
-        _use(trainer.hub_model_id or name),
+        _use(trainer.hub_model_id or name, sees),
         _results(log_history),
         _curves(folder, log_history, args),
         "## Data\n\n" + _table(_rows_of(trainer), ("split", "rows")),
@@ -89,14 +91,15 @@ def _on_the_hub(name: str | None) -> str | None:
     return name if name and not Path(name).exists() and name.count("/") <= 1 and name[0] not in "./~" else None
 
 
-def _use(name: str) -> str:
+def _use(name: str, sees: bool) -> str:
+    model, reader = ("ImageTextToText", "Processor") if sees else ("CausalLM", "Tokenizer")
     return f"""## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{model}, Auto{reader}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelFor{model}.from_pretrained("{name}")
+{reader.lower()} = Auto{reader}.from_pretrained("{name}")
 ```"""
 
 

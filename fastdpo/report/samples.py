@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import GenerationConfig
 
+from fastdpo.data.vision.batch import VisionCollator, image_token_of, kinds_of_tokens
+from fastdpo.data.vision.images import text_tokenizer
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.scoring_forward import evaluating
 
@@ -34,6 +37,8 @@ class Sample(NamedTuple):
     """The chosen, best or desirable response in the dataset."""
     before: str | None = None
     after: str | None = None
+    seen: dict[str, Any] = {}  # noqa: RUF012 (it is never changed)
+    """What the model takes of the prompt's images."""
 
 
 def before_training(trainer: Any, count: int) -> list[Sample]:
@@ -82,14 +87,17 @@ def _prompts(trainer: Any, count: int) -> list[Sample]:
     dataset, tokenizer = trainer.eval_dataset, trainer.processing_class
     if isinstance(dataset, Mapping):
         dataset = next(iter(dataset.values()))
-    found: dict[tuple[int, ...], Sample] = {}
+    collate = trainer.collate
+    found: dict[tuple[Any, ...], Sample] = {}
     for row in itertools.islice(dataset, _SEARCHED):
         ids = tuple(map(int, row["prompt_ids"]))
-        if ids in found or not row.get("label", True):  # an undesirable response
+        key = (row.get("images_key"), *ids)
+        if key in found or not row.get("label", True):  # an undesirable response
             continue
         response = next(row[column] for column in _RESPONSES if column in row)
         response = response[0] if "ranked_ids" in row else response
-        found[ids] = Sample(list(ids), _text(tokenizer, ids), _text(tokenizer, response))
+        seen = collate.inputs_of(row) if isinstance(collate, VisionCollator) else {}
+        found[key] = Sample(list(ids), _text(tokenizer, ids), _text(tokenizer, response), seen=seen)
         if len(found) == count:
             break
     return list(found.values())
@@ -110,7 +118,7 @@ def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "
     limits = [trainer.args.max_length, getattr(policy.config.get_text_config(), "max_position_embeddings", None)]
     autocast = trainer.accelerator.autocast()
     done = []
-    with evaluating(policy), _plain_generation(policy, trainer.processing_class) as ends, autocast:
+    with evaluating(policy), _plain_generation(policy, text_tokenizer(trainer.processing_class)) as ends, autocast:
         for sample in samples:
             longest = min(limit for limit in (*limits, len(sample.prompt_ids) + MAX_NEW_TOKENS) if limit)
             new = longest - len(sample.prompt_ids)
@@ -118,6 +126,10 @@ def _generate_all(trainer: Any, samples: list[Sample], when: Literal["before", "
             if new > 0:
                 prompt = torch.tensor([sample.prompt_ids], device=device)
                 options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new, "use_cache": True}
+                if sample.seen:
+                    model = unwrap(policy)
+                    options |= send_to_device(sample.seen, device)
+                    options |= kinds_of_tokens(model, prompt, image_token_of(model.config))
                 ids = policy.generate(input_ids=prompt, **options)[0, prompt.shape[1] :].tolist()
             text = _text(trainer.processing_class, ids)
             text = text if ids and ids[-1] in ends else f"{text} …"

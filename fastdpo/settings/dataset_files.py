@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from fastdpo.settings.config_file import data_kind, nearest
 from fastdpo.settings.failures import loading
+from fastdpo.settings.image_files import splits_among_images, with_image_paths
 from fastdpo.untrusted.json_files import MAX_DEPTH, read_json, too_deep
 
 FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
@@ -34,6 +35,8 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 def load_splits(name: str, config: str | None = None, *, streaming: bool = False) -> Any:
     """Load the splits of a file, a folder or a dataset on the Hub; a file is one split, called train.
+
+    A folder may also hold images, which its rows name by paths in a column `image` or `images`.
 
     Args:
         name: path or name on the Hub.
@@ -67,10 +70,15 @@ def load_splits(name: str, config: str | None = None, *, streaming: bool = False
             for file in _data_files(path):
                 _check_depth(file)
             _check_inside(path, **_options(example))
-            splits = load_dataset(str(path.absolute()), config, streaming=streaming, **_options(example))
+            if (files := splits_among_images(path, _data_files(path))) and config is None:
+                kind = data_kind(example)
+                splits = load_dataset(kind, data_files=files, streaming=streaming, **_options(example))
+            else:
+                splits = load_dataset(str(path.absolute()), config, streaming=streaming, **_options(example))
+        splits = _as_splits(splits)
         if not streaming:
             _validate(splits)
-        return _as_splits(splits)
+    return with_image_paths(splits, path if path.is_dir() else path.parent)
 
 
 def _validate(splits: Any) -> None:
@@ -189,6 +197,7 @@ def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
                 for file in local:
                     _check_depth(file, is_json=path == "json")
                 splits = load_dataset(path, entry.get("name"), streaming=streaming, **files)
+            splits = with_image_paths(splits, local[0].parent) if local else splits
         else:
             splits = load_splits(path, entry.get("name"), streaming=streaming)
     name, bracket, rest = split.partition("[")

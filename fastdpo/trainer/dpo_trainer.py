@@ -23,12 +23,13 @@ from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_co
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
-from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.data.vision.batch import check_all_have_images, collator_of
+from fastdpo.data.vision.images import has_images, text_tokenizer
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import Layout, check_sharded, choose_layout
+from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward
@@ -59,10 +60,10 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         args: settings; a `trl.DPOConfig` or `TrainingArguments` is read as a `DPOConfig`. None means a `DPOConfig` with
             the model's name and `-DPO` as `output_dir`.
         data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`, which also
-            replaces TRL's own collator.
+            replaces TRL's own collators; for rows with images, a `fastdpo.data.vision.batch.VisionCollator`.
         train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too.
         eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
-        processing_class: the tokenizer; None loads the one at the model's path.
+        processing_class: the tokenizer, or for rows with images the processor; None loads the one at the model's path.
         compute_metrics: must be None, because packed batches have no logits to give to it; it is here because TRL's
             arguments are read in TRL's order. Evaluation logs the metrics of training.
         callbacks: as in `transformers.Trainer`.
@@ -111,15 +112,21 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         model, ref_model, keeps_reference = _prepare_models(model, ref_model, peft_config, args, settings)
         if processing_class is None:
             with loading("processing_class", model.config._name_or_path):
-                processing_class = load_tokenizer(model, args)
-        trl.set_pad_token(processing_class, args.pad_token)
-        align_pad_token(model, processing_class)
+                processing_class = load_tokenizer(model, args, images=has_images(train_dataset))
+        trl.set_pad_token(text_tokenizer(processing_class), args.pad_token)
+        align_pad_token(model, text_tokenizer(processing_class))
         vocab_size = smallest_vocab(model, ref_model)
         train_dataset, eval_dataset = self._prepare_data(
             train_dataset, eval_dataset, processing_class, vocab_size, args, settings
         )
         check_collator(data_collator, train_dataset)
         columns = prepare.columns_of(train_dataset, eval_dataset)
+        self.collate = collator_of(columns, processing_class, unwrap(model))
+        if any("images_key" in names for names in columns):
+            for each in filter(None, (model, ref_model)):
+                check_images(each)
+            if args.ddp_find_unused_parameters is None:  # a batch may have no images, and then the tower is not used
+                args.ddp_find_unused_parameters = True
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
         # before the models are patched, for a copy of the policy must not share its patch
@@ -141,7 +148,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             aux_coef=coefficient(unwrap(model), args.router_aux_loss_coef),
             model=model,
             args=args,
-            data_collator=data_collator or shared_prefix_batch,
+            data_collator=data_collator or self.collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -151,6 +158,10 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
+        if self.is_fsdp_enabled:
+            named = [("train", self.train_dataset)]
+            prepare.each(self.eval_dataset, lambda rows, name: named.append((name, rows)))
+            check_all_have_images(named)
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
             if self.is_fsdp_enabled and ref_model is not None:
@@ -158,8 +169,9 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             for each in filter(sharding.is_sharded, filter(None, (self.model, ref_model))):
                 check_sharded(each, args.max_length)
             if data_collator is None:
-                self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
-                self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
+                other = None if is_own_reference else ref_model
+                self._layout = agreed_layout(self, self._layout, other, self.collate)
+                self.data_collator = functools.partial(self.collate, layout=self._layout)
             self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(

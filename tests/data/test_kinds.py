@@ -109,7 +109,7 @@ def test_a_preference_is_two_unpaired_rows(stream: bool, prepare: Callable[..., 
         ),
         ({"prompt": "a", "completion": "b"}, "unpaired", "no column 'label', which unpaired rows need; it has"),
         ({"prompt": "a", "completion": "b"}, "preference", "no column 'chosen', which preference rows need; it has"),
-        ({"chosen": "a", "rejected": "b", "image": "c"}, "ranked", "images are not supported"),
+        ({"chosen": "a", "rejected": "b", "image": "c"}, "ranked", "'image', but processing_class has no image"),
     ],
 )
 def test_names_columns_that_do_not_fit(

@@ -199,12 +199,14 @@ def test_a_template_that_knows_parts_alone_gets_parts() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "image", "url": "x.png"}], "a part that is no text, which is not supported: {'type': 'image'"),
-        (["Deneb"], "a part that is no text, which is not supported: 'Deneb'"),
+        ([{"type": "image", "url": "x.png"}], "an image inside a message ('url'); put it into a column `images`"),
+        ([{"type": "image"}], "`prompt` has places for 1 image ({'type': 'image'}), but the row has 0"),
+        ([{"type": "audio"}], "neither text nor an image, which is not supported: {'type': 'audio'}"),
+        (["Deneb"], "neither text nor an image, which is not supported: 'Deneb'"),
         (7, "a message whose content is neither text nor a list of parts: 7"),
         (None, "must hold messages with `role` and `content`, found"),
     ],
-    ids=["image", "no-dict", "number", "none"],
+    ids=["image", "place", "audio", "no-dict", "number", "none"],
 )
 def test_a_content_that_is_no_text_is_named(content: Any, message: str) -> None:
     assert message in problem(pair(user(content) + user(ASK), YES, NO))

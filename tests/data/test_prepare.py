@@ -191,7 +191,7 @@ def test_nothing_left_is_an_error(prepare: Callable[..., Any]) -> None:
     [
         ({"prompt": "a", "chosen": "b"}, "no column 'rejected'"),
         ({"prompt": "a", "chosen": "b", "reject": "c"}, "rename 'reject'"),
-        ({**GOOD, "images": "x"}, "images are not supported"),
+        ({**GOOD, "images": ["x"]}, "'images', but processing_class has no image processor; pass the"),
         ({"prompt_ids": [1], "chosen_ids": [2]}, "no column 'rejected_ids'"),
     ],
     ids=["missing", "misspelt", "images", "half-tokenised"],

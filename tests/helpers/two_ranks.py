@@ -11,6 +11,7 @@ from datasets import Dataset
 
 import fastdpo
 from fastdpo.config import dpo_config
+from tests.helpers import vision
 from tests.helpers.trainers import NoTokenizer, data_for, rows, tiny_llama
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -18,13 +19,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "sft": {"loss_type": ["sigmoid", "sft"]},
     "aot": {"loss_type": "aot"},
     "kto": {"loss_type": "kto"},
+    "vision": {"per_device_eval_batch_size": 2},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
 }
 
 
+def policy(data: Dataset) -> Any:
+    """The model before training; for rows with images, one that sees them."""
+    return vision.make_model("llava", vision.llava_processor()) if "images" in data.column_names else tiny_llama()
+
+
 def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
     """Two optimizer steps against a reference that is another model; the log and the final weights."""
-    model, reference = tiny_llama(), tiny_llama()
+    model, reference = policy(data), policy(data)
     with torch.no_grad():
         reference.lm_head.weight.mul_(1.05)
     trainer = fastdpo.DPOTrainer(
@@ -48,7 +55,7 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
         ),
         train_dataset=data,
         eval_dataset=data,
-        processing_class=NoTokenizer(),
+        processing_class=vision.llava_processor() if "images" in data.column_names else NoTokenizer(),
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -60,6 +67,9 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
 
 def dataset(name: str) -> Dataset:
     """Rows for one of `RUNS`."""
+    if name == "vision":  # text comes first, so that some batches have no images
+        mixed = vision.rows(16, mixed=True)
+        return mixed.select(sorted(range(16), key=lambda i: len(mixed[i]["images"])))
     return data_for("unpaired", 16) if name == "kto" else rows(16)
 
 

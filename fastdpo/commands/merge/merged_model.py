@@ -17,10 +17,11 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from fastdpo.model.adapters import REF_ADAPTER, peft_is_older
+from fastdpo.model.policy import auto_class
 from fastdpo.model.self_check import RELATIVE_ERROR
 from fastdpo.settings.failures import loading
 
@@ -59,7 +60,7 @@ def save_merged(adapter: str, base: str | None, output: Path, *, trust_remote_co
         FloatingPointError: the log-probs of base and adapter are not finite.
         OSError: a model can't be loaded or written.
     """
-    model, tokenizer = _load(adapter, base, trust_remote_code)
+    model, tokenizer, base = _load(adapter, base, trust_remote_code)
     dtypes = {name: p.dtype for name, p in model.get_base_model().named_parameters()}
     sequences = _sequences(model, tokenizer)
     before = _logps(model, sequences)
@@ -78,8 +79,10 @@ def save_merged(adapter: str, base: str | None, output: Path, *, trust_remote_co
         merged.save_pretrained(output)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
+        _copy_processor(adapter, base, output)
         del model, merged  # the weights fit into memory once
-        saved = AutoModelForCausalLM.from_pretrained(output, dtype="auto", trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code}
+        saved = _class_of(str(output), options).from_pretrained(output, dtype="auto", **options)
         if _is_tied(saved) != is_tied:
             raise ValueError(
                 f"{type(saved).__name__} ties its embeddings, whatever its config says, and this adapter changes "
@@ -97,8 +100,8 @@ def save_merged(adapter: str, base: str | None, output: Path, *, trust_remote_co
 # Loading
 
 
-def _load(adapter: str, base: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return the base model with its adapter, in evaluation mode, and the tokenizer, or None if there is none."""
+def _load(adapter: str, base: str | None, trust_remote_code: bool) -> tuple[Any, Any, str]:
+    """Return the base model with its adapter, in evaluation mode, the tokenizer or None, and the base model's name."""
     with loading("adapter", adapter):
         config = PeftConfig.from_pretrained(adapter)
     if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "merge_and_unload"):
@@ -118,7 +121,7 @@ def _load(adapter: str, base: str | None, trust_remote_code: bool) -> tuple[Any,
     logger.info("loading the base model %s", base)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with loading("the adapter's base model, for which --model_name_or_path may name another place,", base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
+        model = _class_of(base, options).from_pretrained(base, dtype="auto", **options)
     model = _dequantized(model, base)
     tokenizer = _tokenizer(adapter, base, options)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -136,7 +139,7 @@ def _load(adapter: str, base: str | None, trust_remote_code: bool) -> tuple[Any,
     for message in (str(each.message) for each in caught):
         if message.startswith("Found missing adapter keys"):
             raise ValueError(f"adapter: {adapter!r} does not fit {base!r}: {message[:300]}")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, base
 
 
 def _dequantized(model: Any, base: str) -> Any:
@@ -168,6 +171,21 @@ def _tokenizer(adapter: str, base: str, options: dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer is saved with the merged model, because none can be loaded: %s", error)
         return None
+
+
+def _class_of(model: str, options: dict[str, Any]) -> Any:
+    return auto_class(AutoConfig.from_pretrained(model, **options))
+
+
+def _copy_processor(adapter: str, base: str, output: Path) -> None:
+    """Copy the files of a processor of images, from beside the adapter or else the base model, if there are any."""
+    for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        for source in (adapter, base):
+            quiet = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
+            found = cached_file(source, name, **{f"_raise_exceptions_for_{k}": v for k, v in quiet.items()})
+            if found:
+                shutil.copyfile(found, output / name)
+                break
 
 
 # Merging

@@ -99,9 +99,10 @@ def _read_message(given: Any, field: str) -> Message:
     if isinstance(content, list):
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
+            if kind != "image" and (kind != "text" or not isinstance(part.get("text"), str)):
                 raise BadRow(
-                    f"`{field}` has a message with a part that is no text, which is not supported: {part!r:.80}"
+                    f"`{field}` has a message with a part that is neither text nor an image, which is not supported: "
+                    f"{part!r:.80}"
                 )
     elif content is not None and not isinstance(content, str):
         raise BadRow(f"`{field}` has a message whose content is neither text nor a list of parts: {content!r:.80}")
@@ -200,7 +201,7 @@ def strings(value: Any) -> Iterator[str]:
 def text_of(message: Message) -> str:
     """Return the content of a message as one text."""
     content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def is_same(a: Message, b: Message) -> bool:

@@ -8,13 +8,13 @@
 
 Prompts and responses are text (standard format) or lists of `{"role", "content"}` messages (conversational format); a
 text prompt beside messages is a user turn. A response that begins with the prompt is read without that copy. `tools`
-and `chat_template_kwargs` columns go to the chat template.
+and `chat_template_kwargs` columns go to the chat template. Rows may have images, see `fastdpo.data.vision.images`.
 """
 
 import logging
 import re
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,7 @@ from fastdpo.data.text.templates import (
     left_out,
     render,
 )
+from fastdpo.data.vision import images
 
 logger = logging.getLogger("fastdpo")
 
@@ -47,9 +48,18 @@ _A_COPY = 12
 """Bytes of a text prompt from which a response that begins with it repeats it."""
 
 
-def tokenize(
-    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]], list[str]]:
+class Tokenised(NamedTuple):
+    """What `tokenize` returns."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    notes: list[str]
+    """What is odd about the row."""
+    seen: dict[str, str]
+    """For a row with images, the values of the columns `images.ADDED`."""
+
+
+def tokenize(row: dict[str, Any], kind: str, processing_class: Any) -> Tokenised:
     """Return the ids of the prompt and of each response, and notes on what is odd about the row.
 
     Responses end with EOS, or as the chat template ends a turn. They start at the first token in which the prompt alone
@@ -61,37 +71,55 @@ def tokenize(
         BadRow: the row is malformed, or the chat template leaves out some of its text.
         ValueError: the tokenizer lacks an EOS token or a chat template.
     """
+    tokenizer = images.text_tokenizer(processing_class)
     prompt, responses, names, notes = _prompt_and_responses(row, kind)
     named = list(zip(names, responses, strict=True))
-    if any(_has_special_token(each, name, tokenizer) for name, each in [("prompt", prompt), *named]):
+    pictures = images.images_of(row)
+    is_text = isinstance(prompt, str)
+    # text has the tokens of its images spelt out
+    looked_at = named if pictures and is_text else [("prompt", prompt), *named]
+    if any(_has_special_token(each, name, tokenizer) for name, each in looked_at):
         notes.append("special")
-    if isinstance(prompt, str):
-        prompt_ids = _encode(prompt, tokenizer, "prompt")
+    if is_text:
+        prompt_ids, prompt_text = _encode(prompt, tokenizer, "prompt"), prompt
         full_ids = [_encode_to_end(prompt + response, tokenizer, name) for name, response in named]
     else:
-        prompt_ids, full_ids = _encode_messages(row, prompt, named, tokenizer, notes)
+        prompt = images.placed(prompt, named, len(pictures))
+        prompt_ids, full_ids, prompt_text = _encode_messages(row, prompt, named, processing_class, notes)
     start = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
     if start < len(prompt_ids):
         _warn_merged_boundary(tokenizer.decode(prompt_ids[start:]))
-    return prompt_ids[:start], [ids[start:] for ids in full_ids], notes
+    responses_ids = [ids[start:] for ids in full_ids]
+    if not pictures:
+        images.check_text([("prompt", prompt_ids[:start]), *zip(names, responses_ids, strict=True)], processing_class)
+        return Tokenised(prompt_ids[:start], responses_ids, notes, {})
+    images.check_text(list(zip(names, responses_ids, strict=True)), processing_class)
+    prompt_ids, start, key = images.expand(
+        prompt_text, pictures, processing_class, prompt_ids, start, adds_special=is_text
+    )
+    return Tokenised(prompt_ids[:start], responses_ids, notes, dict(zip(images.ADDED, (prompt_text, key), strict=True)))
 
 
 def _encode_messages(
     row: dict[str, Any],
     prompt: list[Message],
     named: list[tuple[str, list[Message]]],
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: Any,
     notes: list[str],
-) -> tuple[list[int], list[list[int]]]:
-    """Return the ids of the prompt and of the prompt with each response, as the chat template renders them."""
+) -> tuple[list[int], list[list[int]], str]:
+    """Return the ids of the prompt and of the prompt with each response, and the prompt as the template renders it."""
     tools, options = read_template_inputs(row)
-    template = find_template(tokenizer, tools)
+    tokenizer = images.text_tokenizer(processing_class)
+    is_processor = tokenizer is not processing_class
+    template = find_template(tokenizer, tools, processing_class.chat_template if is_processor else None)
+    if is_processor:
+        prompt, named = images.in_parts(prompt), [(name, images.in_parts(each)) for name, each in named]
     options = {"tools": tools, **options}
     if template is None:  # the tokenizer goes straight to ids, without a text to check
         options |= {"tokenize": True, "return_dict": True}
         start = render(prompt, "prompt", tokenizer, template, add_generation_prompt=True, **options)
         whole = [render(prompt + each, name, tokenizer, template, **options) for name, each in named]
-        return start["input_ids"], [each["input_ids"] for each in whole]
+        return start["input_ids"], [each["input_ids"] for each in whole], tokenizer.decode(start["input_ids"])
     prompt = fit(prompt, tokenizer, template)
     named = [(name, fit(each, tokenizer, template)) for name, each in named]
     texts = [render(prompt, "prompt", tokenizer, template, add_generation_prompt=True, **options)]
@@ -120,7 +148,7 @@ def _encode_messages(
     prompt_ids, *full_ids = (
         _encode(text, tokenizer, field, add_special_tokens=False) for field, text in zip(fields, texts, strict=True)
     )
-    return prompt_ids, full_ids
+    return prompt_ids, full_ids, texts[0]
 
 
 def _lost(field: str, text: str) -> BadRow:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -17,20 +18,24 @@ from fastdpo.data.text.messages import BadRow, Message, text_of
 from fastdpo.untrusted import chat_template
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str | None:
+def find_template(tokenizer: PreTrainedTokenizerBase, tools: Any, own: Any = None) -> str | None:
     """Return the chat template, or None for a tokenizer that renders messages by code of its own.
+
+    `own` is the template of the processor around the tokenizer, or a dict of several; it comes first.
 
     Raises:
         ValueError: the tokenizer needs a template and has none.
     """
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+    if isinstance(own, dict):
+        own = own.get("tool_use" if tools and "tool_use" in own else "default")
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template and not own:
         return None
-    if not tokenizer.chat_template:
+    if not own and not tokenizer.chat_template:
         raise ValueError(
             "the dataset holds messages, but the tokenizer has no chat template to render them; set "
             "tokenizer.chat_template, or give prompts and responses as text"
         )
-    template: str = tokenizer.get_chat_template(tools=tools)
+    template: str = own or tokenizer.get_chat_template(tools=tools)
     if len(template) > chat_template.MAX_TEMPLATE:
         raise ValueError(
             f"the chat template has {len(template):,} characters, more than the {chat_template.MAX_TEMPLATE:,} that a "
@@ -208,7 +213,10 @@ def has_unread_key(messages: list[Message], template: str) -> bool:
 
 
 def _texts(message: Message) -> Iterator[str]:
-    yield text_of(message)
+    content = message.get("content", "")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    for is_text, run in groupby(parts, key=lambda part: "text" in part):  # an image parts what is before and after it
+        yield "".join(part["text"] for part in run) if is_text else ""
     for field in ("reasoning_content", "thinking", "reasoning"):
         if isinstance(value := message.get(field), str):
             yield value

@@ -15,7 +15,7 @@ Shapes: T rows, S segments, K key-path entries, H query heads, G key-value heads
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from fastdpo.head.impl.interface import autocast_dtype
 from fastdpo.model.attention import backends
 from fastdpo.model.attention.backends import Usable
+from fastdpo.model.attention.image_blocks import with_blocks
 from fastdpo.model.attention.key_paths import Paths, key_paths
 
 logger = logging.getLogger("fastdpo")
@@ -105,6 +106,7 @@ def attention(
     tree_kv_index: Tensor | None = None,
     tree_paths: Paths | None = None,
     tree_backends: Usable | None = None,
+    tree_image_blocks: tuple[bool, Sequence[tuple[int, int, int]]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend along key paths; without metadata and outside `packing()`, act as transformers' SDPA.
@@ -124,6 +126,8 @@ def attention(
         tree_kv_index: `[K]`; if it is given, the batch is packed.
         tree_paths: from `layer_kwargs`.
         tree_backends: from `layer_kwargs`.
+        tree_image_blocks: for a model that lets the tokens of an image see each other, whether that holds in all layers
+            (else in those with a window), and the blocks as in `fastdpo.data.vision.batch.VisionCollator`.
         **kwargs: whatever else the model passes; for a packed batch, read only to refuse what is not supported.
 
     Returns:
@@ -170,7 +174,10 @@ def attention(
     if not torch.compiler.is_compiling():
         is_plain = softcap is not None or s_aux is not None
         _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
-    return backends.attend(name, tree_paths, query, key, value, **options)[None], None
+    out = backends.attend(name, tree_paths, query, key, value, **options)
+    if tree_image_blocks is not None and (tree_image_blocks[0] or attention_mask is not None):
+        out = with_blocks(out, query, key, value, tree_image_blocks[1], **options)
+    return out[None], None
 
 
 @lru_cache
