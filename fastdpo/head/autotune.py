@@ -139,7 +139,9 @@ def has_triton() -> bool:
     return found
 
 
-def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool) -> tuple[str, str]:
+def choose_impl(
+    impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool, workspace: int
+) -> tuple[str, str]:
     """Return the implementation that serves the call, and the key of the trial it is part of ("" if none)."""
     measures = impl == "auto" and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
     if not measures or not has_triton():
@@ -157,5 +159,6 @@ def choose_impl(impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sp
         f"N<{1 << hidden.shape[0].bit_length()}",
         "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
         "sparse" if sparse and any(needs) else "dense",
+        f"workspace {workspace}",
     ]
     return pick(", ".join(key), ("triton", "blas")), ", ".join(key)

@@ -109,7 +109,7 @@ def compile_kernel(job: Job) -> Compiled:
     if job.kernel in ("forward", "forward-tma"):
         tma = job.kernel == "forward-tma"
         kernel = forward.linear_logprobs_forward_tma_kernel if tma else forward._linear_logprobs_forward_kernel
-        epilogue = "stats" in has, {"softcap", "masses"} <= has, "low-rank" in has
+        epilogue = "stats" in has, {"softcap", "masses"} <= has, "low-rank" in has, "kept" in has
         configs, fallback = forward.default_configs(tma, vectors, *epilogue)
     elif job.kernel == "backward":
         kernel = backward._linear_logprobs_backward_kernel
@@ -143,25 +143,28 @@ def compile_kernel(job: Job) -> Compiled:
     optional = {
         "bias": ["bias", "dbias"],
         "masses": ["masses"],
+        "kept": ["probs", "factors"],
         "low-rank": ["hidden2", "weight2"],
         "entropy": ["dentropy", "entropy"],
         "stats": ["sum_dz", "sum_sq", "sum_z", "top_before"],
     }
-    constants |= {f"{name}_ptr": None for option, names in optional.items() if option not in has for name in names}
+    missing = [name for option, names in optional.items() if option not in has for name in names]
+    constants |= {f"{name}_{kind}": None for name in missing for kind in ("ptr", "desc")}
     inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
-    types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
+    types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32", "probs_ptr": "*i16"}
     types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
     types |= dict.fromkeys(("scale", "cap", "c", "beta"), "fp64")
     if job.kernel == "forward-tma":
         for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
             types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"
+        types["probs_desc"] = f"tensordesc<i16[{launch['BLOCK_N']}, {launch['BLOCK_V']}]>"
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], constexprs[name] = "constexpr", constants[name]
         else:
             signature[name] = types.get(name, f"*{acc}" if name.endswith("_ptr") else "i32")
-            multiple = name == "R" or (vectors and (name == "D" or name.startswith("stride")))
+            multiple = name == "R" or (vectors and (name in ("D", "first") or name.startswith("stride")))
             multiple |= name in ("V", "C") and not has & {"odd", "ragged"}
             if name.endswith("_ptr") or (multiple and not kernel.params[i].do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]

@@ -71,7 +71,8 @@ class Kept(NamedTuple):
     shares: Tensor | None = None
     """`[N, J]`: sum over a tile of q * slope; slope is 1, or 1 - tanh^2 with a soft-cap."""
     probs: Tensor | None = None
-    """`[N, columns]`: q of the last columns, each divided by its factor."""
+    """`[N, columns]`: q of the last columns, each divided by its factor. `impl.triton` encodes those of 16-bit inputs
+    in int16, and may keep columns past V, of no meaning."""
     factors: Tensor | None = None
     """`[N, ceil(columns / block)]`: q = factor * probs, with one factor for a row and a block of columns."""
 
