@@ -84,6 +84,8 @@ class Memory:
     """The moments of a step at which memory could be at its peak."""
     attention: tuple[str, ...] = ()
     """Attention backends that the layers would use."""
+    head_workspace: int = WORKSPACE_BYTES
+    """Bound of what the head keeps, and of that in which it works; above the default, of what it keeps alone."""
 
     @property
     def persistent(self) -> int:
@@ -91,13 +93,19 @@ class Memory:
         return self.weights + self.reference + self.optimizer
 
     def workspace(self, rows: int) -> int:
-        """Bytes of one workspace of the head, which has at most two."""
-        return min(WORKSPACE_BYTES, round(self.workspace_per_row * rows))
+        """Bytes of the larger of the head's two workspaces, the one that a trained head keeps for its backward."""
+        return min(self.head_workspace, round(self.workspace_per_row * rows))
+
+    @property
+    def keeps_probs(self) -> bool:
+        """Whether the head is trained, and so keeps probabilities."""
+        return max(m.workspaces for m in self.timeline) == 2
 
     def peak(self, rows: int) -> int:
         """Peak bytes of a step with this many rows."""
-        workspace = self.workspace(rows)
-        alive = max(m.fixed + m.per_row * rows + m.workspaces * workspace for m in self.timeline)
+        kept = self.workspace(rows)
+        sizes = (0, kept, kept + min(kept, WORKSPACE_BYTES))
+        alive = max(m.fixed + m.per_row * rows + sizes[m.workspaces] for m in self.timeline)
         return self.persistent + round(alive)
 
     def largest(self, budget: int) -> int:
@@ -127,6 +135,7 @@ def memory_model(
     reference_config: Any | None = None,
     backends: Usable = ANY_BACKEND,
     trust_remote_code: bool = False,
+    head_workspace: int = WORKSPACE_BYTES,
 ) -> Memory:
     """Compute the memory of a training step of the model that `config` describes; no weights are loaded.
 
@@ -143,6 +152,7 @@ def memory_model(
         reference_config: config of the reference, if it is another model than the policy.
         backends: attention backends that the device can use.
         trust_remote_code: run the code in the model's repository.
+        head_workspace: bytes of `DPOConfig.head_workspace`.
 
     Raises:
         ValueError: packed batches are not exact on the model, it can't use the attention backend asked for, or its
@@ -189,6 +199,7 @@ def memory_model(
             workspace_per_row=ratios.targets * vocabulary * precision.compute.itemsize,
             timeline=_upper_envelope({_line(*pair) for pair in zip(small, large, strict=True)}),
             attention=tuple(sorted(chosen)),
+            head_workspace=head_workspace,
         )
 
 

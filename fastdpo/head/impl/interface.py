@@ -21,7 +21,7 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 256 * 2**20
 """Upper bound of what a call allocates besides its results and float32 `[N, D]`, and of what it keeps for the
-backward, in bytes."""
+backward, in bytes. `impl.triton` uses a larger one only for what it keeps."""
 
 
 class Transform(NamedTuple):

@@ -89,7 +89,7 @@ def forward(
     kept = kept_like(hidden, head, keep, workspace)
     rows = N
     if kept.shares is not None:  # masses of a slice fit in half of the workspace; 2048 rows fill any chip
-        rows = workspace // 2 // (4 * -(-V // TILE)) // 2048 * 2048
+        rows = min(workspace, WORKSPACE_BYTES) // 2 // (4 * -(-V // TILE)) // 2048 * 2048
     parts = []
     for rs in slices(N, max(2048, rows)):
         part = linear_logprobs_forward(
@@ -124,6 +124,7 @@ def backward(
     if boost is not None:
         entropy_grad = None if grads.entropy is None else grads.entropy * boost
         grads = Grads(grads.target * boost, grads.others * boost, entropy_grad)
+    workspace = min(workspace, WORKSPACE_BYTES)  # more is for what is kept: these blocks fill any chip
     needs_weights = needs.weight or needs.bias or needs.weight2
     sparse = selection is not None and not (exact_weight and needs_weights)
 
