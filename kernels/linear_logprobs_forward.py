@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdpo.kernels.kept_probs import WHOLE
 from fastdpo.kernels.linear_logprobs_forward_tma import (
+    IS_OLD,
     TMA_CONFIGS,
     TMA_KEEPING_CONFIGS,
     TMA_TWO_TILE_CONFIGS,
@@ -66,12 +67,14 @@ def default_configs(
 ) -> tuple[Configs, dict[int, Config]]:
     """Choose the table of configurations, and the fallback for what it has no entry for."""
     if stats + softcapped_masses + low_rank > 1 or not (use_tma or vectors):
-        return {}, SMALL
+        return {}, SMALL | {2: SMALL[4]} if keeps else SMALL
     if stats or softcapped_masses:
         return TMA_TWO_TILE_CONFIGS if use_tma else TWO_TILE_CONFIGS, SMALL
     if use_tma and not low_rank:
         return TMA_KEEPING_CONFIGS if keeps else TMA_CONFIGS, FALLBACK
-    return CONFIGS, SMALL if keeps else FALLBACK
+    if keeps:  # Triton 3.6 spills registers at 128 rows
+        return TWO_TILE_CONFIGS if IS_OLD else CONFIGS, SMALL
+    return CONFIGS, FALLBACK
 
 
 @cache
