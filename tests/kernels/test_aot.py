@@ -92,6 +92,7 @@ JOBS += [Job(k, arch, "fp32", VARIANTS[k][-1]) for k, arch in product(("forward"
 JOBS += [Job(k, 80, "fp32", v) for k in POINTERS[2:] for v in VARIANTS[k][1:]]
 JOBS += [Job("forward", 80, "bf16", f"{v} bias masses kept low-rank") for v in ("", "odd stats")]
 JOBS += [Job("forward", 80, "fp32", "bias masses kept"), Job("forward-tma", 90, "bf16", "bias stats masses kept")]
+JOBS += [Job("forward-tma", 90, "bf16", "masses")]
 JOBS += [Job(k, 80, "fp64", VARIANTS[k][-1]) for k in ("forward", "backward")]
 # Has no entry in the tables
 JOBS += [Job(k, 86, "bf16", v) for k in POINTERS[:3] for v in VARIANTS[k][1:3]]
@@ -273,7 +274,7 @@ def test_the_table_of_the_kernels_says_what_the_compiler_made(compilations: dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [""])
+@pytest.mark.parametrize("variant", ["", "masses"])
 def test_the_epilogue_is_short(variant: str, compilations: dict[Job, Compiled]) -> None:
     """Nothing hides the forward's epilogue, so each instruction of it costs time."""
     *_, after = compilations[Job("forward-tma", 90, "bf16", variant)].loops
