@@ -138,6 +138,9 @@ def ours(case: Case) -> list[Variant]:
         for backward in backwards:
             logps = remembering(partial(linear_logprobs, impl=impl, backward=backward))
             found.append(Variant(f"fastdpo {impl}, {backward}", logps, impl, backward))
+    if DEVICE == "cuda" and not case.frozen and case.dtype != "float32":
+        logps = remembering(partial(linear_logprobs, impl="triton", backward="auto", workspace_bytes=3 * 2**30))
+        found.append(Variant("fastdpo triton, auto, 3 GiB", logps, "triton", "auto"))
     return found
 
 

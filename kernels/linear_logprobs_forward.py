@@ -17,15 +17,20 @@ kernel stores 3 numbers per row and share, 7 with statistics.
 """
 
 from functools import cache
-from typing import NamedTuple
+from math import log
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdpo.kernels.kept_probs import WHOLE
 from fastdpo.kernels.linear_logprobs_forward_tma import (
+    IS_OLD,
     TMA_CONFIGS,
+    TMA_KEEPING_CONFIGS,
     TMA_TWO_TILE_CONFIGS,
     descriptors,
     fits_tma,
@@ -58,14 +63,18 @@ TWO_TILE_CONFIGS: Configs = {capability: Config(64, 128, 64, 8, 3) for capabilit
 
 
 def default_configs(
-    use_tma: bool, vectors: bool, stats: bool, softcapped_masses: bool, low_rank: bool
+    use_tma: bool, vectors: bool, stats: bool, softcapped_masses: bool, low_rank: bool, keeps: bool
 ) -> tuple[Configs, dict[int, Config]]:
     """Choose the table of configurations, and the fallback for what it has no entry for."""
     if stats + softcapped_masses + low_rank > 1 or not (use_tma or vectors):
-        return {}, SMALL
+        return {}, SMALL | {2: SMALL[4]} if keeps else SMALL
     if stats or softcapped_masses:
         return TMA_TWO_TILE_CONFIGS if use_tma else TWO_TILE_CONFIGS, SMALL
-    return TMA_CONFIGS if use_tma and not low_rank else CONFIGS, FALLBACK
+    if use_tma and not low_rank:
+        return TMA_KEEPING_CONFIGS if keeps else TMA_CONFIGS, FALLBACK
+    if keeps:  # Triton 3.6 spills registers at 128 rows
+        return TWO_TILE_CONFIGS if IS_OLD else CONFIGS, SMALL
+    return CONFIGS, FALLBACK
 
 
 @cache
@@ -88,10 +97,12 @@ def busiest(row_blocks: int, tiles: int, processors: int, splits: int) -> int:
     return int(torch.zeros(processors, dtype=torch.int64).index_add_(0, pairs % processors, of_pair).max())
 
 
-@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: compile once for all
+@triton.jit(do_not_specialize=["N", "V", "S", "stride_fj"])  # they change from batch to batch: compile once for all
 def _linear_logprobs_forward_kernel(
     partials_ptr,  # [S, 3 or 7, N] ACC, out
     masses_ptr,  # [J, N] float32, out, or None
+    probs_ptr,  # [N, C], out, or None; see `kept_probs.store_probs`
+    factors_ptr,
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     bias_ptr,  # [V], or None
@@ -107,6 +118,9 @@ def _linear_logprobs_forward_kernel(
     D,
     R,
     S,
+    first,
+    C,
+    stride_fj,
     scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     c: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
@@ -136,8 +150,8 @@ def _linear_logprobs_forward_kernel(
         )  # fmt: skip
         z = add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
         state = fold_tile(
-            state, z, masses_ptr, targets, offs_n, tile * BLOCK_V, N, V, scale, c,
-            HAS_SOFTCAP, IS_NEGATIVE, HAS_STATS, TILE, BLOCK_N, BLOCK_V,
+            state, z, masses_ptr, probs_ptr, factors_ptr, pid_n * BLOCK_N, first, C, stride_fj, targets, offs_n,
+            tile * BLOCK_V, N, V, scale, c, HAS_SOFTCAP, IS_NEGATIVE, False, HAS_STATS, TILE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS)
 
@@ -165,6 +179,7 @@ def linear_logprobs_forward(
     stats: bool,
     *,
     tile_masses: bool = False,
+    keep: tuple[Tensor, Tensor] | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
     splits: int | None = None,
@@ -180,6 +195,9 @@ def linear_logprobs_forward(
         cap: factor of the soft-cap's tanh; None for no soft-cap.
         stats: whether to compute the statistics too.
         tile_masses: whether to store the tile masses too.
+        keep: `(probs [N, C], factors [N, C / TILE])` of `kept_probs`, out, for the last C columns of a vocabulary that
+            is filled up to a multiple of WHOLE, as C is one; the columns of factors are contiguous. None keeps
+            nothing. Not with a soft-cap.
         low_rank: `(hidden2 [N, R], weight2 [V, R])`, whose product is added to the raw logits, in the dtype of
             `hidden`, or None.
         config: tile sizes; chosen by device and dtype if None.
@@ -188,7 +206,8 @@ def linear_logprobs_forward(
     (N, D), V = hidden.shape, weight.shape[0]
     use_tma = fits_tma(hidden, weight)
     vectors = loads_vectors(hidden) and loads_vectors(weight)
-    configs = default_configs(use_tma, vectors, stats, tile_masses and cap is not None, low_rank is not None)
+    epilogue = stats, tile_masses and cap is not None, low_rank is not None, keep is not None
+    configs = default_configs(use_tma, vectors, *epilogue)
     config = config or default_config(hidden, *configs)
     row_blocks, tiles = triton.cdiv(N, config.BLOCK_N), triton.cdiv(V, config.BLOCK_V)
     splits = splits or default_splits(row_blocks, tiles, processors(hidden))
@@ -198,15 +217,27 @@ def linear_logprobs_forward(
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     partials = hidden.new_empty((splits, 7 if stats else 3, N), dtype=acc)
     masses = hidden.new_empty((triton.cdiv(V, TILE), N), dtype=torch.float32) if tile_masses else None
+    kept: tuple[Any, Tensor | None] = None, None
+    first, columns, stride_fj = 0, 0, 0
+    if keep is not None:
+        assert cap is None
+        columns = keep[0].shape[1]
+        first = triton.cdiv(V, WHOLE) * WHOLE - columns
+        block = [config.BLOCK_N, config.BLOCK_V]
+        kept = TensorDescriptor.from_tensor(keep[0], block) if use_tma else keep[0], keep[1]
+        stride_fj = keep[1].stride(1)
     operands = descriptors(hidden, weight, config) if use_tma else (hidden, weight)
     with torch.cuda.device_of(hidden):
         kernel[(min(row_blocks * splits, processors(hidden)) if use_tma else row_blocks * splits,)](
-            partials, masses, *operands, None if bias is None else bias.contiguous(), hidden2, weight2,
+            partials, masses, *kept, *operands, None if bias is None else bias.contiguous(), hidden2, weight2,
             targets.contiguous(), *(() if use_tma else (*hidden.stride(), *weight.stride())),
-            N, V, D, R, splits, scale, exponent(scale, cap)[1],
+            N, V, D, R, splits, first, columns, stride_fj, scale, exponent(scale, cap)[1],
             HAS_SOFTCAP=cap is not None, IS_NEGATIVE=cap is None and scale < 0, HAS_STATS=stats,
             UPCAST=interpreted(kernel), ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE,
             GROUP_N=GROUP_N, enable_fp_fusion=True, **config._asdict(),
         )  # fmt: skip
     merged = merge(partials, (targets >= 0) & (targets < V), scale, cap)
+    if keep is not None:
+        others = merged[1].masked_fill(merged[1] == -torch.inf, torch.inf)  # no other token: then e is 0
+        keep[1].sub_(others[:, None], alpha=1 / log(2)).exp2_()
     return ForwardOutput(*merged, None if masses is None else masses.T)

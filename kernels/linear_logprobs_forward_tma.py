@@ -24,7 +24,8 @@ from fastdpo.kernels.logits_tile import Config, Configs, add_bias, add_low_rank,
 from fastdpo.kernels.online_logsumexp import empty_state, fold_tile, load_targets, store_state
 
 # tests/kernels/test_aot.py compiles these and checks that they spill no register
-STAGES = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 3  # Triton 3.9 spills registers at 4
+IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+STAGES = 4 if IS_OLD else 3  # Triton 3.9 spills registers at 4
 TMA_CONFIGS: Configs = {
     ((9, 0), 2): Config(128, 256, 64, 8, STAGES),
     ((10, 0), 2): Config(128, 128, 64, 8, 3),
@@ -35,10 +36,16 @@ TMA_TWO_TILE_CONFIGS: Configs = {
 }
 
 
-@triton.jit(do_not_specialize=["N", "V", "S"])  # they change from batch to batch: compile once for all
+# For a forward that keeps probabilities; Triton 3.6 spills registers at a width of 256
+TMA_KEEPING_CONFIGS: Configs = TMA_CONFIGS | {((9, 0), 2): Config(128, 128 if IS_OLD else 256, 64, 8, 3)}
+
+
+@triton.jit(do_not_specialize=["N", "V", "S", "stride_fj"])  # they change from batch to batch: compile once for all
 def linear_logprobs_forward_tma_kernel(
     partials_ptr,  # [S, 3 or 7, N] ACC, out
     masses_ptr,  # [J, N] float32, out, or None
+    probs_desc,  # [N, C], in blocks of [BLOCK_N, BLOCK_V], out, or None; see `kept_probs.store_probs`
+    factors_ptr,
     hidden_desc,  # [N, D], in blocks of [BLOCK_N, BLOCK_D]
     weight_desc,  # [V, D], in blocks of [BLOCK_V, BLOCK_D]
     bias_ptr,  # [V], or None
@@ -50,6 +57,9 @@ def linear_logprobs_forward_tma_kernel(
     D,
     R,
     S,
+    first,
+    C,
+    stride_fj,
     scale: tl.float64,  # without the annotation, a Python float is rounded to float32
     c: tl.float64,
     HAS_SOFTCAP: tl.constexpr,
@@ -87,8 +97,9 @@ def linear_logprobs_forward_tma_kernel(
             z = add_bias(z, bias_ptr, offs_v, V)
             z = add_low_rank(z, hidden2_ptr, weight2_ptr, offs_n, offs_v, N, V, R, ACC, UPCAST, BLOCK_D)
             state = fold_tile(
-                state, z, masses_ptr, targets, offs_n, tile * BLOCK_V, N, V, scale, c,
-                HAS_SOFTCAP, IS_NEGATIVE, HAS_STATS, TILE, BLOCK_N, BLOCK_V,
+                state, z, masses_ptr, probs_desc, factors_ptr, pid_n * BLOCK_N, first, C, stride_fj, targets, offs_n,
+                tile * BLOCK_V, N, V, scale, c, HAS_SOFTCAP, IS_NEGATIVE, True, HAS_STATS, TILE,
+                BLOCK_N, BLOCK_V,
             )  # fmt: skip
         store_state(partials_ptr, state, offs_n, pid_s, N, HAS_STATS)
 

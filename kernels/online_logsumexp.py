@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdpo.kernels.kept_probs import store_probs
 from fastdpo.kernels.logits_tile import tanh_and_slope
 
 
@@ -65,6 +66,12 @@ def fold_tile(
     state,
     z,  # [BLOCK_N, BLOCK_V], the raw logits of the tile
     masses_ptr,  # [J, N] float32, out, or None
+    probs,  # [N, C], out, or None; as the arguments below of `kept_probs.store_probs`
+    factors_ptr,
+    n_start,
+    first,
+    C,
+    stride_fj,
     targets,  # [BLOCK_N]
     offs_n,  # [BLOCK_N]
     v_start,
@@ -74,12 +81,13 @@ def fold_tile(
     c,
     HAS_SOFTCAP: tl.constexpr,
     IS_NEGATIVE: tl.constexpr,
+    BY_TMA: tl.constexpr,
     HAS_STATS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Return `state` with the tokens [v_start, v_start + BLOCK_V) folded in; store their masses."""
+    """Return `state` with the tokens [v_start, v_start + BLOCK_V) folded in; store their masses and powers."""
     m, s, t = state[0], state[1], state[2]
     offs_v = v_start + tl.arange(0, BLOCK_V)
     u = z
@@ -113,6 +121,11 @@ def fold_tile(
         sum_ee = rescale * rescale * sum_ee + tl.sum(e * e, axis=1)
     s = rescale * s + tl.sum(e, axis=1)
 
+    if probs is not None:  # noqa: SIM102  (this is decided when compiling, the next one when running)
+        if v_start >= first:
+            store_probs(
+                probs, factors_ptr, e, shift, n_start, v_start, first, N, C, stride_fj, BY_TMA, TILE, BLOCK_N, BLOCK_V
+            )  # fmt: skip
     if masses_ptr is not None:
         if HAS_SOFTCAP:
             e *= slope

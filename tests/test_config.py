@@ -7,6 +7,7 @@ import pytest
 
 from fastdpo.checks import check_loading
 from fastdpo.config import DPOConfig
+from fastdpo.config.checks import in_bytes
 from fastdpo.run import RunConfig, load_datasets, make_configs
 from fastdpo.settings.config_file import read_settings
 
@@ -72,6 +73,10 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"loss_type": "ipso"}, "loss_type 'ipso' is unknown"),
         ({"head_impl": "cuda"}, "head_impl must be one of auto, eager, torch, triton, blas, got 'cuda'"),
         ({"head_backward": "dense"}, "head_backward must be one of auto, exact, sparse, got 'dense'"),
+        ({"head_workspace": "much"}, "head_workspace must be a number of bytes, or a number with a unit .* got 'much'"),
+        ({"head_workspace": "-3GiB"}, "head_workspace must be a number of bytes"),
+        ({"head_workspace": "0.5MiB"}, r"head_workspace must be at least 1048576 bytes \(1MiB\), got '0.5MiB'"),
+        ({"head_workspace": 256}, "head_workspace must be at least 1048576 bytes"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
@@ -90,6 +95,13 @@ def test_overrides_win(yaml_file: Path) -> None:
 def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(yaml_file, bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(2**21, 2**21), ("4194304", 2**22), ("3GiB", 3 * 2**30), ("1.5 gb", 1_500_000_000)]
+)
+def test_a_workspace_is_bytes_or_text(given: Any, expected: int, yaml_file: Path) -> None:
+    assert in_bytes("head_workspace", read_config(yaml_file, {"head_workspace": given})[1].head_workspace) == expected
 
 
 def test_a_config_without_data_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from transformers import (
 
 import fastdpo
 from fastdpo.data import prepare as data_module
-from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
-from fastdpo.model import body_and_head
 from tests.helpers.no_logits import NoLogits
 from tests.helpers.trainers import (
     TOKEN_METRICS,
@@ -45,14 +42,10 @@ def test_first_loss_is_ln_2_and_training_learns(make: Callable[..., Any]) -> Non
     assert trainer.state.log_history[-2]["rewards/accuracies"] > 0.9
 
 
-def test_no_allocation_of_a_training_step_reaches_the_logits(
-    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_allocation_of_a_training_step_reaches_the_logits(make: Callable[..., Any]) -> None:
     """N completion tokens times V entries never exist, in either model, forward or backward, beyond the workspace."""
-    small = partial(linear_logprobs, workspace_bytes=2**20), partial(linear_logprobs_with_stats, workspace_bytes=2**20)
-    monkeypatch.setattr(body_and_head, "linear_logprobs", small[0])
-    monkeypatch.setattr(body_and_head, "linear_logprobs_with_stats", small[1])
-    trainer = make(tiny_llama(vocab_size=4096), per_device_train_batch_size=16, max_steps=2)
+    options = {"head_workspace": "1MiB", "per_device_train_batch_size": 16, "max_steps": 2}
+    trainer = make(tiny_llama(vocab_size=4096), **options)
     batch = next(iter(trainer.get_train_dataloader()))
     N = batch["target_ids"].numel()
     assert N * 4096 > 2 * 4096 * 48, "the batch is too small to tell logits from weights"

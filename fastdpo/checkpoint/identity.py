@@ -47,7 +47,15 @@ FROM_NOW_ON = OPTIMIZER | {
     *("eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "precompute_ref_batch_size"),
     *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing", "use_cache"),
     *("gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cpu"),
-    *("attention_backend", "head_impl", "head_backward", "prefix_sharing", "full_determinism", "versions"),
+    *(
+        "attention_backend",
+        "head_impl",
+        "head_backward",
+        "head_workspace",
+        "prefix_sharing",
+        "full_determinism",
+        "versions",
+    ),
     *("use_liger_kernel", "liger_kernel_config", "ddp_find_unused_parameters", "ddp_broadcast_buffers"),
     *("ddp_static_graph", "bf16_full_eval", "fp16_full_eval"),
     *("max_length", "max_prompt_length", "max_completion_length"),  # where they matter, the training data differ

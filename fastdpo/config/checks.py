@@ -1,6 +1,7 @@
 """Every check of a training's settings (`config` is a `DPOConfig`) that needs no model."""
 
 import logging
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +17,7 @@ AT_LEAST_ONE = (
     *("ref_model_sync_steps", "precompute_ref_batch_size"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 TRUNCATION_MODES = ("keep_start", "keep_end")
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")
@@ -52,10 +54,28 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
     ):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    in_bytes("head_workspace", config.head_workspace, at_least=2**20)
     if config.logging_nan_inf_filter:
         raise ValueError(
             "logging_nan_inf_filter must be False: it would log a plausible number for a loss that is not finite"
         )
+
+
+def in_bytes(name: str, size: Any, at_least: int = 0) -> int:
+    """Return a size that is given in bytes or with a unit, as in `max_shard_size`: GiB is 2^30 bytes, GB 10^9.
+
+    Raises:
+        ValueError: the size of the field `name` is none, or is below `at_least` bytes.
+    """
+    given = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)}|)\s*", str(size), re.IGNORECASE)
+    if given is None or isinstance(size, bool):
+        raise ValueError(
+            f"{name} must be a number of bytes, or a number with a unit such as 256MiB or 3GiB, got {size!r}"
+        )
+    found = int(float(given[1]) * {unit.lower(): value for unit, value in UNITS.items()}.get(given[2].lower(), 1))
+    if found < at_least:
+        raise ValueError(f"{name} must be at least {at_least} bytes ({at_least / 2**20:g}MiB), got {size!r}")
+    return found
 
 
 def check_reference(config: Any, settings: ObjectiveSettings) -> None:

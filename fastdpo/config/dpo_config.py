@@ -251,6 +251,14 @@ class DPOConfig(TrainingArguments):
             "docs/sparse_backward.md) or auto (sparse only for the hidden states' gradient of 16-bit inputs)."
         },
     )
+    head_workspace: int | str = field(
+        default="256MiB",
+        metadata={
+            "help": "Largest memory in which the fused LM head works, and largest in which it keeps probabilities of a "
+            "trained head for its backward, which computes the others again. In bytes, or with a unit such as 3GiB or "
+            "500MB; at least 1MiB. `fastdpo plan` says what more of it would save."
+        },
+    )
 
     # Accepted for scripts written for TRL
     padding_free: bool = field(

@@ -162,7 +162,7 @@ def may_try_gluon(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def choose_impl(
-    impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool, plain: bool = False
+    impl: str, hidden: Tensor, weight: Tensor, needs: list[bool], sparse: bool, workspace: int, plain: bool = False
 ) -> tuple[str, str]:
     """Return the implementation that serves the call, and the key of the trial it is part of ("" if none).
 
@@ -184,6 +184,7 @@ def choose_impl(
         f"N<{1 << hidden.shape[0].bit_length()}",
         "forward" if not any(needs) else "trained" if wants.weight or wants.bias or wants.weight2 else "frozen",
         "sparse" if sparse and any(needs) else "dense",
+        f"workspace {workspace}",
     ]
     candidates: tuple[str, ...] = ("triton", "blas")
     if plain and may_try_gluon(hidden, weight):

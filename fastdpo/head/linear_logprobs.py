@@ -112,7 +112,9 @@ def linear_logprobs(
             rows' |dlogps| * (1 - p), with p the target's probability, and a skipped cell acts as its average. "sparse"
             lets all gradients skip cells, in every dtype. docs/sparse_backward.md says what that costs, and `Stats`
             has the share of cells computed and the probability skipped.
-        workspace_bytes: upper bound of temporary memory, and of what is kept for the backward besides `[N, D]`.
+        workspace_bytes: upper bound of temporary memory, and of what is kept for the backward besides `[N, D]`. With a
+            trained head, the backward computes again the probabilities that did not fit; 2 bytes each hold them all
+            for 16-bit inputs with impl="triton".
         shard: `(group, start, V)` if the ranks of a process group each hold a part of the vocabulary of V tokens.
             `weight`, `bias` and `weight2` are this rank's part, which begins with token `start`. `hidden`, `targets`,
             the result and the gradient of `hidden` are the same on all ranks.
@@ -193,7 +195,7 @@ def _compute(
         if not sparse and backward == "sparse":
             _say_dense()
     plain = bias is None and low_rank is None and not with_stats
-    impl, trial = choose_impl(impl, hidden, weight, needs, sparse, plain)
+    impl, trial = choose_impl(impl, hidden, weight, needs, sparse, workspace, plain)
     outputs = linear_logprobs_op(
         hidden, weight, targets, bias, hidden2, weight2, *transform, impl, with_stats, needs, sparse,
         backward != "sparse", start, V, workspace, trial,

@@ -23,6 +23,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 
 from fastdpo.data.vision.batch import image_token_of, kinds_of_tokens
 from fastdpo.head.eager import Stats
+from fastdpo.head.impl.interface import WORKSPACE_BYTES
 from fastdpo.model import body_and_head, router
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
@@ -56,6 +57,7 @@ class TokenScores(NamedTuple):
 class _Patch(NamedTuple):
     impl: Any
     backward: Any
+    workspace: int
     attention: str  # backend
     forward: Callable[..., Any] | None  # the instance's own, where it had one before
     place: int  # of the decoder, see body_and_head.locate_head
@@ -82,7 +84,14 @@ def find_head(model: Any) -> Head:
     return head._replace(logit_scale=1.0) if unscaled else head
 
 
-def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", attention_backend: str = "auto") -> None:
+def patch_forward(
+    model: Any,
+    *,
+    impl: str = "auto",
+    backward: str = "auto",
+    workspace: int = WORKSPACE_BYTES,
+    attention_backend: str = "auto",
+) -> None:
     """Let `model(**batch)` score a batch of `fastdpo.shared_prefix_batch`, and leave every other call as it was.
 
     A call with `logit_index` runs the batch without a cache and returns `TokenScores`; `with_stats=True` adds the
@@ -96,6 +105,7 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
         model: a causal LM of transformers, or a PEFT model around one; changed in place (the instance, not its class).
         impl: implementation of the head, see `fastdpo.linear_logprobs`.
         backward: backward of the head, see `fastdpo.linear_logprobs`.
+        workspace: bound of the head's memory in bytes, see `workspace_bytes` of `fastdpo.linear_logprobs`.
         attention_backend: for packed batches, one of `fastdpo.model.attention.backends.BACKENDS`; "auto" takes the best
             that a layer can use. A batch on a device that cannot run the backend raises a ValueError.
 
@@ -112,7 +122,8 @@ def patch_forward(model: Any, *, impl: str = "auto", backward: str = "auto", att
         _set_attention(model)
     previous = vars(model).get("_fastdpo")
     forward = previous.forward if previous else vars(model).get("forward")
-    vars(model)["_fastdpo"] = _Patch(impl, backward, attention_backend, forward, place, own, padded, unscaled)
+    patch = _Patch(impl, backward, workspace, attention_backend, forward, place, own, padded, unscaled)
+    vars(model)["_fastdpo"] = patch
     if not previous:
         # a bound method of a function that holds no model: deepcopy binds it to the copy
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
@@ -178,7 +189,7 @@ def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = 
     if patch.own or head.own:
         scores = body_and_head.own_scores(model, forward, head.decoder, hidden, batch["target_ids"], with_stats)
     else:
-        options = {"impl": patch.impl, "backward": patch.backward}
+        options = {"impl": patch.impl, "backward": patch.backward, "workspace_bytes": patch.workspace}
         scores = body_and_head.fused_scores(head, hidden, batch["target_ids"], with_stats, **options)
     if not with_stats:
         return TokenScores(scores, None, aux_loss)

@@ -67,6 +67,8 @@ class Memory:
     """Weights that are gathered from other processes, and gradients on their way to them, at their largest."""
     sent: int = 0
     """Bytes that a device sends in an optimizer step."""
+    head_workspace: int = WORKSPACE_BYTES
+    """Bound of what the head keeps, and of that in which it works; above the default, of what it keeps alone."""
 
     @property
     def persistent(self) -> int:
@@ -74,13 +76,19 @@ class Memory:
         return self.weights + self.reference + self.optimizer + self.buffers
 
     def workspace(self, rows: int) -> int:
-        """Bytes of one workspace of the head, which has at most two."""
-        return min(WORKSPACE_BYTES, round(self.workspace_per_row * rows))
+        """Bytes of the larger of the head's two workspaces, the one that a trained head keeps for its backward."""
+        return min(self.head_workspace, round(self.workspace_per_row * rows))
+
+    @property
+    def keeps_probs(self) -> bool:
+        """Whether the head is trained, and so keeps probabilities."""
+        return max(m.workspaces for m in self.timeline) == 2
 
     def peak(self, rows: int) -> int:
         """Peak bytes of a step with this many rows."""
-        workspace = self.workspace(rows)
-        alive = max(m.fixed + m.per_row * rows + m.workspaces * workspace for m in self.timeline)
+        kept = self.workspace(rows)
+        sizes = (0, kept, kept + min(kept, WORKSPACE_BYTES))
+        alive = max(m.fixed + m.per_row * rows + sizes[m.workspaces] for m in self.timeline)
         return self.persistent + round(alive)
 
     def largest(self, budget: int) -> int:
@@ -111,6 +119,7 @@ def memory_model(
     trust_remote_code: bool = False,
     job: Job = ONE_DEVICE,
     quantization: Any | None = None,
+    head_workspace: int = WORKSPACE_BYTES,
 ) -> Memory:
     """Compute the memory on each device of a training step of the model that `config` describes; no weights are loaded.
 
@@ -128,6 +137,7 @@ def memory_model(
         trust_remote_code: run the code in the model's repository.
         job: how the work is divided over devices.
         quantization: transformers' quantization config of the models, or its entries.
+        head_workspace: bytes of `DPOConfig.head_workspace`.
 
     Raises:
         ValueError: packed batches are not exact on the model, it can't use the attention backend asked for, or its
@@ -194,6 +204,7 @@ def memory_model(
             attention=tuple(sorted(chosen)),
             buffers=fixed.buffers,
             sent=fixed.sent,
+            head_workspace=head_workspace,
         )
 
 

@@ -5,6 +5,7 @@ The tokens are counted exactly. The memory is computed by `fastdpo.plan.memory`,
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
+from fastdpo.config.checks import in_bytes
 from fastdpo.data.vision.images import has_images
 from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
@@ -143,6 +145,7 @@ def make_plan(
             trust_remote_code=code,
             job=job,
             quantization=quantization,
+            head_workspace=in_bytes("head_workspace", args.head_workspace),
         )
         for on in kinds
     }
@@ -256,7 +259,7 @@ def tables(plan: Plan) -> str:
         ("optimizer state", on.optimizer),
         ("reference", on.reference),
         *([("gathered weights and sent gradients", on.buffers)] if n > 1 else []),
-        ("one head workspace (of two)", on.workspace(int(batches.rows.max()))),
+        ("largest head workspace (of two)", on.workspace(int(batches.rows.max()))),
     ]
     needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
     needed.append(("kept for the backward, per token", _size(on.kept_per_row), _size(off.kept_per_row)))
@@ -275,9 +278,25 @@ def tables(plan: Plan) -> str:
             summary_table(needed, (title, kind[True], kind[False])),
             f"memory assumes: {'; '.join(plan.assumed)}; the config has gradient checkpointing "
             f"{'on' if plan.checkpointing else 'off'}",
+            *_head_advice(on, largest),
             *([f"fits: {RESERVED / GIB:.0f} GiB and {FRAGMENTED:.0%} of the rest are kept free"] if plan.fits else []),
         ]
     )
+
+
+def _head_advice(memory: Memory, rows: int) -> list[str]:
+    """Say what a larger `head_workspace` would save, if not all probabilities of a batch with so many rows fit."""
+    needed = memory.workspace_per_row * rows * 1.03  # 16-bit probabilities, their factors and the shares of tiles
+    if not memory.keeps_probs or needed <= memory.head_workspace:
+        return []
+    kept = memory.head_workspace / needed
+    larger = f"{math.ceil(needed / GIB * 10) / 10:.1f}GiB"
+    return [
+        f"head: head_workspace={_size(memory.head_workspace)} holds {kept:.0%} of the probabilities of the largest "
+        f"batch, and the backward computes the others again; head_workspace={larger} holds all of them, for "
+        f"{_size(needed - memory.head_workspace)} more memory and {(1 - kept) / (4 - kept):.0%} fewer multiplications "
+        "in the head if its backward is exact (not with a soft-cap)"
+    ]
 
 
 def _spread(values: np.ndarray[Any, Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from fastdpo import checks, sharding
 from fastdpo.compat import liger, trl
 from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_collator
 from fastdpo.config import DPOConfig
+from fastdpo.config.checks import in_bytes
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
 from fastdpo.data.vision.batch import check_all_have_images, collator_of
@@ -311,5 +312,11 @@ def _patch(model: Any, ref_model: Any, args: DPOConfig) -> Layout:
     for each in models:
         if args.disable_dropout:
             disable_dropout(each)
-        patch_forward(each, impl=args.head_impl, backward=args.head_backward, attention_backend=args.attention_backend)
+        patch_forward(
+            each,
+            impl=args.head_impl,
+            backward=args.head_backward,
+            workspace=in_bytes("head_workspace", args.head_workspace),
+            attention_backend=args.attention_backend,
+        )
     return choose_layout(models, args.prefix_sharing)

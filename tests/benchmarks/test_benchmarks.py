@@ -259,3 +259,24 @@ def test_the_gpu_suite_finds_the_tests_of_all_folders() -> None:
         assert f'"{pattern}" tests' in script
         found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(pattern, path.read_text())]
         assert len({path for path in found if path.parent.name != "tests"}) >= least
+
+
+def test_the_time_model_marks_goals_that_are_missed() -> None:
+    """On made-up kernels: everything is marked as computed, a faster kernel is faster, and memory is a floor."""
+    from benchmarks import head_time_model as model
+
+    fast = model.Kernel((128, 256, 64), 8, 200, 150_000, [80, 100, 500])
+    slow = fast._replace(loops=[80, 2000, 9000])
+    shape = model.Shape(2048, 1024, 16384)
+    kernels = dict.fromkeys(model.JOBS, fast)
+    assert model.forward(fast, shape) < model.forward(slow, shape)
+    assert model.programs(128, 256, 98_304, 90) == 2
+    assert model.programs(255, 256, 1024, 90) == 1
+    found = [model.steps(kernels, shape, density)["frozen"] for density in (0.05, 0.2, 0.4)]
+    assert found == sorted(found)
+    assert model.kept_share(shape, 2**20) == 0
+    assert model.kept_share(shape, 2**30) == 1
+    text = model.report(dict.fromkeys(model.JOBS, slow), model.HEADLINE)
+    assert "computed, not measured" in text
+    assert "(goal 15, missed)" in text
+    assert "missed" not in model.report(kernels, shape).splitlines()[-5], "goals are for the headline shape"

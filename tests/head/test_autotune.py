@@ -164,15 +164,16 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "has_triton", lambda: True)
 
 
-def choose() -> tuple[str, str]:
+def choose(workspace: int = 2**28) -> tuple[str, str]:
     hidden: Any = OnDevice()
-    return autotune.choose_impl("auto", hidden, torch.empty(7, 4), [True, False, False, False, False], True)
+    return autotune.choose_impl("auto", hidden, torch.empty(7, 4), [True, False, False, False, False], True, workspace)
 
 
 @pytest.mark.usefixtures("device_of_its_own")
 def test_other_kernels_are_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     before = choose()
     assert before[1]
+    assert choose(2**30)[1] != before[1], "with more room, one of them keeps more"
     monkeypatch.setattr(autotune, "version_of_kernels", lambda: "another")
     assert choose()[1] not in ("", before[1])
 

@@ -6,11 +6,13 @@ fit shared memory does not run at all. `python -m tests.kernels.test_aot` prints
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +23,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.helpers.sass import count_loops
+
 ROOT = Path(__file__).parent.parent.parent
+OLDEST = "triton==3.6.0"  # of pyproject.toml
 AMD = 942  # MI300
 # What one program may use: CUDA C++ Programming Guide, table 24; AMD's CDNA 3 instruction set, section 2.2
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, AMD: 64}
@@ -37,7 +42,7 @@ FORWARD = [
 # fewer registers than another are left out
 VARIANTS = {
     "forward": [*(v for v in FORWARD if v != "stats"), "odd bias softcap stats masses low-rank"],
-    "forward-tma": FORWARD,
+    "forward-tma": [*FORWARD, "bias masses kept"],
     "backward": [
         "",
         "bias low-rank",
@@ -51,6 +56,7 @@ VARIANTS = {
     "row-lists": [""],
     "fold-logits": ["masses", "odd softcap stats masses"],
     "dlogits-rows": ["", "odd softcap entropy"],
+    "kept-dlogits": ["kept"],
 }
 SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dweight")
 MATMULS = ("forward", "forward-tma", "backward", *SPARSE)
@@ -76,12 +82,17 @@ class Compiled(NamedTuple):
     instructions: list[str]
     barriers: int
     stores: list[str]
+    loops: list[int]
+    """`tests.helpers.sass.Loops` of a matmul by wgmma; empty for other kernels."""
 
 
 JOBS = [Job(k, arch, "bf16", v) for k in POINTERS for arch, v in product((80, 90, 100), VARIANTS[k])]
-JOBS += [Job("forward-tma", arch, "bf16", v) for arch, v in product((90, 100), FORWARD)]
+JOBS += [Job("forward-tma", arch, "bf16", v) for arch, v in product((90, 100), VARIANTS["forward-tma"])]
 JOBS += [Job(k, arch, "fp32", VARIANTS[k][-1]) for k, arch in product(("forward", "backward"), (80, 90, 100))]
 JOBS += [Job(k, 80, "fp32", v) for k in POINTERS[2:] for v in VARIANTS[k][1:]]
+JOBS += [Job("forward", 80, "bf16", f"{v} bias masses kept low-rank") for v in ("", "odd stats")]
+JOBS += [Job("forward", 80, "fp32", "bias masses kept"), Job("forward-tma", 90, "bf16", "bias stats masses kept")]
+JOBS += [Job("forward-tma", 90, "bf16", "masses")]
 JOBS += [Job(k, 80, "fp64", VARIANTS[k][-1]) for k in ("forward", "backward")]
 # Has no entry in the tables
 JOBS += [Job(k, 86, "bf16", v) for k in POINTERS[:3] for v in VARIANTS[k][1:3]]
@@ -98,9 +109,9 @@ def compile_kernel(job: Job) -> Compiled:
     from triton.compiler import ASTSource
 
     from fastdpo.head.impl import torch as torch_impl
+    from fastdpo.kernels import kept_probs, logits_tile
     from fastdpo.kernels import linear_logprobs_backward as backward
     from fastdpo.kernels import linear_logprobs_forward as forward
-    from fastdpo.kernels import logits_tile
 
     has = set(job.variant.split())
     vectors = "odd" not in has
@@ -109,11 +120,14 @@ def compile_kernel(job: Job) -> Compiled:
     if job.kernel in ("forward", "forward-tma"):
         tma = job.kernel == "forward-tma"
         kernel = forward.linear_logprobs_forward_tma_kernel if tma else forward._linear_logprobs_forward_kernel
-        epilogue = "stats" in has, {"softcap", "masses"} <= has, "low-rank" in has
+        epilogue = "stats" in has, {"softcap", "masses"} <= has, "low-rank" in has, "kept" in has
         configs, fallback = forward.default_configs(tma, vectors, *epilogue)
     elif job.kernel == "backward":
         kernel = backward._linear_logprobs_backward_kernel
         configs, fallback = backward.default_configs(vectors, "softcap" in has, "entropy" in has)
+    elif job.kernel == "kept-dlogits":
+        module = kept_probs
+        kernel = kept_probs._kept_dlogits_kernel
     else:
         module = importlib.import_module(f"fastdpo.kernels.{job.kernel.replace('-', '_')}")
         kernel = getattr(module, f"_{job.kernel.replace('-', '_')}_kernel")
@@ -143,25 +157,29 @@ def compile_kernel(job: Job) -> Compiled:
     optional = {
         "bias": ["bias", "dbias"],
         "masses": ["masses"],
+        "kept": ["probs", "factors"],
         "low-rank": ["hidden2", "weight2"],
         "entropy": ["dentropy", "entropy"],
         "stats": ["sum_dz", "sum_sq", "sum_z", "top_before"],
     }
-    constants |= {f"{name}_ptr": None for option, names in optional.items() if option not in has for name in names}
+    missing = [name for option, names in optional.items() if option not in has for name in names]
+    constants |= {f"{name}_{kind}": None for name in missing for kind in ("ptr", "desc")}
     inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
     types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
+    types |= {"probs_ptr": "*i16" if itemsize == 2 else f"*{job.dtype}"}
     types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
     types |= dict.fromkeys(("scale", "cap", "c", "beta"), "fp64")
     if job.kernel == "forward-tma":
         for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
             types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"
+        types["probs_desc"] = f"tensordesc<i16[{launch['BLOCK_N']}, {launch['BLOCK_V']}]>"
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], constexprs[name] = "constexpr", constants[name]
         else:
             signature[name] = types.get(name, f"*{acc}" if name.endswith("_ptr") else "i32")
-            multiple = name == "R" or (vectors and (name == "D" or name.startswith("stride")))
+            multiple = name == "R" or (vectors and (name in ("D", "first") or name.startswith("stride")))
             multiple |= name in ("V", "C") and not has & {"odd", "ragged"}
             if name.endswith("_ptr") or (multiple and not kernel.params[i].do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]
@@ -183,20 +201,29 @@ def compile_kernel(job: Job) -> Compiled:
         registers = re.findall(r"Used (\d+) registers", log.getvalue())
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
         instructions = {name: f"{name}." for name in ("mma.sync", "wgmma", "tcgen05", "cp.async.bulk.tensor")}
+    loops = list(count_loops(compiled.asm["cubin"])) if job.arch == 90 and "wgmma" in assembly else []
     lines, start = inspect.getsourcelines(kernel.fn)
     barriers = [i for i, line in enumerate(lines, start) if "tl.debug_barrier()" in line]
     return Compiled(
         launch, int(registers[0]), sum(map(int, spilled)), compiled.metadata.shared,
         [name for name, text in instructions.items() if text in assembly],
         sum(bool(re.search(rf"\.loc\s+1 {line} .*\n\s*{barrier}", assembly)) for line in barriers),
-        sorted(set(re.findall(r"\bst\.global\S*", assembly))),
+        sorted(set(re.findall(r"\bst\.global\S*", assembly))), loops,
     )  # fmt: skip
 
 
-def compile_all() -> Any:
-    """Compile in another process: Triton's interpreter, once chosen, cannot be left."""
+# Every kernel, for the chip that matters most, and the configuration that Triton's version decides on the other one
+OLDEST_JOBS = [Job(k, 90, "bf16", VARIANTS[k][-1]) for k in VARIANTS if k != "forward"]
+OLDEST_JOBS += [Job("forward-tma", 90, "bf16", "masses"), Job("forward", 80, "bf16", "bias masses kept low-rank")]
+OLDEST_JOBS += [Job("backward", 90, "bf16", "")]
+
+
+def compile_all(which: str = "--newest", packages: Path | None = None) -> Any:
+    """Compile in another process: Triton's interpreter, once chosen, cannot be left; `packages` go before others."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.test_aot", "--json"]
+    if packages is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "tests.kernels.test_aot", "--json", which]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -205,6 +232,59 @@ def compile_all() -> Any:
 @pytest.fixture(scope="module")
 def compilations(once: Any) -> dict[Job, Compiled]:
     return {Job(*job): Compiled(*compiled) for job, compiled in once("aot", compile_all)}
+
+
+@pytest.fixture(scope="module")
+def of_the_oldest(once: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Compiled]:
+    """What Triton 3.6 makes, the oldest that is supported; it is unpacked beside the one installed."""
+
+    def unpacked() -> Any:
+        folder = tmp_path_factory.mktemp("triton")
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), OLDEST]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode != 0:
+            return process.stderr[-500:] or "pip failed"
+        try:
+            return compile_all("--oldest", folder)
+        finally:
+            shutil.rmtree(folder)
+
+    found = once("aot-oldest", unpacked)
+    if isinstance(found, str):
+        assert not os.environ.get("CI"), found
+        pytest.skip(f"{OLDEST} cannot be had: {found}")
+    return {Job(*job): Compiled(*compiled) for job, compiled in found}
+
+
+@pytest.mark.slow
+def test_the_table_of_the_kernels_says_what_the_compiler_made(compilations: dict[Job, Compiled]) -> None:
+    """For the version of Triton that it names; another version needs other registers, but may not spill either."""
+    import triton
+
+    spec = importlib.util.spec_from_file_location("kernels_table", ROOT / "docs" / "kernels_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made, page = module.table(compilations), module.PAGE.read_text()
+    shown = page[page.index(module.START) + len(module.START) : page.index(module.END)]
+    assert made.count("\n") == shown.count("\n"), "run python docs/kernels_table.py"
+    if f"Triton {triton.__version__}," in shown:
+        assert made == shown, "run python docs/kernels_table.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["", "masses"])
+def test_the_epilogue_is_short(variant: str, compilations: dict[Job, Compiled]) -> None:
+    """Nothing hides the forward's epilogue, so each instruction of it costs time."""
+    *_, after = compilations[Job("forward-tma", 90, "bf16", variant)].loops
+    assert 300 < after <= 750
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", OLDEST_JOBS, ids=lambda job: "-".join(map(str, job)).replace(" ", "-").strip("-"))
+def test_default_configuration_fits_with_the_oldest_triton(job: Job, of_the_oldest: dict[Job, Compiled]) -> None:
+    test_default_configuration_fits(job, of_the_oldest)
 
 
 @pytest.mark.slow
@@ -216,18 +296,17 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
     if job.dtype == "bf16" and job.kernel in MATMULS:
         assert TENSOR_CORE[job.arch] in compiled.instructions
     assert compiled.barriers == (job.kernel == "sparse-dhidden")
-    if (
-        job.kernel in ("backward", "sparse-dlogits")
-        and job.dtype == "bf16"
-        and not {"odd", "ragged"} & {*job.variant.split()}
-    ):
-        assert job.arch == AMD or compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
+    if job.arch != AMD and not {"odd", "ragged"} & {*job.variant.split()}:
+        assert not [store for store in compiled.stores if store.endswith(("16", "u8", "b8"))], "2 bytes at a time"
+        if job.kernel in ("backward", "sparse-dlogits", "kept-dlogits") and job.dtype == "bf16":
+            assert compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
     assert ("cp.async.bulk.tensor" in compiled.instructions) == (job.kernel == "forward-tma")
 
 
 def main() -> None:
+    jobs = OLDEST_JOBS if "--oldest" in sys.argv else JOBS
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        results = zip(JOBS, pool.map(compile_kernel, JOBS), strict=True)
+        results = zip(jobs, pool.map(compile_kernel, jobs), strict=True)
         if "--json" in sys.argv:
             json.dump(list(results), sys.stdout)
             return

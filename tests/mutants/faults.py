@@ -37,6 +37,7 @@ RANGES = "tests/kernels/test_sparse_kernels.py -k float64-7"
 LONG_LISTS = "tests/kernels/test_sparse_kernels.py -k 'dlogits_has or test_dweight'"
 SPARSE_OFFSETS = "tests/kernels/test_sparse_kernels.py -k offsets"
 BLAS = "tests/head/test_impl_blas.py"
+KEPT = "tests/kernels/test_kept_probs.py -k 'pointers and (sixteen or bfloat16) or stays'"
 TORCH = "tests/head/test_impl_torch.py"
 CELLS = "tests/head/test_sparse_backward.py -k 'not units'"
 OP = "tests/head/test_linear_logprobs.py -k 'not opcheck and not compiles and not holds and not low_rank'"
@@ -52,6 +53,17 @@ GOES_ON = "tests/checkpoint/test_resume.py -k 'records or finished or (goes_on a
 
 # fmt: off
 FAULTS: dict[str, list[Fault]] = {  # by file
+    "kernels/kept_probs.py": [
+        Fault("kept-truncated", KEPT, "probabilities are rounded down", "(4096 - ((LOWEST", "(0 - ((LOWEST"),
+        Fault("kept-nothing", KEPT, "what was too small to keep comes back", "tl.where(bits == 0, 0.0,",
+              "tl.where(bits < 0, 0.0,"),
+        Fault("kept-target", KEPT, "the target's gradient goes to its neighbour", "offs_c == tl.load(targets_ptr + n),",
+              "offs_c == tl.load(targets_ptr + n) + 1,"),
+        Fault("kept-scale", KEPT, "gradients from kept probabilities lack the scale",
+              "dx * tl.full((), scale, dx.dtype)", "dx"),
+        Fault("kept-factor", KEPT, "all columns of a block take the factor of its first tile",
+              "(offs_c // TILE).to(tl.int64) * stride_fj", "0 * stride_fj"),
+    ],
     "kernels/logits_tile.py": [
         Fault("cells-slope", SPARSE, "gradient under a soft-cap without the cap", "slope *= cap * scale",
               "slope *= scale"),
@@ -135,6 +147,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "total = (rescale * s)[0]"),
     ],
     "kernels/linear_logprobs_forward.py": [
+        Fault("kept-base", KEPT, "factors are powers of another base", "alpha=1 / log(2)", "alpha=1.0"),
         Fault("shares-rounded-down", FORWARD_SHAPES, "tiles that the shares do not divide are lost",
               "range(pid_s * tiles // S, (pid_s + 1) * tiles // S)",
               "range(pid_s * (tiles // S), (pid_s + 1) * (tiles // S))"),
@@ -245,6 +258,10 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "offs_v = offs_v.to(tl.int64)", "offs_v = offs_v + 0"),
     ],
     "fastdpo/head/impl/triton.py": [
+        Fault("kept-unused", KEPT, "the first kept chunk is recomputed", "kept is not None and vs.start >= first",
+              "kept is not None and vs.start > first"),
+        Fault("kept-too-many", KEPT, "shares and probabilities together pass the workspace",
+              "left = workspace - (0 if shares is None else shares.nbytes)", "left = workspace"),
         Fault("shares-not-normalised", SPARSE, "shares are masses",
               "(part.tile_masses - without_others(part.others)[:, None]).exp_()", "part.tile_masses.exp()"),
         Fault("unboost", EDGES, "float16's power of two stays in the gradients", "else accumulator / boost",

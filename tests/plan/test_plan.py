@@ -358,6 +358,19 @@ def test_peak_and_the_largest_batch_agree() -> None:
     assert memory.largest(899) == 0
 
 
+def test_a_larger_workspace_is_advised_where_probabilities_do_not_fit() -> None:
+    moments = (Moment(0.0, 500.0, 0), Moment(7.0, 100.0, 2))
+    sizes = {"weights": 0, "reference": 0, "gradients": 0, "optimizer": 0, "kept_per_row": 1}
+    memory = Memory(**sizes, workspace_per_row=2**18, timeline=moments, head_workspace=2**30)
+    assert memory.peak(2000) == 100 + 7 * 2000 + 2000 * 2**18 + 2**28, "it works in 256 MiB"
+    assert memory.peak(8000) == 100 + 7 * 8000 + 2**30 + 2**28
+    (advice,) = plan._head_advice(memory, 8000)
+    assert "head_workspace=1.00 GiB holds 50% of" in advice
+    assert "head_workspace=2.1GiB holds all of them, for 1.01 GiB more memory and 14% fewer" in advice
+    assert plan._head_advice(memory, 3000) == []
+    assert plan._head_advice(replace(memory, timeline=(Moment(7.0, 100.0, 1),)), 8000) == [], "a frozen head keeps none"
+
+
 def test_envelope_loses_no_maximum() -> None:
     rng = np.random.default_rng(0)
     moments = {Moment(*rng.integers(0, 50, 2).astype(float).tolist(), int(rng.integers(3))) for _ in range(300)}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 256 * 2**20
 """Upper bound of what a call allocates besides its results and float32 `[N, D]`, and of what it keeps for the
-backward, in bytes."""
+backward, in bytes. `impl.triton` uses a larger one only for what it keeps."""
 
 
 class Transform(NamedTuple):
@@ -71,7 +71,8 @@ class Kept(NamedTuple):
     shares: Tensor | None = None
     """`[N, J]`: sum over a tile of q * slope; slope is 1, or 1 - tanh^2 with a soft-cap."""
     probs: Tensor | None = None
-    """`[N, columns]`: q of the last columns, each divided by its factor."""
+    """`[N, columns]`: q of the last columns, each divided by its factor. `impl.triton` encodes those of 16-bit inputs
+    in int16, and may keep columns past V, of no meaning."""
     factors: Tensor | None = None
     """`[N, ceil(columns / block)]`: q = factor * probs, with one factor for a row and a block of columns."""
 

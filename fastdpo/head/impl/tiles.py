@@ -198,9 +198,9 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float 
         out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha, beta=beta)
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    """Cut [0, total) into slices of `size`. A total of 0 gives one empty slice, so that sums are still written."""
-    for start in range(0, max(total, 1), size):
+def slices(total: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Cut [first, total) into slices of `size`. A total of 0 gives one empty slice, so that sums are still written."""
+    for start in range(first, max(total, 1), size):
         yield slice(start, min(start + size, total))
 
 

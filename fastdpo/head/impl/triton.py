@@ -11,7 +11,8 @@ accumulate in float64.) A dense backward recomputes dlogits in full and uses the
 steps costs 1 unit of 2 N D V FLOPs. In a sparse backward, kernels work through a list of the active rows of each tile
 of the vocabulary, so that the cost is in proportion to the active cells: for all three steps, or for dhidden alone if
 dweight must be exact. There are no atomics and no synchronisation with the host; the same inputs give the same bits.
-`expected` and `probs` of `Keep` are not kept here; `fastdpo.head.impl.blas` keeps them.
+A trained head keeps as many probabilities as fit into the workspace (`kernels.kept_probs`), and spares as large a share
+of the step that recomputes dlogits. `expected` of `Keep` is not kept here; `fastdpo.head.impl.blas` keeps it.
 
 Names and shapes are those of `fastdpo.head.impl.interface`.
 """
@@ -39,12 +40,16 @@ from fastdpo.head.impl.interface import (
 )
 from fastdpo.head.impl.sparsity import Selection
 from fastdpo.head.impl.tiles import Rows, addmm, ieee_matmul, slices
+from fastdpo.kernels.kept_probs import WHOLE, kept_dlogits
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.linear_logprobs_forward import ForwardOutput, linear_logprobs_forward
 from fastdpo.kernels.row_lists import TILE, row_lists
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
 from fastdpo.kernels.sparse_dlogits import sparse_dlogits
 from fastdpo.kernels.sparse_dweight import sparse_dweight
+
+LEAST_KEPT = 16
+"""Probabilities are kept if at least one in so many fits; below that, the forward's time for it is not won back."""
 
 
 def cell_columns(device: torch.device) -> int:
@@ -54,10 +59,20 @@ def cell_columns(device: torch.device) -> int:
 
 def kept_like(hidden: Tensor, head: LinearHead, keep: Keep, workspace: int) -> Kept:
     """Allocate what `forward` keeps."""
-    if not keep.shares:
-        return Kept()
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 cannot hold e^-20
-    return Kept(shares=hidden.new_empty(hidden.shape[0], -(-head.weight.shape[0] // TILE), dtype=stored))
+    N, V, shares = hidden.shape[0], head.weight.shape[0], None
+    if keep.shares:
+        stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # float16 cannot hold e^-20
+        shares = hidden.new_empty(N, -(-V // TILE), dtype=stored)
+    columns = 0
+    if keep.probs and head.transform.cap is None:
+        stored = torch.int16 if hidden.element_size() == 2 else result_dtype(hidden)
+        left = workspace - (0 if shares is None else shares.nbytes)
+        of_whole = max(N, 1) * (WHOLE * stored.itemsize + WHOLE // TILE * result_dtype(hidden).itemsize)
+        columns = min(-(-V // WHOLE), left // of_whole) * WHOLE
+    if columns < V / LEAST_KEPT:
+        return Kept(shares=shares)
+    factors = hidden.new_empty(columns // TILE, N, dtype=result_dtype(hidden)).T
+    return Kept(shares=shares, probs=hidden.new_empty(N, columns, dtype=stored), factors=factors)
 
 
 @torch.no_grad()
@@ -76,12 +91,12 @@ def forward(
     kept = kept_like(hidden, head, keep, workspace)
     rows = N
     if kept.shares is not None:  # masses of a slice fit in half of the workspace; 2048 rows fill any chip
-        rows = workspace // 2 // (4 * -(-V // TILE)) // 2048 * 2048
+        rows = min(workspace, WORKSPACE_BYTES) // 2 // (4 * -(-V // TILE)) // 2048 * 2048
     parts = []
     for rs in slices(N, max(2048, rows)):
         part = launch(
             hidden[rs], head.weight, targets[rs], head.bias, *head.transform, stats,
-            tile_masses=keep.shares, low_rank=_low_rank(hidden2, head, rs, slice(None)),
+            tile_masses=keep.shares, keep=_kept_at(kept, rs), low_rank=_low_rank(hidden2, head, rs, slice(None)),
         )  # fmt: skip
         if kept.shares is not None and part.tile_masses is not None:
             kept.shares[rs] = (part.tile_masses - without_others(part.others)[:, None]).exp_()
@@ -111,6 +126,7 @@ def backward(
     if boost is not None:
         entropy_grad = None if grads.entropy is None else grads.entropy * boost
         grads = Grads(grads.target * boost, grads.others * boost, entropy_grad)
+    workspace = min(workspace, WORKSPACE_BYTES)  # more is for what is kept: these blocks fill any chip
     needs_weights = needs.weight or needs.bias or needs.weight2
     sparse = selection is not None and not (exact_weight and needs_weights)
 
@@ -127,7 +143,9 @@ def backward(
         spread = None
         if selection is not None:
             spread = _spread_skipped(factors, hidden, hidden2, targets, head, grads, result, selection, sparse)
-        for vs in slices(V, columns):
+        kept = None if sparse or grads.entropy is not None else _kept_at(result.kept, slice(None))
+        first = V if kept is None else -(-V // WHOLE) * WHOLE - kept[0].shape[1]
+        for vs in (*slices(first, columns), *slices(V, columns, first)) if 0 < first < V else slices(V, columns):
             for rs in slices(N, rows):
                 dlogits = buffer[: rs.stop - rs.start, : vs.stop - vs.start]
                 lists = None
@@ -138,7 +156,13 @@ def backward(
                     others[rs], grads.target[rs], grads.others[rs], *head.transform,
                 )  # fmt: skip
                 low_rank = _low_rank(hidden2, head, rs, vs)
-                if sparse and lists is not None:
+                if kept is not None and vs.start >= first:
+                    here = slice(vs.start - first, None), slice((vs.start - first) // TILE, None)
+                    kept_dlogits(
+                        dlogits, kept[0][rs, here[0]], kept[1][rs, here[1]], targets[rs] - vs.start,
+                        grads.target[rs], grads.others[rs], head.transform.scale,
+                    )  # fmt: skip
+                elif sparse and lists is not None:
                     sparse_dlogits(dlogits, lists[0], lists[1], *arguments, low_rank=low_rank)
                 else:
                     entropy = None
@@ -210,6 +234,10 @@ class _Factor(NamedTuple):
             sparse_dweight(total, dlogits, *lists, self.hidden[rs], rs.start > 0, dbias=bias_sum)
         else:
             addmm(total, dlogits.T, self.hidden[rs], beta=float(rs.start > 0))
+
+
+def _kept_at(kept: Kept, rs: slice) -> tuple[Tensor, Tensor] | None:
+    return None if kept.probs is None or kept.factors is None else (kept.probs[rs], kept.factors[rs])
 
 
 def _active(targets: Tensor, grads: Grads, result: Forward, selection: Selection, rs: slice, vs: slice) -> Tensor:

@@ -1,0 +1,73 @@
+"""Write the table of docs/kernels.md: python docs/kernels_table.py.
+
+Each kernel's default configuration is compiled for three chips; no GPU is needed.
+"""
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+PAGE = Path(__file__).with_name("kernels.md")
+START, END = "<!-- python docs/kernels_table.py writes the table -->\n", "<!-- up to here -->\n"
+VARIANTS = {
+    "forward": "",
+    "forward-tma": "",
+    "forward-tma kept": "bias masses kept",
+    "backward": "",
+    "kept-dlogits": "kept",
+    "sparse-dlogits": "",
+    "sparse-dhidden": "",
+    "sparse-dweight": "",
+    "row-lists": "",
+    "fold-logits": "masses",
+    "dlogits-rows": "",
+}
+CHIPS = (80, 90, 100)
+
+
+def jobs() -> list[Any]:
+    """Return what is compiled, without what no chip runs: TMA before sm_90."""
+    from tests.kernels.test_aot import JOBS, Job
+
+    wanted = [Job(name.split()[0], chip, "bf16", v) for name, v in VARIANTS.items() for chip in CHIPS]
+    return [job for job in wanted if job in JOBS]
+
+
+def table(compiled: dict[Any, Any]) -> str:
+    """Return the table of `tests.kernels.test_aot.Compiled` by job, with the version of Triton that made them."""
+    import triton
+
+    from benchmarks.head_time_model import programs
+
+    head = ("kernel", "chip", "tile and warps", "registers", "spilled bytes", "shared KiB", "programs per SM")
+    lines = [head, ("---",) * len(head)]
+    for job in jobs():
+        made = compiled[job]
+        tile = "x".join(str(size) for name, size in made.launch.items() if name.startswith("BLOCK"))
+        warps = made.launch["num_warps"]
+        at_once = programs(made.registers, 32 * warps, made.shared_bytes, job.arch)
+        name = job.kernel + (", keeping" if job.variant.endswith("masses kept") else "")
+        numbers = made.registers, made.spilled, round(made.shared_bytes / 1024), at_once
+        lines.append((f"`{name}`", f"sm_{job.arch}", f"{tile}, {warps}", *map(str, numbers)))
+    shown = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"Triton {triton.__version__}, bfloat16:\n\n{shown}"
+
+
+def write() -> None:
+    """Replace the table of the page."""
+    from tests.kernels.test_aot import compile_kernel
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        found = dict(zip(jobs(), pool.map(compile_kernel, jobs()), strict=True))
+    page = PAGE.read_text()
+    PAGE.write_text(page[: page.index(START) + len(START)] + table(found) + page[page.index(END) :])
+
+
+if __name__ == "__main__":
+    write()
