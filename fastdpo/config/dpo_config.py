@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
+from fastdpo.checks import check_deepspeed, check_loading, leave_checkpointing_to_fsdp, stay_on_cpu
 from fastdpo.config import checks
 from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import in_words
@@ -300,6 +300,7 @@ class DPOConfig(TrainingArguments):
         given = self.accelerator_config
         super().__post_init__()
         leave_checkpointing_to_fsdp(self)
+        check_deepspeed(self)
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
         check_loading(self, given)

@@ -61,6 +61,17 @@ def is_peft_model(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
+def is_saved(model: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of the model's state, with this name, may belong into the files that `save_pretrained` writes.
+
+    With PEFT, these are the tensors of adapters, those that are trained, and the embeddings, but no others of the base.
+    """
+    if not is_peft_model(model) or tensor.requires_grad or not model.peft_config.keys().isdisjoint(name.split(".")):
+        return True
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(tensor is each for part in embeddings if part is not None for each in part.parameters())
+
+
 def has_ref_adapter(model: Any) -> bool:
     """Whether `model` came with an adapter called "ref"."""
     return is_peft_model(model) and REF_ADAPTER in model.peft_config

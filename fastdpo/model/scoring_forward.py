@@ -240,7 +240,9 @@ def _padded_hidden(
             f"beyond {limit} tokens its {rope_type} RoPE depends on earlier batches; set max_length <= {limit}",
         )
     if is_sharded(model):  # processes would call it for different numbers of rows, and wait for each other
-        raise refusal(model, f"beyond {limit} tokens it reads rows one by one; with FSDP, set max_length <= {limit}")
+        raise refusal(
+            model, f"beyond {limit} tokens it reads rows one by one; with sharded weights, set max_length <= {limit}"
+        )
     # the longest row of a call chooses the frequencies for all its rows, so each row has a call of its own
     position_ids = batch["position_ids"] * attention_mask
     rows = zip(input_ids.split(1), attention_mask.split(1), position_ids.split(1), strict=True)

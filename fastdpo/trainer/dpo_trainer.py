@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -153,12 +152,13 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         checks.check_parallelism(self)
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
-            if self.is_fsdp_enabled and ref_model is not None:
-                ref_model = prepare_reference(self.accelerator, ref_model)
-            if data_collator is None:
-                self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
-                self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
-            self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
+            with sharding.callable_policy(self):
+                if sharding.is_sharded(self.model) and ref_model is not None:
+                    ref_model = prepare_reference(self, ref_model)
+                if data_collator is None:
+                    self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
+                    self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
+                self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             settings.loss_type,
@@ -205,12 +205,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         if precompute:
             reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
-            self.ref_model = prepare_reference(self.accelerator, ref_model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._sync is not None:
-            self._sync.load(resume_from_checkpoint)
+            self.ref_model = ref_model if sharding.is_sharded(self.model) else prepare_reference(self, ref_model)
 
     def evaluate(
         self,
@@ -288,6 +283,7 @@ def _prepare_models(
     model = adapters.wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
     for each in filter(None, (model, ref_model)):
         liger.apply(each, args)
+        sharding.cast_for_deepspeed(each, args)
     return model, ref_model, keeps_reference
 
 
