@@ -96,9 +96,7 @@ def check_deepspeed(args: Any) -> None:
         if name in config:
             raise ValueError(f"take {name!r} out of DeepSpeed's config: {ours} of fastdpo choose it")
     if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
-        raise ValueError(
-            "DeepSpeed's tensor_parallel is not supported; take it out, and set stage 3 to shard layers"
-        )
+        raise ValueError("DeepSpeed's tensor_parallel is not supported; take it out, and set stage 3 to shard layers")
     if config.get("sequence_parallel_size", 1) > 1:
         raise ValueError(
             "DeepSpeed's sequence_parallel_size is not supported, because a packed batch is not split over processes; "

@@ -8,6 +8,7 @@ must read its tensors together.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 has sharded a model, or a part of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(map(_in_zero3, model.parameters()))
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_in_zero3(model)
+
+
+def is_in_zero3(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has sharded a model."""
+    return any(map(_in_zero3, model.parameters()))
 
 
 # Before training
@@ -76,9 +82,32 @@ def forget_engine(trainer: Any) -> None:
         trainer.model_wrapped = trainer.model
 
 
-def zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the stage of ZeRO, or None without DeepSpeed."""
-    plugin = accelerator.state.deepspeed_plugin
+@contextmanager
+def running_no_pickles(trainer: Any) -> Iterator[None]:
+    """Inside the block, torch's restricted unpickler reads the checkpoints of DeepSpeed, which asks for the other."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def zero_stage(of: Any) -> int | None:
+    """Return the stage of ZeRO, or None without DeepSpeed, of an `Accelerator` or a `fastdpo.DPOConfig`."""
+    plugin = getattr(of, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
@@ -99,7 +128,7 @@ def dtype_of_deepspeed(args: Any) -> torch.dtype | None:
     Args:
         args: a `fastdpo.DPOConfig`.
     """
-    if getattr(args, "deepspeed_plugin", None) is None:
+    if zero_stage(args) is None:
         return None
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
@@ -114,6 +143,19 @@ def cast_for_deepspeed(model: nn.Module, args: Any) -> None:
     for parameter in model.parameters():
         if parameter.dtype in (torch.float32, torch.float16, torch.bfloat16) and not _in_zero3(parameter):
             parameter.data = parameter.data.to(dtype)
+
+
+def gather_together(module: nn.Module, args: Any) -> None:
+    """Let ZeRO-3 gather all weights inside a module when it is called, because it reads them without their layers.
+
+    ZeRO-3 itself gathers the weights of a layer that is called. It would notice other uses in training only.
+    """
+    if zero_stage(args) != 3:
+        return
+    import deepspeed
+
+    for parameter in module.parameters():
+        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def copy_model(model: Any) -> Any:

@@ -125,6 +125,15 @@ def check_adapter(config: Any) -> None:
     )
 
 
+def check_zero3(model: Any) -> None:
+    """Refuse DoRA, whose layers ZeRO-3 can't recompute in the backward: it has let their weights go by then."""
+    for name, config in model.peft_config.items() if is_peft_model(model) else ():
+        if getattr(config, "use_dora", False):
+            raise ValueError(
+                f"use_dora (adapter {name!r}) is not supported with ZeRO-3; use FSDP2, ZeRO-2 or plain LoRA"
+            )
+
+
 def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
     """Return the model in PEFT's wrapper with a new adapter.
 

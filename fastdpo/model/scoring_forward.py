@@ -26,7 +26,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
 from fastdpo.model.layout import checked_model, has_state, only_padded, refusal, rope_limit
-from fastdpo.sharding import is_sharded
+from fastdpo.sharding import is_in_zero3, is_sharded
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
@@ -170,6 +170,10 @@ def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = 
     hidden = hidden.index_select(0, batch["logit_index"])
 
     if patch.own or head.own:
+        if is_in_zero3(model):  # where the backward would recompute the logits with weights that are not gathered
+            raise refusal(
+                model, f"its own head computes the logits ({patch.own or head.own}); with ZeRO-3, use FSDP2 or ZeRO-2"
+            )
         scores = body_and_head.own_scores(model, forward, head.decoder, hidden, batch["target_ids"], with_stats)
     else:
         options = {"impl": patch.impl, "backward": patch.backward}

@@ -25,7 +25,7 @@ from fastdpo.data.columns import with_raw_columns
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
-from fastdpo.model.adapted_layers import unwrap
+from fastdpo.model.adapted_layers import adapted_modules, unwrap
 from fastdpo.model.attention.backends import usable
 from fastdpo.model.layout import Layout, choose_layout
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
@@ -284,6 +284,10 @@ def _prepare_models(
     for each in filter(None, (model, ref_model)):
         liger.apply(each, args)
         sharding.cast_for_deepspeed(each, args)
+        if sharding.zero_stage(args) == 3:
+            adapters.check_zero3(each)
+        for _, module in adapted_modules(each):
+            sharding.gather_together(module, args)
     return model, ref_model, keeps_reference
 
 

@@ -75,6 +75,7 @@ class SavingTrainer(PackedTrainer):
         with contextlib.ExitStack() as stack:
             self._request = stack.enter_context(preempt.noted())
             stack.enter_context(failing_together(self.args))
+            stack.enter_context(sharding.running_no_pickles(self))
             self._found = self._agree(functools.partial(self._begin, wanted, stack))
             self._check_shared()
             folder = None if self._found is None else str(self._found.folder)

@@ -10,8 +10,8 @@ import peft
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
-from transformers import TrainerCallback
 
+from fastdpo import cli
 from fastdpo.model import body_and_head
 from fastdpo.sharding import is_sharded, whole
 from tests.helpers.trainers import make_trainer, rows, tiny_llama
@@ -22,24 +22,16 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 SAVED = ADAMW | {"save_strategy": "steps", "save_steps": 2}
 PERSISTENT = {"stage3_param_persistence_threshold": 10**4}
 RUNS: dict[str, dict[str, Any]] = {
-    "zero1-given": {"stage": 1, "given": True},
     "zero1-saved-lora": {"stage": 1, "lora": {}} | SAVED,
-    "zero2-tied": {"stage": 2, "tied": True, "evaluate_first": True},
-    "zero2-clipped": {"stage": 2, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
-    "zero2-precomputed-given": {"stage": 2, "given": True} | PRECOMPUTE,
-    "zero2-saved-synced": {"stage": 2} | SAVED | SYNC,
-    "zero3-given": {"stage": 3, "given": True, "gradient_checkpointing": True},
-    "zero3-tied": {"stage": 3, "tied": True, "evaluate_first": True},
+    "zero2-clipped": {"stage": 2, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2} | PRECOMPUTE,
+    "zero2-saved-synced": {"stage": 2, "tied": True, "evaluate_first": True} | SAVED | SYNC,
+    "zero3-checkpointed": {"stage": 3, "given": True, "gradient_checkpointing": True},
     "zero3-clipped": {"stage": 3, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
-    "zero3-aot": {"stage": 3, "given": True, "loss_type": "aot"},
-    "zero3-synced-tied": {"stage": 3, "tied": True} | SYNC,
+    "zero3-synced-tied": {"stage": 3, "tied": True, "evaluate_first": True, "by_name": True} | SYNC,
     "zero3-precomputed-given": {"stage": 3, "given": True} | PRECOMPUTE,
-    "zero3-precomputed-tied": {"stage": 3, "tied": True} | PRECOMPUTE,
-    "zero3-precomputed-lora": {"stage": 3, "lora": {}} | PRECOMPUTE,
-    "zero3-cached-lora": {"stage": 3, "lora": {}, "cache_of": "zero3-precomputed-lora"},
-    "zero3-head-lora": {"stage": 3, "lora": {"target_modules": ["q_proj", "lm_head"]}},
-    "zero3-pissa": {"stage": 3, "lora": {"init_lora_weights": "pissa"}, "by_name": True},
-    "zero3-named-tied": {"stage": 3, "tied": True, "by_name": True},
+    "zero3-precomputed-lora": {"stage": 3, "lora": {"target_modules": ["q_proj", "lm_head"]}} | PRECOMPUTE,
+    "zero3-lora": {"stage": 3, "lora": {}, "by_name": True, "evaluate_first": True},
+    "zero3-pissa": {"stage": 3, "lora": {"init_lora_weights": "pissa"}},
     "zero3-saved-synced": {"stage": 3, "by_name": True, "zero": PERSISTENT} | SAVED | SYNC,
     "zero3-saved-lora": {"stage": 3, "lora": {}} | SAVED,
 }
@@ -128,15 +120,56 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     return found
 
 
+def poisoned(folder: Path, name: str) -> dict[str, Any]:
+    """Train until the gradient of the second step is not finite in one process, although the loss is."""
+    trainer = trainer_of(folder, name, sharded=True)
+    own = trainer.compute_loss
+    after_first: dict[str, Any] = {}
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = own(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            after_first.update(trained(trainer.model))
+            if torch.distributed.get_rank() == 1:
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    trainer.compute_loss = compute_loss
+    said = None
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        said = str(error)
+    return {"said": said, "after_first": after_first, "end": trained(trainer.model)}
+
+
+def by_launcher(folder: Path) -> None:
+    """Run `fastdpo train` as `accelerate launch` does with a YAML that asks for ZeRO-3."""
+    os.environ |= {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+    }
+    cli.main(["train", str(folder / "launched.yaml")])
+
+
 def main(folder: Path, names: list[str]) -> None:
     let_deepspeed_run_on_cpu()
+    is_first = os.environ["RANK"] == "0"
     for name in names:
         found = run(folder, name, sharded=True)
         if "saved" in name:
             checkpoint = folder / name / "out" / "checkpoint-2"
             found["resumed"] = run(folder, name, sharded=True, resume=str(checkpoint))["end"]
-        if torch.distributed.get_rank() == 0:
+        if is_first:
             torch.save(found, folder / f"{name}.pt")
+    for name in ("zero2-clipped", "zero3-clipped"):
+        found = poisoned(folder / "poisoned", name)
+        if is_first:
+            torch.save(found, folder / f"poisoned-{name}.pt")
+    cli.main(["train", str(folder / "in_file.yaml")])
+    by_launcher(folder)
 
 
 if __name__ == "__main__":
