@@ -104,7 +104,10 @@ def check_deepspeed(args: Any) -> None:
         )
     for name in _DEEPSPEED_CHANGES:
         section = config.get(name)
-        if section and (not isinstance(section, dict) or section.get("enabled", name != "compile")):
+        if section and (
+            not isinstance(section, dict)
+            or section.get(*(("deepcompile",) if name == "compile" else ("enabled", True)))
+        ):
             raise ValueError(f"DeepSpeed's {name!r} is not supported; take it out of its config")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise ValueError("DeepSpeed's offload_param to nvme is not supported; set device: cpu, or none")
