@@ -137,7 +137,7 @@ def check_deepspeed(args: Any) -> None:
                 f"DeepSpeed's {name} is {given}, but fastdpo's {names.get(name, name)} makes it {ours}; set the first "
                 "to auto, or both alike"
             )
-    config.setdefault("gradient_clipping", args.max_grad_norm)  # DeepSpeed would not clip
+    config.setdefault("gradient_clipping", args.max_grad_norm)  # DeepSpeed has a default of its own
 
 
 # Bounds for (float32, 16 bits). Precomputed values come from other batches, in which 16-bit numbers round differently.
