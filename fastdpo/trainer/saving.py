@@ -162,13 +162,12 @@ class SavingTrainer(PackedTrainer):
         write_file(folder / self._window_name(), json.dumps(self._window()).encode())
         if self._sync is not None:
             self._sync.save(folder, writes=self.args.should_save)
-        if not self.args.should_save:
-            return
         if (best := self.state.best_global_step) is not None:  # transformers has looked for it in the folder beside
             path = run_dir / f"checkpoint-{best}"
             if best == self.state.global_step or path.exists():
-                self.state.best_model_checkpoint = str(path)
-                self.state.save_to_json(str(folder / STATE))
+                self.state.best_model_checkpoint = str(path)  # all processes load the best model
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / STATE))
 
     def _finish(self, written: Path, place: Path) -> None:
         write_manifest(written, step=self.state.global_step, run=self._identity)

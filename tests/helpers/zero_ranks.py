@@ -20,9 +20,10 @@ SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alph
 PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 SAVED = ADAMW | {"save_strategy": "steps", "save_steps": 2}
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}  # which is that of step 2
 PERSISTENT = {"stage3_param_persistence_threshold": 10**4}
 RUNS: dict[str, dict[str, Any]] = {
-    "zero1-saved-lora": {"stage": 1, "lora": {}} | SAVED,
+    "zero1-saved-lora": {"stage": 1, "lora": {}} | SAVED | BEST,
     "zero2-clipped": {"stage": 2, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2} | PRECOMPUTE,
     "zero2-saved-synced": {"stage": 2, "tied": True, "evaluate_first": True} | SAVED | SYNC,
     "zero3-checkpointed": {"stage": 3, "given": True, "gradient_checkpointing": True},
@@ -33,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3-lora": {"stage": 3, "lora": {}, "by_name": True, "evaluate_first": True},
     "zero3-pissa": {"stage": 3, "lora": {"init_lora_weights": "pissa"}},
     "zero3-saved-synced": {"stage": 3, "by_name": True, "zero": PERSISTENT} | SAVED | SYNC,
-    "zero3-saved-lora": {"stage": 3, "lora": {}} | SAVED,
+    "zero3-saved-lora": {"stage": 3, "lora": {}} | SAVED | BEST,
 }
 """Settings of `DPOConfig`, and those of `trainer_of`."""
 
