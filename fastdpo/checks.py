@@ -21,7 +21,7 @@ _SPLITS = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "seque
 
 
 def check_parallelism(trainer: Trainer) -> None:
-    """Refuse what gives wrong results or is untested: DataParallel, DeepSpeed, FSDP 1, splits of layers or sequences.
+    """Refuse what gives wrong results or is untested: DataParallel, FSDP 1, splits of layers or sequences.
 
     Raises:
         ValueError: the run uses one of them; the message names it and what to use instead.
@@ -43,8 +43,11 @@ def check_parallelism(trainer: Trainer) -> None:
             "torchrun keeps its store when it starts the processes again, and they may look in it for processes that "
             "are gone; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as examples/launch/torchrun.sh does"
         )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed is not supported yet; use one process per GPU (DDP), or FSDP2")
+    if trainer.is_deepspeed_enabled and (trainer.optimizer is not None or trainer.lr_scheduler is not None):
+        raise ValueError(
+            "optimizers=... has no effect with DeepSpeed, which makes its own; leave it out, and set optim, "
+            "learning_rate and lr_scheduler_type"
+        )
     sizes = getattr(trainer.accelerator, "parallelism_config", None)
     for name, kind in _SPLITS.items():
         if (size := getattr(sizes, f"{name}_size", 1)) > 1:
@@ -69,6 +72,78 @@ def check_parallelism(trainer: Trainer) -> None:
     for name in ("activation_offloading", "torch_compile"):
         if getattr(args, name):
             raise ValueError(f"{name} is not supported with FSDP yet; leave it out, or use DDP")
+
+
+_DEEPSPEED_CHANGES = (
+    *("amp", "torch_autocast", "progressive_layer_drop", "compression_training", "hybrid_engine", "compile"),
+    *("elasticity", "data_efficiency", "curriculum_learning", "sparse_attention", "autotuning"),
+)
+"""Sections of DeepSpeed's config that change what is computed or when it steps, if they are enabled."""
+
+
+def check_deepspeed(args: Any) -> None:
+    """Refuse settings of DeepSpeed that are untested or contradict the config, and complete those that are unset.
+
+    Args:
+        args: a `fastdpo.DPOConfig`. DeepSpeed's settings are in its plugin, wherever they came from.
+
+    Raises:
+        ValueError: the message names the setting, its value and what to set instead.
+    """
+    if (plugin := getattr(args, "deepspeed_plugin", None)) is None:
+        return
+    config = plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    if (stage := zero.get("stage", 0)) not in (1, 2, 3):
+        raise ValueError(
+            f"DeepSpeed's zero_optimization stage is {stage}; set 1, 2 or 3, or leave DeepSpeed out to train with DDP"
+        )
+    for name, ours in (("optimizer", "optim, learning_rate and weight_decay"), ("scheduler", "lr_scheduler_type")):
+        if name in config:
+            raise ValueError(f"take {name!r} out of DeepSpeed's config: {ours} of fastdpo choose it")
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise ValueError("DeepSpeed's tensor_parallel is not supported; take it out, and set stage 3 to shard layers")
+    if config.get("sequence_parallel_size", 1) > 1:
+        raise ValueError(
+            "DeepSpeed's sequence_parallel_size is not supported, because a packed batch is not split over processes; "
+            "take it out"
+        )
+    for name in _DEEPSPEED_CHANGES:
+        section = config.get(name)
+        if section and (
+            not isinstance(section, dict)
+            or section.get(*(("deepcompile",) if name == "compile" else ("enabled", True)))
+        ):
+            raise ValueError(f"DeepSpeed's {name!r} is not supported; take it out of its config")
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ValueError("DeepSpeed's offload_param to nvme is not supported; set device: cpu, or none")
+    for name in ("torch_compile", *(("activation_offloading",) if stage == 3 else ())):
+        if getattr(args, name):
+            raise ValueError(f"{name} is not supported with DeepSpeed's ZeRO-{stage} yet; leave it out")
+    if args.bf16 or args.fp16:
+        config.setdefault("bf16" if args.bf16 else "fp16", {"enabled": True})
+    if args.bf16:
+        # otherwise ZeRO-1 and ZeRO-2 would make the step of a gradient that is not finite, and report a norm of 1
+        config["bf16"]["check_grad_overflow"] = True
+    batch = args.per_device_train_batch_size
+    values = {
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "train_micro_batch_size_per_gpu": batch,
+        "train_batch_size": batch * args.gradient_accumulation_steps * args.world_size,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+    }
+    names = {"train_micro_batch_size_per_gpu": "per_device_train_batch_size", "gradient_clipping": "max_grad_norm"}
+    for name, ours in values.items():
+        given = config.get(name)
+        given = given.get("enabled", False) if isinstance(given, dict) else given
+        if given not in (None, "auto", ours):
+            raise ValueError(
+                f"DeepSpeed's {name} is {given}, but fastdpo's {names.get(name, name)} makes it {ours}; set the first "
+                "to auto, or both alike"
+            )
+    config.setdefault("gradient_clipping", args.max_grad_norm)  # DeepSpeed has a default of its own
 
 
 # Bounds for (float32, 16 bits). Precomputed values come from other batches, in which 16-bit numbers round differently.
@@ -149,10 +224,10 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     names: list[str] = []
     largest: list[Tensor] = []
     for name, tensor in named:
-        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
-        if local.is_floating_point() and local.element_size() > 1 and local.numel():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             names.append(name)
-            largest.append(torch.linalg.vector_norm(local, math.inf).float().to(largest[0].device if largest else None))
+            norm = torch.linalg.vector_norm(tensor.detach(), math.inf).float()
+            largest.append(norm.to(largest[0].device if largest else None))
     if not largest or (finite := torch.isfinite(torch.stack(largest))).all():
         return None
     return names[int(finite.int().argmin())]
@@ -201,13 +276,31 @@ class NonFiniteGuard:
 
 
 def stay_on_cpu(args: Any) -> None:
-    """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none."""
+    """Say in a `fastdpo.DPOConfig` that there is no accelerator, if there is none.
+
+    Raises:
+        ValueError: DeepSpeed is to run, and can't on this machine or without a launcher.
+    """
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        _check_device_of_deepspeed(args)
     if torch.accelerator.is_available():
         return
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # accelerate leaves FSDP out, so all must load the weights
     args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
     if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
         args.use_cpu = True
+
+
+def _check_device_of_deepspeed(args: Any) -> None:
+    if args.use_cpu or not torch.accelerator.is_available():
+        raise ValueError(
+            "accelerate runs DeepSpeed on GPUs only; leave deepspeed out for a trial on the CPU, which trains with DDP"
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "DeepSpeed needs a launcher, also for one GPU: start the script with `torchrun --nproc-per-node 1`, "
+            "`accelerate launch` or `deepspeed`"
+        )
 
 
 def leave_checkpointing_to_fsdp(args: Any) -> None:

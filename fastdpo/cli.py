@@ -225,7 +225,7 @@ def precompute(config: Path | None, overrides: dict[str, Any]) -> None:
 
 def score(config: Path | None, overrides: dict[str, Any]) -> None:
     """Compute rewards beta * log(pi / pi_ref) of the held-out responses and write them to `scores.jsonl`."""
-    chosen = read_settings(config, overrides)
+    chosen = read_settings(config, overrides | {"deepspeed": None})
     start = Path(chosen.get("model_name_or_path") or chosen["config_name"])
     if chosen.get("ref_model_name_or_path") is None and start.is_dir() and not (start / "adapter_config.json").exists():
         raise ValueError(
@@ -241,7 +241,7 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
 def plan(config: Path | None, overrides: dict[str, Any]) -> None:
     """Count the tokens of a run and compute the memory it needs, without loading weights; draw `plan.png`."""
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
-    chosen = read_settings(config, overrides)
+    chosen = read_settings(config, overrides | {"deepspeed": None})
 
     from fastdpo.plan.plan import draw_lengths, make_plan, tables
     from fastdpo.run import load_datasets, load_tokenizer, make_configs

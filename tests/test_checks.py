@@ -13,6 +13,7 @@ from accelerate import ParallelismConfig
 
 from fastdpo.checks import (
     NonFiniteGuard,
+    check_deepspeed,
     check_parallelism,
     leave_checkpointing_to_fsdp,
     load_once_with_fsdp,
@@ -56,6 +57,8 @@ def a_trainer(**changes: Any) -> Any:
         accelerator=accelerator,
         is_deepspeed_enabled=given.get("is_deepspeed_enabled", False),
         is_fsdp_enabled=given["is_fsdp_enabled"],
+        optimizer=given.get("optimizer"),
+        lr_scheduler=None,
         is_distributed_loading_by_transformers=given.get("is_distributed_loading_by_transformers", False),
     )
 
@@ -64,7 +67,7 @@ def a_trainer(**changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"n_gpu": 2}, "accelerate launch"),
-        ({"is_deepspeed_enabled": True}, "use one process per GPU"),
+        ({"is_deepspeed_enabled": True, "optimizer": object()}, "optimizers=... has no effect with DeepSpeed"),
         ({"is_fsdp_enabled": True, "fsdp_version": 1}, "set `fsdp_version: 2` in accelerate's YAML"),
         ({"is_fsdp_enabled": True, "torch_compile": True}, "torch_compile is not supported with FSDP"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "set tp_size=1, and dp_shard_size=2"),
@@ -80,7 +83,7 @@ def test_parallelism_that_is_not_supported_is_refused(changes: dict[str, Any], m
         check_parallelism(a_trainer(**changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"is_fsdp_enabled": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"is_fsdp_enabled": True}, {"is_deepspeed_enabled": True}], ids=str)
 def test_supported_parallelism_passes(changes: dict[str, Any]) -> None:
     check_parallelism(a_trainer(parallelism_config=ParallelismConfig(dp_replicate_size=2), **changes))
 
@@ -137,7 +140,8 @@ def test_launched_processes_without_an_accelerator_know_each_other(
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     if is_launched:
         monkeypatch.setenv("LOCAL_RANK", "0")
-    args = SimpleNamespace(use_cpu=False, dataloader_pin_memory=True)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    args = SimpleNamespace(use_cpu=False, dataloader_pin_memory=True, deepspeed=None)
     stay_on_cpu(args)
     assert args.use_cpu is (is_launched and not has_accelerator)
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if has_accelerator else "false")
@@ -170,3 +174,85 @@ def test_an_error_of_processes_before_a_restart_does_not_end_those_after_it(monk
     finally:
         torch.distributed.destroy_process_group()
     assert not ended
+
+
+# DeepSpeed
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "has_accelerator", "is_launched", "message"),
+    [
+        (False, False, True, "leave deepspeed out for a trial on the CPU"),
+        (True, True, True, "leave deepspeed out for a trial on the CPU"),
+        (False, True, False, "torchrun --nproc-per-node 1"),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "launcher"])
+def test_where_deepspeed_cannot_run_is_said(
+    use_cpu: bool,
+    has_accelerator: bool,
+    is_launched: bool,
+    message: str,
+    by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if is_launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(by == "launcher"))
+    given = {"zero_optimization": {"stage": 2}} if by == "config" else None
+    args = SimpleNamespace(use_cpu=use_cpu, dataloader_pin_memory=True, deepspeed=given)
+    with pytest.raises(ValueError, match=message):
+        stay_on_cpu(args)
+
+
+def deepspeed_args(config: dict[str, Any], **changes: Any) -> Any:
+    """What `check_deepspeed` reads: four pairs a step on each of two processes."""
+    settings = {"bf16": False, "fp16": False, "max_grad_norm": 0.7, "torch_compile": False, "world_size": 2}
+    settings |= {"activation_offloading": False, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    config = {"zero_optimization": {"stage": 3}} | config
+    return SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config), **(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, {}, "stage is 0; set 1, 2 or 3"),
+        ({"zero_optimization": {}}, {}, "stage is 0; set 1, 2 or 3"),
+        ({"optimizer": {"type": "AdamW"}}, {}, "take 'optimizer' out of DeepSpeed's config: optim, learning_rate"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "take 'scheduler' out of DeepSpeed's config: lr_scheduler_type"),
+        ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel is not supported"),
+        ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size is not supported"),
+        ({"torch_autocast": {"enabled": True}}, {}, "'torch_autocast' is not supported"),
+        ({"compile": {"deepcompile": True}}, {}, "'compile' is not supported"),
+        ({"progressive_layer_drop": {"theta": 0.5}}, {}, "'progressive_layer_drop' is not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "set device: cpu, or none"),
+        ({}, {"torch_compile": True}, "torch_compile is not supported with DeepSpeed's ZeRO-3"),
+        ({}, {"activation_offloading": True}, "activation_offloading is not supported with DeepSpeed's ZeRO-3"),
+        ({"gradient_accumulation_steps": 1}, {}, "gradient_accumulation_steps is 1, but .* makes it 3; set the first"),
+        ({"train_micro_batch_size_per_gpu": 3}, {}, "is 3, but fastdpo's per_device_train_batch_size makes it 4"),
+        ({"train_batch_size": 8}, {}, "train_batch_size is 8, but .* makes it 24"),
+        ({"gradient_clipping": 1.0}, {}, "gradient_clipping is 1.0, but fastdpo's max_grad_norm makes it 0.7"),
+        ({"fp16": {"enabled": True}}, {}, "fp16 is True, but fastdpo's fp16 makes it False"),
+        ({"bf16": {"enabled": False}}, {"bf16": True}, "bf16 is False, but fastdpo's bf16 makes it True"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_settings_of_deepspeed_that_are_not_supported_are_refused(
+    config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_deepspeed(deepspeed_args(config, **changes))
+
+
+def test_settings_of_deepspeed_that_are_unset_are_those_of_fastdpo() -> None:
+    config: dict[str, Any] = {"train_batch_size": "auto", "gradient_accumulation_steps": 3, "fp16": {"enabled": "auto"}}
+    config |= {"zero_optimization": {"stage": 2}, "compile": {"deepcompile": False}, "amp": {"enabled": False}}
+    args = deepspeed_args(config, bf16=True, activation_offloading=True)
+    check_deepspeed(args)
+    found = args.deepspeed_plugin.deepspeed_config
+    assert found["gradient_clipping"] == 0.7
+    assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert found["train_batch_size"] == "auto"
+    check_deepspeed(SimpleNamespace(deepspeed_plugin=None))

@@ -15,7 +15,7 @@ from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.reference.fingerprint import numerics
 from fastdpo.report.facts import versions
-from fastdpo.sharding import local, plain_name
+from fastdpo.sharding import local, plain_name, shape_of
 
 IRRELEVANT = {
     *("output_dir", "run_name", "project", "report_to", "log_level", "log_level_replica", "log_on_each_node"),
@@ -79,7 +79,7 @@ def identity(trainer: Any) -> dict[str, Any]:
     settings = {name: value for name, value in args.to_dict().items() if name not in IRRELEVANT}
     policy = unwrap(trainer.model)
     frozen = ((plain_name(name), p) for name, p in policy.named_parameters() if not p.requires_grad)
-    shapes = [(plain_name(name), str(p.dtype), tuple(p.shape)) for name, p in policy.named_parameters()]
+    shapes = [(plain_name(name), str(p.dtype), shape_of(p)) for name, p in policy.named_parameters()]
     columns = trainer.train_dataset.column_names if isinstance(trainer.train_dataset, Dataset) else []
     in_data = sorted(REFERENCES.keys() & set(columns))
     reference = None
@@ -134,7 +134,7 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
         flat = local(tensor).reshape(-1)
         parts.append(flat[:: max(1, len(flat) // _SAMPLE)].contiguous().view(torch.uint8))
-        described.append((name, str(tensor.dtype), tuple(tensor.shape)))
+        described.append((name, str(tensor.dtype), shape_of(tensor)))
     found = hashlib.sha256()
     for part in parts:
         found.update(part.cpu().numpy().data)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ def begin(
     *,
     changed: bool = False,
     overwrite: bool = False,
-    needs_optimizer: bool = True,
+    needed: Sequence[str] = (),
 ) -> Found | None:
     """Choose the checkpoint to continue from, or make sure that a new run may begin in the folder.
 
@@ -39,7 +39,7 @@ def begin(
         now: the run's `fastdpo.checkpoint.identity.identity`.
         changed: continue although the checkpoint is of another run, or cannot be checked.
         overwrite: a new run may replace an earlier one.
-        needs_optimizer: a checkpoint without optimizer.pt cannot continue.
+        needed: files without which a checkpoint cannot continue, because they are the state of the optimizer.
 
     Returns:
         The checkpoint; None for the beginning.
@@ -65,7 +65,7 @@ def begin(
         then = _named(path, changed=changed)
         if path.absolute().parent.resolve() != folder.resolve():
             lock.prepare_new_run(folder, overwrite=overwrite)
-    if needs_optimizer and not changed and not ((path / "optimizer.pt").exists() and (path / "scheduler.pt").exists()):
+    if not changed and not all((path / name).exists() for name in needed):
         raise ValueError(
             f"{path} has no state of the optimizer, as with save_only_model: training would go on with a new "
             "optimizer; resume_changed=true allows that"

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.checks import check_loading, leave_checkpointing_to_fsdp, load_once_with_fsdp, stay_on_cpu
+from fastdpo.checks import (
+    check_deepspeed,
+    check_loading,
+    leave_checkpointing_to_fsdp,
+    load_once_with_fsdp,
+    stay_on_cpu,
+)
 from fastdpo.config import checks
 from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import in_words
@@ -316,6 +322,7 @@ class DPOConfig(TrainingArguments):
             self.mixed_precision = "no"
         leave_checkpointing_to_fsdp(self)
         load_once_with_fsdp(self)
+        check_deepspeed(self)
         if self.activation_offloading and self.device.type == "cpu":
             logger.warning("activation_offloading has no effect, because the model is on the CPU")
         check_loading(self, given)

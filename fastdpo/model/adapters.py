@@ -61,6 +61,17 @@ def is_peft_model(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
+def is_saved(model: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of the model's state, with this name, may belong into the files that `save_pretrained` writes.
+
+    With PEFT, these are the tensors of adapters, those that are trained, and the embeddings, but no others of the base.
+    """
+    if not is_peft_model(model) or tensor.requires_grad or not model.peft_config.keys().isdisjoint(name.split(".")):
+        return True
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(tensor is each for part in embeddings if part is not None for each in part.parameters())
+
+
 def has_ref_adapter(model: Any) -> bool:
     """Whether `model` came with an adapter called "ref"."""
     return is_peft_model(model) and REF_ADAPTER in model.peft_config
@@ -112,6 +123,15 @@ def check_adapter(config: Any) -> None:
     raise ValueError(
         f"{name} cannot be trained on packed batches: {reason}; use an adapter of the layers, such as peft.LoraConfig"
     )
+
+
+def check_zero3(model: Any) -> None:
+    """Refuse DoRA, whose layers ZeRO-3 can't recompute in the backward: it has let their weights go by then."""
+    for name, config in model.peft_config.items() if is_peft_model(model) else ():
+        if getattr(config, "use_dora", False):
+            raise ValueError(
+                f"use_dora (adapter {name!r}) is not supported with ZeRO-3; use FSDP2, ZeRO-2 or plain LoRA"
+            )
 
 
 def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:

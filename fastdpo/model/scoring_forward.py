@@ -29,7 +29,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention import registered
 from fastdpo.model.body_and_head import Head
 from fastdpo.model.layout import check_images, checked_model, has_state, image_blocks, only_padded, refusal, rope_limit
-from fastdpo.sharding import decided_by_first, is_sharded
+from fastdpo.sharding import decided_by_first, is_in_zero3, is_sharded
 
 _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
@@ -187,6 +187,10 @@ def _score(model: nn.Module, *, with_stats: bool = False, with_aux_loss: bool = 
     hidden = hidden.index_select(0, batch["logit_index"])
 
     if patch.own or head.own:
+        if is_in_zero3(model):  # where the backward would recompute the logits with weights that are not gathered
+            raise refusal(
+                model, f"its own head computes the logits ({patch.own or head.own}); with ZeRO-3, use FSDP2 or ZeRO-2"
+            )
         scores = body_and_head.own_scores(model, forward, head.decoder, hidden, batch["target_ids"], with_stats)
     else:
         options = {"impl": patch.impl, "backward": patch.backward, "workspace_bytes": patch.workspace}
@@ -271,7 +275,9 @@ def _padded_hidden(
             f"beyond {limit} tokens its {rope_type} RoPE depends on earlier batches; set max_length <= {limit}",
         )
     if is_sharded(model):  # processes would call it for different numbers of rows, and wait for each other
-        raise refusal(model, f"beyond {limit} tokens it reads rows one by one; with FSDP, set max_length <= {limit}")
+        raise refusal(
+            model, f"beyond {limit} tokens it reads rows one by one; with sharded weights, set max_length <= {limit}"
+        )
     # the longest row of a call chooses the frequencies for all its rows, so each row has a call of its own
     position_ids = batch["position_ids"] * attention_mask
     rows = zip(input_ids.split(1), attention_mask.split(1), position_ids.split(1), strict=True)

@@ -15,7 +15,7 @@ from fastdpo.model.layout import Layout
 from fastdpo.reference.exchange import exchange
 from fastdpo.reference.fingerprint import fingerprint
 from fastdpo.reference.precompute import holds, options_of, reference_folder, with_reference
-from fastdpo.sharding import largest
+from fastdpo.sharding import is_sharded, largest
 
 logger = logging.getLogger("fastdpo")
 
@@ -30,7 +30,7 @@ def is_complete(trainer: Trainer) -> bool:
     prepare.each(trainer.eval_dataset, lambda rows, _: datasets.append(rows))
     held, key, autocast = [False], None, options_of(args)["autocast"]
     with _answering(trainer.model, trainer.model, None):
-        if trainer.is_fsdp_enabled:  # all processes read sharded weights together
+        if is_sharded(trainer.model):  # all processes read its weights together
             key = fingerprint(trainer.model, autocast=autocast)[0]
         if trainer.is_world_process_zero():
             held = [holds(datasets, trainer.model, folder=folder, autocast=autocast, key=key)]
@@ -75,20 +75,18 @@ def with_logps(trainer: Trainer, reference: Any, layout: Layout, rows: Any, name
         "folder": reference_folder(args.reference_cache_dir),
         "layout": layout,
         "collate": getattr(trainer, "collate", shared_prefix_batch),
-        "model": reference if home == device or trainer.is_fsdp_enabled else reference.to(device),
+        "model": reference if home == device or is_sharded(reference) else reference.to(device),
         "process_index": args.process_index,
         "num_processes": args.world_size,
         "wait_for_everyone": trainer.accelerator.wait_for_everyone,
         "exchange": exchange,
     }
-    if trainer.is_fsdp_enabled:
+    if is_sharded(reference):
         options["largest"] = functools.partial(largest, device=device)
     with _answering(reference, trainer.model, args.ref_adapter_name):
         rows = with_reference(rows, name=name, **options)
-    if (
-        home != device and reference is not trainer.model and not trainer.is_fsdp_enabled
-    ):  # so that it takes no memory of the device in training
-        reference.to(home)
+    if home != device and reference is not trainer.model and not is_sharded(reference):
+        reference.to(home)  # so that it takes no memory of the device in training
     return rows
 
 

@@ -26,6 +26,7 @@ from fastdpo.model.scoring_forward import evaluating, is_patched, patch_forward
 from fastdpo.reference.cache import Logps, TokenCache, entry_key
 from fastdpo.reference.fingerprint import fingerprint
 from fastdpo.settings.files import cache_home, write_file
+from fastdpo.sharding import dtype_of_deepspeed
 
 logger = logging.getLogger("fastdpo")
 
@@ -350,6 +351,8 @@ def _check(cache: TokenCache, known: Sequence[Item], model: Any, name: str, opti
 def options_of(args: Any) -> dict[str, Any]:
     """Return the options of `token_logps` that a `DPOConfig` sets."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if dtype_of_deepspeed(args) is not None:
+        autocast = None  # the weights are cast instead
     options: dict[str, Any] = {
         "autocast": autocast,
         "examples_per_batch": args.precompute_ref_batch_size,

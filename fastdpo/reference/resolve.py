@@ -1,10 +1,8 @@
 """Find the reference, the frozen model that training compares the policy with."""
 
-import copy
 import logging
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from fastdpo.model.adapters import (
@@ -14,6 +12,7 @@ from fastdpo.model.adapters import (
     is_peft_model,
     trained_without_adapter,
 )
+from fastdpo.sharding import copy_model, engine_without_optimizer, zero_stage
 
 logger = logging.getLogger("fastdpo")
 
@@ -70,15 +69,22 @@ def resolve_reference(
     if ref_model is None:
         if not copies:
             return None
-        ref_model = copy.deepcopy(model)
+        ref_model = copy_model(model)
         logger.info("reference: a frozen copy of the policy as passed")
     ref_model.requires_grad_(False)
     ref_model.eval()
     return ref_model
 
 
-def prepare_reference(accelerator: Accelerator, ref_model: Any) -> Any:
-    """Return the frozen reference on its device, sharded as the policy will be."""
+def prepare_reference(trainer: Any, ref_model: Any) -> Any:
+    """Return the frozen reference on its device, sharded as the trainer's policy will be."""
+    accelerator = trainer.accelerator
+    if (stage := zero_stage(accelerator)) is not None:  # accelerate would make one engine only
+        return (
+            engine_without_optimizer(trainer, ref_model).module.eval()
+            if stage == 3
+            else ref_model.to(accelerator.device)
+        )
     if accelerator.is_fsdp2:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapters import is_peft_model
 from fastdpo.settings.files import write_file
-from fastdpo.sharding import local, plain_name, reshard, set_whole, whole
+from fastdpo.sharding import change, plain_name, reshard, set_whole, shape_of, whole
 
 FILE = "reference.safetensors"
 
@@ -46,7 +46,7 @@ def check_sync(model: Any, ref_model: nn.Module | None) -> None:
         )
     if ref_model is None:
         return
-    policy, reference = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, ref_model))
+    policy, reference = ({n: shape_of(p) for n, p in m.named_parameters()} for m in (model, ref_model))
     apart = [name for name in reference | policy if policy.get(name) != reference.get(name)]
     if apart:
         name = apart[0]
@@ -57,20 +57,18 @@ def check_sync(model: Any, ref_model: nn.Module | None) -> None:
         )
 
 
-@torch.no_grad()
 def mix_into(ref_model: nn.Module, model: nn.Module, alpha: float) -> None:
     """Set `ref = alpha * policy + (1 - alpha) * ref` for each parameter, in place; alpha=1 copies the policy."""
     reshard(model)
     reshard(ref_model)
     policy = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    for name, each in ref_model.named_parameters():
-        parameter = local(each)  # both models are sharded alike, so each process mixes its own shards
-        new = local(policy[plain_name(name)]).to(parameter.device)
-        if alpha == 1:
-            parameter.copy_(new)
-        else:
-            # in float32, because a bfloat16 sum would lose changes below 1/256 of the weight
-            parameter.copy_(torch.lerp(parameter.float(), new.float(), alpha).to(parameter.dtype))
+
+    def mixed(old: Tensor, new: Tensor) -> Tensor:
+        # in float32, because a bfloat16 sum would lose changes below 1/256 of the weight
+        return new if alpha == 1 else torch.lerp(old.float(), new.float(), alpha).to(old.dtype)
+
+    for name, parameter in ref_model.named_parameters():
+        change(parameter, policy[plain_name(name)], mixed)
 
 
 class SyncReference(TrainerCallback):
@@ -120,7 +118,7 @@ class SyncReference(TrainerCallback):
         weights = load(path.read_bytes())
         reshard(self.ref_model)
         own = {plain_name(name): p for name, p in self.ref_model.named_parameters()}
-        if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
+        if {n: tuple(w.shape) for n, w in weights.items()} != {n: shape_of(p) for n, p in own.items()}:
             raise ValueError(f"{path} holds the weights of another model")
         for name, parameter in own.items():
             set_whole(parameter, weights[name])

@@ -19,6 +19,7 @@ from fastdpo.data.vision.batch import VisionCollator, image_token_of, kinds_of_t
 from fastdpo.data.vision.images import text_tokenizer
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.scoring_forward import evaluating
+from fastdpo.sharding import is_sharded
 
 logger = logging.getLogger("fastdpo")
 
@@ -54,7 +55,7 @@ def before_training(trainer: Any, count: int) -> list[Sample]:
     """
     if not count or trainer.eval_dataset is None or not trainer.is_world_process_zero():
         return []
-    if trainer.is_fsdp_enabled:
+    if is_sharded(trainer.model):
         logger.info("no sample generations, because the model's weights are sharded")
         return []
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastdpo.settings.fields import Setting, settings
 from fastdpo.settings.old_names import OLD_NAMES
+from fastdpo.untrusted.json_files import read_json
 from fastdpo.untrusted.model_folder import check_model_folder, is_kernel_on_hub, items
 from fastdpo.untrusted.yaml_file import read_yaml
 
@@ -48,6 +49,7 @@ OTHER_NAMES = OLD_NAMES | {
 
 PACKAGES = {
     "peft": "pip install 'fastdpo[peft]'",
+    "deepspeed": "pip install 'fastdpo[deepspeed]'",
     "flash_attn": "pip install 'fastdpo[flash]'",
     "tree_recurrence": "pip install 'fastdpo[hybrid]'",
     "liger_kernel": "pip install liger-kernel",
@@ -107,6 +109,8 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> dict
         values["dataset_name"] = _checked_dataset(values["dataset_name"])
     _check_output(values)
     _check_packages(values)
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = _deepspeed_config(values["deepspeed"])
     return values
 
 
@@ -257,6 +261,19 @@ def _checked_model(setting: str, name: str, values: Mapping[str, Any]) -> str:
     return name
 
 
+def _deepspeed_config(name: str) -> dict[str, Any]:
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        raise ValueError(f"deepspeed: there is no {name!r}{sibling(path)}")
+    try:
+        config = read_json(path, 2**20)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"deepspeed: {name!r} is not a config of DeepSpeed: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ValueError(f"deepspeed: {name!r} is not a config of DeepSpeed, because it has no zero_optimization")
+    return config
+
+
 def _checked_dataset(name: str) -> str:
     name, path = local_path("dataset_name", name)
     if path is not None and path.is_file():
@@ -333,7 +350,7 @@ def _check_packages(values: Mapping[str, Any]) -> None:
             f"{of_adapter[0]} has no effect without use_peft: true; set that, or leave {of_adapter[0]} out"
         )
     if values.get("deepspeed"):
-        raise ValueError("deepspeed is not supported yet; leave it out, and use one process per GPU (DDP) or FSDP2")
+        _need("deepspeed", "deepspeed")
     if values.get("use_liger_kernel"):
         _need("liger_kernel", "use_liger_kernel")
     if values.get("attention_backend") == "flash":

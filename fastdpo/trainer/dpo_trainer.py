@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +27,7 @@ from fastdpo.data.vision.batch import check_all_have_images, collator_of
 from fastdpo.data.vision.images import has_images, text_tokenizer
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
-from fastdpo.model.adapted_layers import unwrap
+from fastdpo.model.adapted_layers import adapted_modules, unwrap
 from fastdpo.model.attention.backends import usable
 from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
@@ -165,15 +164,16 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             check_all_have_images(named)
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
-            if self.is_fsdp_enabled and ref_model is not None:
-                ref_model = prepare_reference(self.accelerator, ref_model)
-            for each in filter(sharding.is_sharded, filter(None, (self.model, ref_model))):
-                check_sharded(each, args.max_length)
-            if data_collator is None:
-                other = None if is_own_reference else ref_model
-                self._layout = agreed_layout(self, self._layout, other, self.collate)
-                self.data_collator = functools.partial(self.collate, layout=self._layout)
-            self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
+            with sharding.callable_policy(self):
+                if sharding.is_sharded(self.model) and ref_model is not None:
+                    ref_model = prepare_reference(self, ref_model)
+                for each in filter(sharding.is_sharded, filter(None, (self.model, ref_model))):
+                    check_sharded(each, args.max_length)
+                if data_collator is None:
+                    other = None if is_own_reference else ref_model
+                    self._layout = agreed_layout(self, self._layout, other, self.collate)
+                    self.data_collator = functools.partial(self.collate, layout=self._layout)
+                self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             settings.loss_type,
@@ -220,12 +220,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         if precompute:
             reference_columns.add(self, self.model if ref_model is None else ref_model, self._layout)
         elif ref_model is not None:
-            self.ref_model = prepare_reference(self.accelerator, ref_model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._sync is not None:
-            self._sync.load(resume_from_checkpoint)
+            self.ref_model = ref_model if sharding.is_sharded(self.model) else prepare_reference(self, ref_model)
 
     def evaluate(
         self,
@@ -303,6 +298,11 @@ def _prepare_models(
     model = adapters.wrap_adapter(model, peft_config, keeps_reference=keeps_reference)
     for each in filter(None, (model, ref_model)):
         liger.apply(each, args)
+        sharding.cast_for_deepspeed(each, args)
+        if sharding.zero_stage(args) == 3:
+            adapters.check_zero3(each)
+        for _, module in adapted_modules(each):
+            sharding.gather_together(module, args)
     return model, ref_model, keeps_reference
 
 

@@ -170,10 +170,16 @@ class PackedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, float):  # DeepSpeed's; it has skipped the step if this is not finite
+            norm = torch.tensor(norm)
         if isinstance(norm, Tensor) and not self.args.fp16:  # with fp16 the scaler skips steps that overflow
             step = self.state.global_step
             self._guard.watch(norm, lambda: f"the gradient norm of step {step + 1}")
         return norm
+
+    def _prepare_input(self, data: Any) -> Any:
+        # with DeepSpeed, transformers would round the reference's log-probs to the dtype of the weights
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     # Metrics
 
@@ -214,7 +220,8 @@ class PackedTrainer(Trainer):
         training_sums, self._sums = self._sums, metrics.RunningSums()
         logged = metrics.tokens_logged(self.state.log_history) if self.is_world_process_zero() else 0.0
         self._sums.add_numbers("num_tokens", logged + training_sums.tokens())  # of training so far, as in TRL's records
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with sharding.callable_policy(self):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         numbers, histograms = metrics.results(self._sums.read(self.accelerator))
         if "aux_loss" in numbers:
             numbers["loss"] += self._aux_coef * numbers["aux_loss"]

@@ -17,19 +17,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from fastdpo import checks, sharding
 from fastdpo.checkpoint import lock, preempt, resume, write
 from fastdpo.checkpoint.identity import identity
 from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
+from fastdpo.model import adapters
 from fastdpo.reference.sync import SyncReference
 from fastdpo.report import metrics
 from fastdpo.settings.config_file import MANIFEST
 from fastdpo.settings.files import write_file
 from fastdpo.trainer.failing_together import failing_together
 from fastdpo.trainer.packed_trainer import PackedTrainer
+from fastdpo.trainer.watch import Watch
 
 logger = logging.getLogger("fastdpo")
 
@@ -53,7 +54,7 @@ class SavingTrainer(PackedTrainer):
         self._in_epoch = False
         self._place = (0, 0)  # finished passes over the training data, and micro-batches of the pass under way
         super().__init__(**others)
-        self.add_callback(_Watch(self))
+        self.add_callback(Watch(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the beginning or from a checkpoint.
@@ -72,10 +73,12 @@ class SavingTrainer(PackedTrainer):
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         sharding.reshard(self.model)  # an evaluation may have left weights gathered, which differ from their shards
+        sharding.forget_engine(self)
         evaluates, self._stopping, self._pending = self.args.eval_on_start, False, None
         with contextlib.ExitStack() as stack:
             self._request = stack.enter_context(preempt.noted())
             stack.enter_context(failing_together(self.args))
+            stack.enter_context(sharding.running_no_pickles(self))
             self._found = self._agree(functools.partial(self._begin, wanted, stack))
             self._check_shared()
             folder = None if self._found is None else str(self._found.folder)
@@ -97,7 +100,9 @@ class SavingTrainer(PackedTrainer):
             self._identity,
             changed=self.args.resume_changed,
             overwrite=self.args.overwrite_output_dir or self._owns_output,
-            needs_optimizer=not self.is_fsdp_enabled,
+            needed=()
+            if self.is_fsdp_enabled
+            else ("latest" if self.is_deepspeed_enabled else "optimizer.pt", "scheduler.pt"),
         )
         self._owns_output = True
         return found
@@ -154,13 +159,12 @@ class SavingTrainer(PackedTrainer):
         write_file(folder / self._window_name(), json.dumps(self._window()).encode())
         if self._sync is not None:
             self._sync.save(folder, writes=self.args.should_save)
-        if not self.args.should_save:
-            return
         if (best := self.state.best_global_step) is not None:  # transformers has looked for it in the folder beside
             path = run_dir / f"checkpoint-{best}"
             if best == self.state.global_step or path.exists():
-                self.state.best_model_checkpoint = str(path)
-                self.state.save_to_json(str(folder / STATE))
+                self.state.best_model_checkpoint = str(path)  # all processes load the best model
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / STATE))
 
     def _finish(self, written: Path, place: Path) -> None:
         write_manifest(written, step=self.state.global_step, run=self._identity)
@@ -189,17 +193,23 @@ class SavingTrainer(PackedTrainer):
         """Save the model; raise FloatingPointError instead if a loss, a gradient or a weight was not finite."""
         self._check_weights()
         if self._writing is not None:
-            super().save_model(output_dir, _internal_call=True)
+            self._save_weights(str(output_dir))
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         self._owns_output |= output_dir is None
         with write.replacing_files(folder) if self.args.should_save else contextlib.nullcontext(folder) as hidden:
-            if self.is_fsdp_enabled:  # transformers saves no model where checkpoints are sharded
-                self._save(str(hidden), state_dict=self.accelerator.get_state_dict(self.model))
-            else:
-                super().save_model(str(hidden), _internal_call=True)
+            self._save_weights(str(hidden))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_weights(self, folder: str) -> None:
+        if self.is_deepspeed_enabled:  # transformers needs an engine, and a setting without which ZeRO-3 saves no model
+            wanted = functools.partial(adapters.is_saved, self.model)
+            self._save(folder, state_dict=sharding.whole_state(self.model, keep=self.args.should_save, wanted=wanted))
+        elif self.is_fsdp_enabled and self._writing is None:  # where checkpoints are sharded, it saves no model
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(folder, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -209,8 +219,10 @@ class SavingTrainer(PackedTrainer):
 
     def _check_weights(self) -> None:
         self._guard.check_now()
-        bad = checks.first_not_finite(self.model.named_parameters())
-        if self.is_fsdp_enabled and self.args.world_size > 1:  # another process may have found it in its shards
+        bad = checks.first_not_finite((name, sharding.local(p)) for name, p in self.model.named_parameters())
+        if self.args.world_size > 1 and sharding.is_sharded(
+            self.model
+        ):  # another process may have found it in its shards
             bad = next(filter(None, gather_object([bad])), None)
         if bad is not None:
             raise FloatingPointError(
@@ -292,10 +304,18 @@ class SavingTrainer(PackedTrainer):
             self._place = self._place if saved is None else tuple(saved)
         return self._place
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule, and keep the settings of the optimizer, which a checkpoint's will replace."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        groups = self.optimizer.param_groups
+        self._own_groups = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        own = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
         base_lrs = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._sync is not None:
+            self._sync.load(checkpoint)
         if checkpoint is None or self._found is None or not self._found.new_optimizer_settings:
             return
         scheduler = self.lr_scheduler
@@ -306,11 +326,8 @@ class SavingTrainer(PackedTrainer):
             )
         lrs = [lr * f(scheduler.last_epoch) for lr, f in zip(base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.base_lrs, scheduler._last_lr = base_lrs, lrs
-        for group, mine, lr in zip(self._groups(), own, lrs, strict=True):
-            group.update(mine | {"lr": lr})
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
+        for group, own, lr in zip(self.optimizer.param_groups, self._own_groups, lrs, strict=True):
+            group.update(own | {"lr": lr})
 
     # Signals
 
@@ -353,43 +370,3 @@ class SavingTrainer(PackedTrainer):
 
 def _text(path: Path) -> str:
     return path.read_text() if path.is_file() else str(path.parent.is_dir())
-
-
-class _Watch(TrainerCallback):
-    """Stops a training at the end of a step, or after an evaluation, if a signal came."""
-
-    def __init__(self, trainer: SavingTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._restore_window()
-        self._is_first_pass = True
-        self._steps_before = state.global_step
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._in_epoch = True
-        if not self._is_first_pass:
-            self._trainer._place = (self._trainer._place[0] + 1, 0)
-        self._is_first_pass = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer._stopping or trainer._must_stop():
-            trainer._stopping = control.should_training_stop = True
-            # at the end of an epoch, what is due then is still logged and evaluated before the checkpoint is saved
-            ends = trainer._in_epoch and trainer.accelerator.gradient_state.end_of_dataloader
-            control.should_save = control.should_save or not ends
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            self.on_step_end(args, state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        trainer._in_epoch = False
-        if state.global_step == self._steps_before:  # nothing was left to do
-            control.should_log = control.should_evaluate = control.should_save = False
-        elif trainer._stopping and trainer._saved_step == state.global_step:
-            trainer._raise_preempted()
-        elif trainer._stopping:
-            control.should_save = True

@@ -258,9 +258,34 @@ def test_places_to_report_to_are_those_of_transformers() -> None:
     ("overrides", "message"),
     [
         ({"lora_alpha": 8}, "lora_alpha has no effect without use_peft: true"),
-        ({"deepspeed": "zero.json"}, "deepspeed is not supported yet"),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_named(good: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_settings(good, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "deepspeed: there is no '.*zero.json'; did you mean '.*zero2.json'"),
+        ("{", "zero.json' is not a config of DeepSpeed: Expecting"),
+        ('{"bf16": {"enabled": true}}', "zero.json' is not a config of DeepSpeed, because it has no zero_optimization"),
+    ],
+)
+def test_a_config_of_deepspeed_that_is_none_is_named(
+    good: Path, text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_file, "_need", lambda *_: None)
+    (tmp_path / "zero2.json").write_text("{}")
+    if text is not None:
+        (tmp_path / "zero.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(good, {"deepspeed": str(tmp_path / "zero.json")})
+
+
+def test_a_config_of_deepspeed_is_read(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_file, "_need", lambda *_: None)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    for given in (str(tmp_path / "zero.json"), {"zero_optimization": {"stage": 2}}):
+        assert read_settings(good, {"deepspeed": given})["deepspeed"] == {"zero_optimization": {"stage": 2}}

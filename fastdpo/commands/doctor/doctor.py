@@ -30,6 +30,7 @@ FOR_WHAT = {
     "liger-kernel": "use_liger_kernel",
     "bitsandbytes": "4-bit weights and 8-bit optimizers",
     "flash-attn": "soft-capped attention on CUDA",
+    "deepspeed": "ZeRO",
     "tree-recurrence": "shared prompts through recurrent layers",
 }
 """What an optional package is for."""
@@ -90,8 +91,6 @@ def _check_packages(found: Findings) -> None:
         else:
             found.line(name, f"{version}, but fastdpo needs {bound[0]}")
             found.faults.append(f"{name} {version} is outside {bound[0]}: pip install '{name}{bound[0]}'")
-    if _version("deepspeed") is not None:
-        found.advice.append("fastdpo does not run under DeepSpeed: start one process per GPU (DDP), or use FSDP2")
 
 
 def _bounds(found: Findings) -> dict[str, tuple[Any, bool]]:
