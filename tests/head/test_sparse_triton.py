@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.head.impl import sparsity, tiles
+from fastdpo.head.impl import cells, sparsity, tiles
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.impl import triton as impl
 from fastdpo.head.impl.interface import Grads, Keep, LinearHead, Needs, Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
-from fastdpo.kernels import sparse_dhidden, sparse_dlogits, sparse_dweight
+from fastdpo.kernels import row_lists, sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels.logits_tile import Config
 from tests.helpers.rows import error, make_rows
 
@@ -37,8 +37,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Cells of 16 columns, two chunks of the vocabulary and several blocks of rows."""
     for module in (forward_kernel, backward_kernel, sparse_dlogits, sparse_dhidden, sparse_dweight):
         monkeypatch.setattr(module, "default_config", lambda *_: SMALL)
-    for module in (impl, forward_kernel, sparse_dlogits, sparse_dhidden, sparse_dweight):
+    for module in (impl, cells, forward_kernel, row_lists, sparse_dlogits, sparse_dhidden, sparse_dweight):
         monkeypatch.setattr(module, "TILE", T)
+    monkeypatch.setattr(row_lists, "BLOCK_N", 8)
     monkeypatch.setattr(torch_impl, "CELL", T)
     monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (32, 64))
 

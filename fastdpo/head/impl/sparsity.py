@@ -18,6 +18,7 @@ their gradients. For all rows together it follows that
 Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ MAX_ROW_MASS, MAX_CELL_MASS = 0.005, 2.0**-12
 docs/sparse_backward.md has the errors and densities."""
 STEPS = 5
 """Thresholds are MAX_CELL_MASS / sqrt(2)^k for k < 2^STEPS, found by bisection."""
+FULL_ROW = 0.2
 DENSE = 0.4
 """Density from which computing all cells with large matmuls is cheaper."""
 
@@ -43,15 +45,28 @@ class Selection(NamedTuple):
     active: Tensor  # share of the row's cells that is computed
 
 
-def select(shares: Tensor, weight: Tensor, row: float = MAX_ROW_MASS, cell: float = MAX_CELL_MASS) -> Selection:
+def select(
+    shares: Tensor,
+    weight: Tensor,
+    row: float = MAX_ROW_MASS,
+    cell: float = MAX_CELL_MASS,
+    full: float = FULL_ROW,
+) -> Selection:
     """Choose for each row the largest threshold that skips at most `row` of mass in total and `cell` in one cell.
+
+    On a GPU this is one kernel. There, a row with more than `full` of its cells active computes all of them.
 
     Args:
         shares: `[N, J]`: a cell's mass is its share times `weight`.
         weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
         row: largest mass that a row skips, in units of the root mean square of `weight`.
         cell: largest mass of a skipped cell, in the same units.
+        full: share of active cells.
     """
+    if shares.is_cuda:
+        from fastdpo.kernels.select_cells import select_cells  # imported late: Triton may be missing
+
+        return Selection(*select_cells(shares, weight, row, cell, full))
     weight = weight.abs().float()
     finite = weight.nan_to_num(0.0, 0.0).double()
     scale = (finite.square().sum() / finite.count_nonzero().clamp(min=1)).sqrt().float()
@@ -64,7 +79,7 @@ def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Select
     mass = shares.float() * weight.unsqueeze(1)
 
     def limit(k: Tensor) -> Tensor:
-        return cell * torch.exp2(-k / 2)
+        return cell * (torch.exp2(-k.div(2, rounding_mode="floor")) * torch.where(k % 2 == 1, math.sqrt(0.5), 1.0))
 
     def skipped(k: Tensor) -> Tensor:
         return torch.where(mass <= limit(k).unsqueeze(1), mass, 0.0).sum(1)
