@@ -36,6 +36,7 @@ from fastdpo.kernels.logits_tile import interpreted
 
 TILE = 128  # columns of a tile
 BLOCK_N = 256
+BLOCK_D = 256  # of `cell_means`
 
 
 class Lists(NamedTuple):
@@ -110,7 +111,7 @@ def _row_lists_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _skipped_mass_kernel(
-    skipped_ptr,  # [N, J], out
+    skipped_ptr,  # [N, columns], out
     shares_ptr,  # [N, J]
     threshold_ptr,  # [N] float32
     targets_ptr,  # [N] int64
@@ -120,6 +121,7 @@ def _skipped_mass_kernel(
     stride_sn,
     N,
     J,
+    columns,  # of skipped, J rounded up so that it is stored in vectors
     factor: tl.float64,
     TILE: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -128,14 +130,14 @@ def _skipped_mass_kernel(
     offs_n = n + tl.arange(0, 1)
     threshold, upstream, dothers = _load_rows(threshold_ptr, dtarget_ptr, dothers_ptr, offs_n, N)
     target = tl.load(targets_ptr + offs_n)
-    for j_start in range(0, J, BLOCK_J):
+    for j_start in range(0, columns, BLOCK_J):
         offs_j = j_start + tl.arange(0, BLOCK_J)
         shares = tl.load(shares_ptr + n * stride_sn + offs_j, mask=offs_j < J, other=0.0)
         holds_target = (target >= 0) & (offs_j == target // TILE)
         active = (_is_above(shares, threshold) | holds_target) & upstream
         mass = shares.to(dothers.dtype) * (dothers * tl.full((), factor, dothers.dtype))
         mass = tl.where(active, 0.0, mass).to(skipped_ptr.dtype.element_ty)
-        tl.store(skipped_ptr + n * stride_mn + offs_j, mass, mask=offs_j < J)
+        tl.store(skipped_ptr + n * stride_mn + offs_j, mass, mask=offs_j < columns)
 
 
 @triton.jit
@@ -199,12 +201,13 @@ def skipped_mass(
     """
     N, J = shares.shape
     kernel = _skipped_mass_kernel
-    skipped = torch.empty(N, triton.cdiv(J, 64) * 64, dtype=dtype, device=shares.device)[:, :J]
+    skipped = torch.empty(N, triton.cdiv(J, 64) * 64, dtype=dtype, device=shares.device)
     out = torch.empty_like(skipped, dtype=dothers.dtype) if interpreted(kernel) else skipped  # the interpreter truncates
     rows = (t.contiguous() for t in (threshold, targets, dtarget, dothers))
+    strides = out.stride(0), shares.stride(0)
     with torch.cuda.device_of(shares):
-        kernel[(N,)](out, shares, *rows, out.stride(0), shares.stride(0), N, J, factor, TILE=TILE, BLOCK_J=1024)
-    return skipped if out is skipped else skipped.copy_(out)
+        kernel[(N,)](out, shares, *rows, *strides, N, J, out.shape[1], factor, TILE=TILE, BLOCK_J=1024)
+    return (skipped if out is skipped else skipped.copy_(out))[:, :J]
 
 
 def cell_means(weight: Tensor) -> Tensor:
@@ -215,8 +218,8 @@ def cell_means(weight: Tensor) -> Tensor:
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     out = means.to(acc) if interpreted(kernel) else means
     with torch.cuda.device_of(weight):
-        kernel[(triton.cdiv(V, TILE), triton.cdiv(D, 64))](
+        kernel[(triton.cdiv(V, TILE), triton.cdiv(D, BLOCK_D))](
             out, weight, *weight.stride(), V, D,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, BLOCK_D=64,
+            ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return means if out is means else means.copy_(out)

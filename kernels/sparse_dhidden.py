@@ -47,12 +47,12 @@ CONFIGS: Configs = {
     ((9, 0), 2): Config(64, TILE, 64, 4, 1),
     ((10, 0), 2): Config(64, TILE, 64, 4, 1),
 }
-PROGRAMS = 3
-"""Programs of a configuration above that a multiprocessor holds at once, from its registers and shared memory;
-tests/kernels/test_aot.py compares it with what was compiled."""
+PROGRAMS = {(8, 0): 4, (9, 0): 4, (10, 0): 5}
+"""Programs of these that registers and shared memory leave room for on a multiprocessor. tests/kernels/test_aot.py
+compares the numbers with what was compiled."""
 FULL_CONFIGS: Configs = {  # BLOCK_V: columns of the vocabulary in a step
     ((8, 0), 2): Config(128, 64, 128, 8, 3),
-    ((9, 0), 2): Config(128, 64, 256, 8, 3),
+    ((9, 0), 2): Config(256, 64, 128, 8, 3),
     ((10, 0), 2): Config(128, 64, 128, 8, 3),
 }
 FULL_FALLBACK = {2: Config(128, 32, 128, 8, 3), 4: Config(64, 32, 64, 8, 3), 8: Config(32, 16, 32, 8, 2)}
@@ -65,7 +65,13 @@ def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
 
 def full_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
     """Choose those of the kernel of full rows."""
-    return (FULL_CONFIGS, FULL_FALLBACK) if vectors else ({}, FULL_FALLBACK | {2: Config(64, 32, 64, 8, 3)})
+    return (FULL_CONFIGS, FULL_FALLBACK) if vectors else ({}, FULL_FALLBACK | {2: Config(64, 32, 32, 4, 3)})
+
+
+def programs_at_once(x: Tensor) -> int:
+    """Return how many programs the device of `x` holds at once; of chips without an entry, two a multiprocessor."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return PROGRAMS.get(capability, 2) * processors(x)
 
 
 @triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors
@@ -98,24 +104,24 @@ def _sparse_dhidden_full_kernel(
     # int64: rows * stride_dn and rows * stride_on may pass 2^31; v * stride_wv does at V=262144, D=8192
     offs_n = tl.load(rows_ptr + offs_i, mask=mask_n, other=0).to(tl.int64)
     offs_d = tl.program_id(0) % slices * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
-    columns = tl.minimum(offs_d, D - 1).to(tl.int64)  # clamping takes fewer registers than masking
+    mask_d = offs_d < D
     offs_d = offs_d.to(tl.int64)
-    total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dhidden_ptrs = dhidden_ptr + offs_n[:, None] * stride_on + offs_d[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
+    total = tl.load(dhidden_ptrs, mask=mask, other=0.0)  # at the end, it would take registers beside the sums
     for v_start in range(0, V, BLOCK_V):
         offs_v = v_start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         offs_v = offs_v.to(tl.int64)
         dlogits_ptrs = dlogits_ptr + offs_n[:, None] * stride_dn + offs_v[None, :]
-        weight_ptrs = weight_ptr + offs_v[:, None] * stride_wv + columns[None, :] * stride_wd
+        weight_ptrs = weight_ptr + offs_v[:, None] * stride_wv + offs_d[None, :] * stride_wd
         dlogits = tl.load(dlogits_ptrs, mask=mask_v[None, :], other=0.0)
-        w = tl.load(weight_ptrs, mask=mask_v[:, None], other=0.0)
+        w = tl.load(weight_ptrs, mask=mask_v[:, None] & mask_d[None, :], other=0.0)
         if UPCAST:
             dlogits = dlogits.to(ACC)
             w = w.to(ACC)
         total = tl.dot(dlogits, w, total, input_precision="ieee", out_dtype=ACC)
-    dhidden_ptrs = dhidden_ptr + offs_n[:, None] * stride_on + offs_d[None, :]
-    tl.store(dhidden_ptrs, tl.load(dhidden_ptrs, mask=mask, other=0.0) + total, mask=mask)
+    tl.store(dhidden_ptr + offs_n[:, None] * stride_on + offs_d[None, :], total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "R", "B", "blocks"])
@@ -198,13 +204,13 @@ def sparse_dhidden(
     kernel = _sparse_dhidden_kernel
     vectors = all(map(loads_vectors, (dhidden, dlogits, weight)))
     config = config or default_config(dlogits, *default_configs(vectors))._replace(BLOCK_V=TILE)
-    full_config = full_config or default_config(dlogits, *full_configs(vectors))
+    full_config = full_config or default_config(dlogits, *full_configs(vectors and V % 16 == 0))
     rows, _, bounds = lists
     assert rows.shape == (triton.cdiv(V, config.BLOCK_V), N)
     B = bounds.shape[1] - 1
     slices = triton.cdiv(D, config.BLOCK_D)
     if ranges is None:
-        ranges = max(1, PROGRAMS * processors(dlogits) // slices)
+        ranges = max(1, programs_at_once(dlogits) // slices)
     blocks = max(1, triton.cdiv(B, ranges))
     ranges = max(1, triton.cdiv(B, blocks))
     options = {

@@ -26,16 +26,20 @@ from fastdpo.kernels.row_lists import TILE
 
 # tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
-    ((8, 0), 2): Config(64, TILE, 128, 8, 3),
-    ((9, 0), 2): Config(64, TILE, 128, 8, 3),
-    ((10, 0), 2): Config(64, TILE, 128, 8, 3),
+    ((8, 0), 2): Config(64, TILE, 256, 8, 3),
+    ((9, 0), 2): Config(64, TILE, 256, 8, 3),
+    ((10, 0), 2): Config(64, TILE, 256, 8, 3),
 }
+# A sum of earlier rows, a bias and a V that is loaded one by one take registers
+NARROW_CONFIGS: Configs = {capability: Config(64, TILE, 128, 8, 3) for capability in CONFIGS}
 
 
-def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
+def default_configs(vectors: bool, narrow: bool) -> tuple[Configs, dict[int, Config]]:
     """Choose the table of configurations, and the fallback for what it has no entry for."""
     small_float32 = {4: Config(16, TILE, 32, 8, 3)}
-    return (CONFIGS, FALLBACK | small_float32) if vectors else ({}, SMALL | small_float32)
+    if not vectors:
+        return {}, SMALL | small_float32
+    return NARROW_CONFIGS if narrow else CONFIGS, FALLBACK | small_float32
 
 
 @triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors
@@ -77,8 +81,20 @@ def _sparse_dweight_kernel(
     offs_d = offs_d.to(tl.int64)
     count = tl.load(counts_ptr + tile)
 
+    # What is added is where the sums begin: at the end it would take registers beside them
+    size = tl.minimum(V - tile * BLOCK_V, BLOCK_V).to(ACC)
+    mask = mask_v[:, None] & mask_d[None, :]
     dweight = tl.zeros((BLOCK_V, BLOCK_D), ACC)
+    if before_ptr is not None:
+        dweight = tl.load(before_ptr + offs_v[:, None] * stride_bv + offs_d[None, :], mask=mask, other=0.0)
+    if spread_ptr is not None:
+        spread = tl.load(spread_ptr + tile.to(tl.int64) * stride_sj + offs_d, mask=mask_d, other=0.0)
+        dweight += (spread / size)[None, :]
     dbias = tl.zeros((BLOCK_V,), ACC)
+    if bias_before_ptr is not None:
+        dbias = tl.load(bias_before_ptr + offs_v, mask=mask_v, other=0.0)
+    if bias_spread_ptr is not None:
+        dbias += tl.load(bias_spread_ptr + tile) / size
     # int64, because tile * N, rows * stride_dn and rows * stride_hn may pass 2^31
     rows_ptrs = rows_ptr + tile.to(tl.int64) * N + tl.arange(0, BLOCK_N)
     next_n = tl.load(rows_ptrs, mask=tl.arange(0, BLOCK_N) < count, other=0)
@@ -98,25 +114,13 @@ def _sparse_dweight_kernel(
         if dbias_ptr is not None:
             dbias += tl.sum(dlogits.to(ACC), axis=1)
 
-    # Divided by 1 where there is no boost, and no tile is smaller than 1 column
     boost = tl.full((), 1.0, ACC)
     if boost_ptr is not None:
         boost = tl.load(boost_ptr)
-    size = tl.minimum(V - tile * BLOCK_V, BLOCK_V).to(ACC)
-    mask = mask_v[:, None] & mask_d[None, :]
-    if before_ptr is not None:
-        dweight += tl.load(before_ptr + offs_v[:, None] * stride_bv + offs_d[None, :], mask=mask, other=0.0)
-    if spread_ptr is not None:
-        spread = tl.load(spread_ptr + tile.to(tl.int64) * stride_sj + offs_d, mask=mask_d, other=0.0)
-        dweight += (spread / size)[None, :]
     dweight_ptrs = dweight_ptr + offs_v[:, None] * stride_ov + offs_d[None, :]
     tl.store(dweight_ptrs, (dweight / boost).to(dweight_ptr.dtype.element_ty), mask=mask)
     if dbias_ptr is not None:  # noqa: SIM102  (this is decided when compiling, the next one when running)
         if pid_d == 0:
-            if bias_before_ptr is not None:
-                dbias += tl.load(bias_before_ptr + offs_v, mask=mask_v, other=0.0)
-            if bias_spread_ptr is not None:
-                dbias += tl.load(bias_spread_ptr + tile) / size
             tl.store(dbias_ptr + offs_v, (dbias / boost).to(dbias_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -157,7 +161,8 @@ def sparse_dweight(
     (N, V), D = dlogits.shape, hidden.shape[1]
     kernel = _sparse_dweight_kernel
     vectors = all(map(loads_vectors, (dweight.out, dlogits, hidden)))
-    config = config or default_config(dlogits, *default_configs(vectors))._replace(BLOCK_V=TILE)
+    narrow = dweight.before is not None or dbias is not None or boost is not None or V % 16 > 0
+    config = config or default_config(dlogits, *default_configs(vectors, narrow))._replace(BLOCK_V=TILE)
     tiles = triton.cdiv(V, config.BLOCK_V)
     assert rows.shape == (tiles, N)
     bias = dbias or Sum(*(None,) * 3)  # type: ignore[arg-type]

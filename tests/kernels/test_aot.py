@@ -47,13 +47,24 @@ VARIANTS = {
     ],
     "sparse-dlogits": ["", "ragged bias low-rank", "bias softcap low-rank", "odd bias softcap low-rank"],
     "sparse-dhidden": ["", "ragged", "odd"],
-    "sparse-dweight": ["", "ragged bias", "odd bias"],
+    "sparse-dhidden-full": ["", "ragged", "odd"],
+    "sparse-dweight": ["", "ragged bias", "bias before boost", "odd bias before boost"],
+    "select-cells": [""],
     "row-lists": [""],
+    "skipped-mass": ["", "odd"],
+    "cell-means": ["", "odd"],
     "fold-logits": ["masses", "odd softcap stats masses"],
     "dlogits-rows": ["", "odd softcap entropy"],
 }
-SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dweight")
+SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "sparse-dweight")
+MODULES = {"sparse-dhidden-full": "sparse_dhidden", "skipped-mass": "row_lists", "cell-means": "row_lists"}
 MATMULS = ("forward", "forward-tma", "backward", *SPARSE)
+GLUE = {
+    "select-cells": {"BLOCK": 1024, "STEPS": 5},
+    "row-lists": {"BLOCK_N": 256},
+    "skipped-mass": {"BLOCK_J": 1024},
+    "cell-means": {"BLOCK_D": 256},
+}
 POINTERS = [k for k in VARIANTS if k != "forward-tma"]
 
 
@@ -115,16 +126,21 @@ def compile_kernel(job: Job) -> Compiled:
         kernel = backward._linear_logprobs_backward_kernel
         configs, fallback = backward.default_configs(vectors, "softcap" in has, "entropy" in has)
     else:
-        module = importlib.import_module(f"fastdpo.kernels.{job.kernel.replace('-', '_')}")
+        name = job.kernel.replace("-", "_")
+        module = importlib.import_module(f"fastdpo.kernels.{MODULES.get(job.kernel, name)}")
         kernel = getattr(module, f"_{job.kernel.replace('-', '_')}_kernel")
     if job.kernel == "sparse-dlogits":
         configs, fallback = module.default_configs(vectors, "softcap" in has)
+    elif job.kernel == "sparse-dhidden-full":
+        configs, fallback = module.full_configs(vectors and "ragged" not in has)
+    elif job.kernel == "sparse-dweight":
+        configs, fallback = module.default_configs(vectors, bool(has & {"ragged", "bias"}))
     elif job.kernel in SPARSE:
         configs, fallback = module.default_configs(vectors)
     if job.kernel in MATMULS:
         launch = configs.get((divmod(job.arch, 10), itemsize), fallback[itemsize])._asdict()
-    elif job.kernel == "row-lists":
-        launch = {"BLOCK_N": module.BLOCK_N, "num_warps": 4}
+    elif job.kernel in GLUE:
+        launch = GLUE[job.kernel] | {"num_warps": 4}
     else:
         launch = {"BLOCK": module.BLOCK, "T": torch_impl.CELL, "num_warps": 8}
 
@@ -132,7 +148,6 @@ def compile_kernel(job: Job) -> Compiled:
         "HAS_SOFTCAP": "softcap" in has,
         "IS_NEGATIVE": False,
         "HAS_STATS": "stats" in has,
-        "ACCUMULATE": True,
         "ACC": getattr(tl, acc.replace("fp", "float")),
         "UPCAST": False,
         "TILE": forward.TILE,
@@ -141,17 +156,20 @@ def compile_kernel(job: Job) -> Compiled:
         "stride_wd": 1,
     } | launch
     optional = {
-        "bias": ["bias", "dbias"],
+        "bias": ["bias", "dbias", "bias_spread"],
+        "before": ["before", "bias_before"],
+        "boost": ["boost"],
         "masses": ["masses"],
         "low-rank": ["hidden2", "weight2"],
         "entropy": ["dentropy", "entropy"],
         "stats": ["sum_dz", "sum_sq", "sum_z", "top_before"],
     }
     constants |= {f"{name}_ptr": None for option, names in optional.items() if option not in has for name in names}
-    inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
+    inputs = ("dlogits_ptr", "shares_ptr", "skipped_ptr", "means_ptr", "dweight_ptr", "dbias_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
     types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
-    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
-    types |= dict.fromkeys(("scale", "cap", "c", "beta"), "fp64")
+    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "cap", "c", "beta", "factor"), "fp64")
+    types |= dict.fromkeys(("row", "cell", "full"), "fp32")
     if job.kernel == "forward-tma":
         for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
             types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"
@@ -162,7 +180,7 @@ def compile_kernel(job: Job) -> Compiled:
         else:
             signature[name] = types.get(name, f"*{acc}" if name.endswith("_ptr") else "i32")
             multiple = name == "R" or (vectors and (name == "D" or name.startswith("stride")))
-            multiple |= name in ("V", "C") and not has & {"odd", "ragged"}
+            multiple |= name in ("V", "C", "columns") and not has & {"odd", "ragged"}
             if name.endswith("_ptr") or (multiple and not kernel.params[i].do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]
 
