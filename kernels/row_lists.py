@@ -177,9 +177,8 @@ def row_lists(
         first: tile of the vocabulary with which `shares` begins.
     """
     N, J = shares.shape
-    made = {"dtype": torch.int32, "device": shares.device}
-    blocks = triton.cdiv(N, BLOCK_N)
-    lists = Lists(torch.empty(J, N, **made), torch.empty(J, **made), torch.empty(J, blocks + 1, **made))
+    shapes = (J, N), (J,), (J, triton.cdiv(N, BLOCK_N) + 1)
+    lists = Lists(*(torch.empty(shape, dtype=torch.int32, device=shares.device) for shape in shapes))
     rows = (t.contiguous() for t in (threshold, targets, dtarget, dothers))
     with torch.cuda.device_of(shares):
         _row_lists_kernel[(J,)](*lists, shares, *rows, shares.stride(0), N, first, TILE=TILE, BLOCK_N=BLOCK_N)
@@ -202,7 +201,9 @@ def skipped_mass(
     N, J = shares.shape
     kernel = _skipped_mass_kernel
     skipped = torch.empty(N, triton.cdiv(J, 64) * 64, dtype=dtype, device=shares.device)
-    out = torch.empty_like(skipped, dtype=dothers.dtype) if interpreted(kernel) else skipped  # the interpreter truncates
+    out = (
+        torch.empty_like(skipped, dtype=dothers.dtype) if interpreted(kernel) else skipped
+    )  # the interpreter truncates
     rows = (t.contiguous() for t in (threshold, targets, dtarget, dothers))
     strides = out.stride(0), shares.stride(0)
     with torch.cuda.device_of(shares):

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fastdpo.kernels import sparse_dhidden
+
 ROOT = Path(__file__).parent.parent.parent
 AMD = 942  # MI300
 # What one program may use: CUDA C++ Programming Guide, table 24; AMD's CDNA 3 instruction set, section 2.2
@@ -87,6 +89,7 @@ class Compiled(NamedTuple):
     instructions: list[str]
     barriers: int
     stores: list[str]
+    at_once: int
 
 
 JOBS = [Job(k, arch, "bf16", v) for k in POINTERS for arch, v in product((80, 90, 100), VARIANTS[k])]
@@ -165,8 +168,12 @@ def compile_kernel(job: Job) -> Compiled:
         "stats": ["sum_dz", "sum_sq", "sum_z", "top_before"],
     }
     constants |= {f"{name}_ptr": None for option, names in optional.items() if option not in has for name in names}
-    inputs = ("dlogits_ptr", "shares_ptr", "skipped_ptr", "means_ptr", "dweight_ptr", "dbias_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
-    types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
+    inputs = ("dlogits", "e", "hidden", "weight", "bias", "hidden2", "weight2")
+    inputs += ("shares", "skipped", "means", "dweight", "dbias")
+    types = dict.fromkeys((f"{name}_ptr" for name in inputs), f"*{job.dtype}") | {
+        "targets_ptr": "*i64",
+        "masses_ptr": "*fp32",
+    }
     types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "cap", "c", "beta", "factor"), "fp64")
     types |= dict.fromkeys(("row", "cell", "full"), "fp32")
@@ -208,7 +215,17 @@ def compile_kernel(job: Job) -> Compiled:
         [name for name, text in instructions.items() if text in assembly],
         sum(bool(re.search(rf"\.loc\s+1 {line} .*\n\s*{barrier}", assembly)) for line in barriers),
         sorted(set(re.findall(r"\bst\.global\S*", assembly))),
+        at_once(int(registers[0]), compiled.metadata.shared, launch["num_warps"], job.arch),
     )  # fmt: skip
+
+
+def at_once(registers: int, shared_bytes: int, warps: int, arch: int) -> int:
+    """Count the programs that a multiprocessor has room for: CUDA C++ Programming Guide, table 24.
+
+    It has 65,536 registers, given to a warp by 256, and its shared memory; a program takes 1 KiB more than it asks for.
+    """
+    by_registers = 65536 // (-(-32 * registers // 256) * 256 * warps)
+    return min(by_registers, (SHARED_KIB[arch] + 1) * 1024 // (shared_bytes + 1024), 64 // warps)
 
 
 def compile_all() -> Any:
@@ -234,8 +251,10 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
     if job.dtype == "bf16" and job.kernel in MATMULS:
         assert TENSOR_CORE[job.arch] in compiled.instructions
     assert compiled.barriers == (job.kernel == "sparse-dhidden")
+    if job.kernel == "sparse-dhidden" and not job.variant and job.arch in (80, 90, 100) and job.dtype == "bf16":
+        assert compiled.at_once == sparse_dhidden.PROGRAMS[divmod(job.arch, 10)]
     if (
-        job.kernel in ("backward", "sparse-dlogits")
+        job.kernel in ("backward", "sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "skipped-mass")
         and job.dtype == "bf16"
         and not {"odd", "ragged"} & {*job.variant.split()}
     ):

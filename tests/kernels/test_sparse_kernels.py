@@ -48,7 +48,7 @@ def make_active(rows: int, tiles: int, device: torch.device) -> Tensor:
 
 def make_lists(active: Tensor) -> Lists:
     """The lists, whose full rows are those with all cells; after the ends of lists are rows that are none of theirs."""
-    N, J = active.shape
+    N = len(active)
     shares = active.float()
     threshold = torch.where(active.all(1), -torch.inf, 0.5)
     nowhere, ones = torch.full((N,), -1, device=active.device), torch.ones(N, device=active.device)

@@ -1,9 +1,9 @@
-"""The active cells of `fastdpo.head.impl.triton`: their lists, the gradient of the others, and a backward of them alone.
+"""The active cells of `fastdpo.head.impl.triton`: their lists, the gradient of the others, and a sparse backward.
 
 Everything that depends on which cells are active happens in a handful of kernels for the whole vocabulary: the lists,
 one launch for as many tiles as a quarter of the workspace holds lists of, and the gradient of the skipped cells, the
-product of two small matrices. What is left are three kernels for each chunk of the vocabulary (four with dweight). Where
-the rows are one block, dweight is finished in the kernel that computes it, and no float32 sum of it exists.
+product of two small matrices. What is left are three kernels for each chunk of the vocabulary, or four with dweight.
+Where the rows are one block, dweight is finished in the kernel that computes it, and no float32 sum of it exists.
 
 Names and shapes are those of `fastdpo.head.impl.interface`.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.head.impl.interface import Forward, Grads, LinearHead, Needs, result_dtype, without_others
+from fastdpo.head.impl.interface import Forward, Grads, LinearHead, Needs, result_dtype
 from fastdpo.head.impl.sparsity import Selection
 from fastdpo.head.impl.tiles import addmm, slices
 from fastdpo.kernels.row_lists import TILE, Lists, cell_means, row_lists, skipped_mass
@@ -36,7 +36,8 @@ class Cells:
         self.rows = selection.threshold, targets, grads.target, grads.others
         N, self.tiles = self.shares.shape
         self.list_bytes = min(workspace // 4, 4 * N * self.tiles)
-        self._at_once = self.list_bytes // (4 * max(N, 1)) // ALIGNED * ALIGNED
+        tiles = self.list_bytes // (4 * max(N, 1))
+        self._at_once = self.tiles if tiles == self.tiles else tiles // ALIGNED * ALIGNED
         self._made: dict[int, tuple[int, Lists]] = {}
 
     def lists(self, rs: slice, vs: slice) -> Lists:
@@ -45,13 +46,17 @@ class Cells:
         start, lists = self._made.get(rs.start, (0, None))
         if lists is None or last > start + len(lists.counts):
             start, stop = first, min(first + max(self._at_once, last - first), self.tiles)
-            lists = row_lists(self.shares[rs, start:stop], *(t[rs] for t in self.rows), start)
+            lists = row_lists(self.shares[rs, start:stop], *self._rows_of(rs), start)
             self._made[rs.start] = start, lists
         return lists.of(first - start, last - start)
 
     def skipped(self, rs: slice, slope: float, dtype: torch.dtype) -> Tensor:
         """Return the gradient that the skipped cells leave out, `[rows, J]`, 0 where a cell is active."""
-        return skipped_mass(self.shares[rs], *(t[rs] for t in self.rows), slope, dtype)
+        return skipped_mass(self.shares[rs], *self._rows_of(rs), slope, dtype)
+
+    def _rows_of(self, rs: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        threshold, targets, dtarget, dothers = self.rows
+        return threshold[rs], targets[rs], dtarget[rs], dothers[rs]
 
 
 class Skipped(NamedTuple):
@@ -72,15 +77,25 @@ def pairs_of(hidden: Tensor, hidden2: Tensor | None, head: LinearHead) -> list[t
 
 
 def skipped_gradients(
-    cells: Cells, pairs: list[tuple[Tensor, Tensor]], needs: list[bool], slope: float, spread: bool, workspace: int
+    cells: Cells,
+    pairs: list[tuple[Tensor, Tensor]],
+    needs: list[bool],
+    slope: float,
+    workspace: int,
+    *,
+    spread: bool = False,
+    bias: bool = False,
 ) -> Skipped:
-    """Compute the gradients of the skipped cells; `needs` says of which pairs' hidden, `spread` whether of weights."""
+    """Compute the gradients of the skipped cells.
+
+    `needs` says of which pairs' hidden, `spread` whether of the weights or the bias, `bias` whether of the bias.
+    """
     hidden = pairs[0][0]
     acc = result_dtype(hidden)
     (N, J), operand = cells.shares.shape, hidden.dtype
     dhidden = [hidden.new_empty(h.shape, dtype=acc) if n else None for (h, _), n in zip(pairs, needs, strict=True)]
     sums = [hidden.new_empty(J, h.shape[1], dtype=acc) for h, _ in pairs] if spread else []
-    bias = hidden.new_zeros(J, dtype=acc) if spread else None
+    bias_sum = hidden.new_zeros(J, dtype=acc) if bias else None
     means = [cell_means(weight) if needed else None for (_, weight), needed in zip(pairs, needs, strict=True)]
     rows = max(256, workspace // 4 // (operand.itemsize * J) // 256 * 256)
     for rs in slices(N, rows):
@@ -88,11 +103,11 @@ def skipped_gradients(
         for out, mean in zip(dhidden, means, strict=True):
             if out is not None and mean is not None:
                 addmm(out[rs], skipped, mean, beta=0.0)
-        if bias is not None:
-            for total, (h, _) in zip(sums, pairs, strict=True):
-                addmm(total, skipped.t(), h[rs], beta=float(rs.start > 0))
-            bias += skipped.sum(0, dtype=acc)
-    return Skipped(dhidden, sums, bias)
+        for total, (h, _) in zip(sums, pairs if spread else [], strict=True):
+            addmm(total, skipped.t(), h[rs], beta=float(rs.start > 0))
+        if bias_sum is not None:
+            bias_sum += skipped.sum(0, dtype=acc)
+    return Skipped(dhidden, sums, bias_sum)
 
 
 def sparse_backward(
@@ -101,6 +116,7 @@ def sparse_backward(
     hidden2: Tensor | None,
     targets: Tensor,
     head: LinearHead,
+    others: Tensor,
     result: Forward,
     needs: Needs,
     selection: Selection,
@@ -120,8 +136,9 @@ def sparse_backward(
     pairs = pairs_of(hidden, hidden2, head)
     trained = [needs.weight, needs.weight2][: len(pairs)]
     any_weight = any(trained) or needs.bias
+    of_hidden = [needs.hidden, needs.hidden2][: len(pairs)]
     skipped = skipped_gradients(
-        cells, pairs, [needs.hidden, needs.hidden2][: len(pairs)], head.transform.slope, any_weight, workspace
+        cells, pairs, of_hidden, head.transform.slope, workspace, spread=any_weight, bias=needs.bias
     )
     acc = result_dtype(hidden)
     width = sum(h.shape[1] for h, _ in pairs)
@@ -133,7 +150,6 @@ def sparse_backward(
     starts = torch.arange(0, V, columns, device=targets.device)[:, None]
     local_targets = targets.new_empty(len(chunks), N + N % 2)[:, :N]  # rows begin at a multiple of 16 bytes
     torch.sub(targets, starts, out=local_targets)
-    others = without_others(result.others)
     dweight = [torch.empty_like(weight) if t else None for (_, weight), t in zip(pairs, trained, strict=True)]
     dbias = head.weight.new_empty(V) if needs.bias else None
     sums = [hidden.new_empty(columns, h.shape[1], dtype=acc) if any_weight and rows < N else None for h, _ in pairs]
@@ -187,7 +203,7 @@ def _sum(
 def _block_shape(N: int, V: int, sum_bytes: int, itemsize: int, workspace: int) -> tuple[int, int]:
     """Choose the rows and columns of a block of dlogits: all rows, if a chunk then has CHUNK columns or more.
 
-    Otherwise half of the workspace is for the block. The other half is for the sums of dweight's rows, `sum_bytes` each.
+    Otherwise half of the workspace is for the block. The other half is for sums of dweight, `sum_bytes` a row.
     """
     padded = -(-V // TILE) * TILE
     columns = whole_tiles(workspace // (itemsize * max(N, 1)))

@@ -111,7 +111,7 @@ def backward(
     if selection is not None and not (exact_weight and needs_weights):
         with ieee_matmul():
             dhidden, dweight, dbias = sparse_backward(
-                grads, hidden, hidden2, targets, head, result, needs, selection, boost, workspace
+                grads, hidden, hidden2, targets, head, others, result, needs, selection, boost, workspace
             )
         dhidden = [None if x is None else _unboost(x, boost).to(hidden.dtype) for x in dhidden]
         second = (dhidden[1], dweight[1]) if len(dhidden) == 2 else (None, None)
@@ -126,9 +126,11 @@ def backward(
     of_hidden, of_weight = [needs.hidden, needs.hidden2][: len(pairs)], [needs.weight, needs.weight2][: len(pairs)]
     with ieee_matmul():
         if cells is None:
-            initial = [hidden.new_zeros(h.shape, dtype=acc) if n else None for (h, _), n in zip(pairs, of_hidden, strict=True)]
+            initial = [
+                hidden.new_zeros(h.shape, dtype=acc) if n else None for (h, _), n in zip(pairs, of_hidden, strict=True)
+            ]
         else:
-            initial = skipped_gradients(cells, pairs, of_hidden, head.transform.slope, False, left).dhidden
+            initial = skipped_gradients(cells, pairs, of_hidden, head.transform.slope, left).dhidden
         factors = [
             _Factor.of(h, w, dhidden, trained, columns, acc)
             for (h, w), dhidden, trained in zip(pairs, initial, of_weight, strict=True)
