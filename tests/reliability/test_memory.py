@@ -138,7 +138,7 @@ def run_sparse_dhidden() -> tuple[Tensor, ...]:
 def run_sparse_dweight() -> tuple[Tensor, ...]:
     hidden, *_ = tensors()
     dweight, dbias, spread = torch.ones(V, D), torch.ones(V), torch.ones(-(-V // TILE), D)
-    sums = Sum(dweight, dweight, spread), Sum(dbias, dbias, spread[:, 0].contiguous())
+    sums = Sum(dweight, torch.ones(V, D), spread), Sum(dbias, torch.ones(V), spread[:, 0].contiguous())
     sparse_dweight(sums[0], torch.randn(N, V), *lists()[:2], hidden, CONFIG, dbias=sums[1], boost=torch.tensor(2.0))
     return dweight, dbias
 
