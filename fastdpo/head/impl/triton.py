@@ -9,8 +9,9 @@ The forward is one kernel. The backward goes over chunks of the vocabulary, and 
 So the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
 accumulate in float64.) A dense backward recomputes dlogits in full and uses the vendor's matmuls; each of the three
 steps costs 1 unit of 2 N D V FLOPs. In a sparse backward, kernels work through a list of the active rows of each tile
-of the vocabulary, so that the cost is in proportion to the active cells: for all three steps, or for dhidden alone if
-dweight must be exact. There are no atomics and no synchronisation with the host; the same inputs give the same bits.
+of the vocabulary, so that the cost is in proportion to the active cells: for all three steps
+(`fastdpo.head.impl.cells`), or for dhidden alone if dweight must be exact. There are no atomics and no synchronisation
+with the host; the same inputs give the same bits.
 `expected` and `probs` of `Keep` are not kept here; `fastdpo.head.impl.blas` keeps them.
 
 Names and shapes are those of `fastdpo.head.impl.interface`.
