@@ -119,7 +119,7 @@ def select(
         full: share of active cells above which a row computes all of them. None chooses it by device; on a CPU there
             is no such rule.
     """
-    if shares.is_cuda:
+    if shares.is_cuda and not torch.compiler.is_compiling():
         from fastdpo.kernels.select_cells import select_cells  # imported late: Triton may be missing
 
         full = full_row(chip_of(shares.device)) if full is None else full
