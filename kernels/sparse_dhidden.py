@@ -52,7 +52,7 @@ PROGRAMS = {(8, 0): 4, (9, 0): 4, (10, 0): 5}
 compares the numbers with what was compiled."""
 FULL_CONFIGS: Configs = {  # BLOCK_V: columns of the vocabulary in a step
     ((8, 0), 2): Config(128, 64, 128, 8, 3),
-    ((9, 0), 2): Config(256, 64, 128, 8, 3),
+    ((9, 0), 2): Config(256, 32, 128, 8, 4),
     ((10, 0), 2): Config(128, 64, 128, 8, 3),
 }
 FULL_FALLBACK = {2: Config(128, 32, 128, 8, 3), 4: Config(64, 32, 64, 8, 3), 8: Config(32, 16, 32, 8, 2)}

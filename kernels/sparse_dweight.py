@@ -38,7 +38,7 @@ def default_configs(vectors: bool, narrow: bool) -> tuple[Configs, dict[int, Con
     """Choose the table of configurations, and the fallback for what it has no entry for."""
     small_float32 = {4: Config(16, TILE, 32, 8, 3)}
     if not vectors:
-        return {}, SMALL | small_float32
+        return {}, SMALL | small_float32 | {2: Config(32, TILE, 32, 8, 3)}
     return NARROW_CONFIGS if narrow else CONFIGS, FALLBACK | small_float32
 
 

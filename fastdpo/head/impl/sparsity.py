@@ -70,8 +70,8 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def full_row(chip: Chip) -> float:
-    """Return the share of active cells above which a row should compute all of them: both ways take the same time."""
-    return chip.full / chip.cells
+    """Return the share of active cells from which a row should compute all: dlogits and dhidden take as long then."""
+    return (chip.dlogits + chip.full) / (chip.dlogits + chip.cells)
 
 
 def relative_time(chip: Chip, density: float, full: float, trained: bool, exact_weight: bool) -> float:
