@@ -60,12 +60,20 @@ FULL_FALLBACK = {2: Config(128, 32, 128, 8, 3), 4: Config(64, 32, 64, 8, 3), 8: 
 
 def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
     """Choose the table of configurations, and the fallback for what it has no entry for."""
-    return (CONFIGS, FALLBACK) if vectors else ({}, SMALL | {4: Config(32, TILE, 16, 8, 2)})
+    return (
+        (CONFIGS, FALLBACK | {2: Config(64, TILE, 32, 4, 1)})
+        if vectors
+        else ({}, SMALL | {4: Config(32, TILE, 16, 8, 2)})
+    )
 
 
 def full_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
     """Choose those of the kernel of full rows."""
-    return (FULL_CONFIGS, FULL_FALLBACK) if vectors else ({}, FULL_FALLBACK | {2: Config(64, 32, 32, 4, 3)})
+    return (
+        (FULL_CONFIGS, FULL_FALLBACK)
+        if vectors
+        else ({}, FULL_FALLBACK | {2: Config(64, 32, 32, 4, 3), 4: Config(32, 32, 32, 8, 2)})
+    )
 
 
 def programs_at_once(x: Tensor) -> int:

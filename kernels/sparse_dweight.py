@@ -39,7 +39,7 @@ def default_configs(vectors: bool, narrow: bool) -> tuple[Configs, dict[int, Con
     small_float32 = {4: Config(16, TILE, 32, 8, 3)}
     if not vectors:
         return {}, SMALL | small_float32 | {2: Config(32, TILE, 32, 8, 3)}
-    return NARROW_CONFIGS if narrow else CONFIGS, FALLBACK | small_float32
+    return NARROW_CONFIGS if narrow else CONFIGS, FALLBACK | small_float32 | {2: Config(64, TILE, 64, 8, 2)}
 
 
 @triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors

@@ -223,7 +223,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("dhidden-stop", RANGES, "the last row of a range is left out", "tile * (B + 1) + last)",
               "tile * (B + 1) + last) - 1"),
         Fault("dhidden-ranges", RANGES, "blocks that the ranges do not divide are left out",
-              "blocks = max(1, triton.cdiv(B, ranges))", "blocks = max(1, B // ranges)"),
+              "ranges = max(1, triton.cdiv(B, blocks))", "ranges = max(1, B // blocks)"),
         Fault("dhidden-last-range", RANGES, "the last range reads past the bounds of its tile",
               "last = tl.minimum(first + blocks, B)", "last = first + blocks"),
         Fault("dhidden-full-block", RANGES, "only the first block of full rows is computed",
@@ -289,7 +289,7 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "h[rs], beta=float(rs.start > 0))", "h[rs], beta=0.0)"),
         Fault("cells-before", SPARSE, "a block of rows replaces the sum of earlier ones",
               "None if rs.start == 0 or total is None else total[:size]", "None"),
-        Fault("cells-slope", SPARSE, "the skipped mass forgets the scale of the logits",
+        Fault("cells-skipped-slope", SPARSE, "the skipped mass forgets the scale of the logits",
               "cells.skipped(rs, slope, operand)", "cells.skipped(rs, 1.0, operand)"),
     ],
     "fastdpo/head/impl/torch.py": [
