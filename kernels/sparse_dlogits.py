@@ -32,7 +32,7 @@ from fastdpo.kernels.row_lists import TILE
 # tests/kernels/test_aot.py compiles these and checks that they spill no register
 CONFIGS: Configs = {
     ((8, 0), 2): Config(128, TILE, 64, 8, 3),
-    ((9, 0), 2): Config(128, TILE, 64, 8, 3),
+    ((9, 0), 2): Config(256, TILE, 64, 8, 4),
     ((10, 0), 2): Config(128, TILE, 64, 8, 3),
 }
 # A soft-cap keeps a second tile in registers, the slopes

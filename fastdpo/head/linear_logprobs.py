@@ -191,7 +191,10 @@ def _compute(
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias, hidden2, weight2)]
     sparse = backward == "sparse" or (backward == "auto" and hidden.element_size() == 2)
     if sparse and not torch.compiler.is_compiling():  # compiled code keeps the same tensors in every call
-        sparse = is_captured(hidden) or not sparsity.expect_dense(density_key(hidden, weight))
+        trained = needs[1] or needs[2] or needs[4]
+        sparse = is_captured(hidden) or not sparsity.expect_dense(
+            density_key(hidden, weight), trained, backward != "sparse"
+        )
         if not sparse and backward == "sparse":
             _say_dense()
     plain = bias is None and low_rank is None and not with_stats

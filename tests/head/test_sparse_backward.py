@@ -252,7 +252,7 @@ def test_a_dense_head_is_remembered_and_tried_again(device: torch.device, monkey
 def test_sparse_that_computes_all_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sparsity, "expect_dense", lambda key: True)
+    monkeypatch.setattr(sparsity, "expect_dense", lambda *_: True)
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(32, 8)
     said = []
     for backward in ("auto", "sparse", "sparse"):
@@ -264,8 +264,9 @@ def test_sparse_that_computes_all_is_said_once(
     assert "head_backward='sparse' computes all of them" in caplog.text
 
 
-def test_a_device_is_asked_about_the_last_but_one_backward() -> None:
+def test_a_device_is_asked_about_the_last_but_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has long finished that one; the newest would have to be waited for."""
+    monkeypatch.setattr(sparsity, "chip_of", lambda device: sparsity.CHIPS[9, 0])
 
     class Event:
         asked = 0
@@ -276,13 +277,29 @@ def test_a_device_is_asked_about_the_last_but_one_backward() -> None:
     key = (torch.device("cuda:0"), torch.bfloat16, (10, 10))
     events = [Event() for _ in range(3)]
     for density, event in zip((0.1, 0.9, 0.1), events, strict=True):
-        sparsity._note(key, torch.tensor(density), event)
+        sparsity._note(key, sparsity.Noted(torch.tensor(density), torch.tensor(density), event))
         assert event is events[2] or not sparsity.expect_dense(key), "nothing is known yet, or that it is sparse"
     for event in events:
         event.asked = 0
     assert sparsity.expect_dense(key)
     assert [event.asked for event in events] == [0, 1, 0]
     assert len(sparsity._densities[key]) == 2
+
+
+@pytest.mark.parametrize("capability", sparsity.CHIPS)
+def test_a_chip_takes_the_dense_backward_where_it_is_faster(capability: tuple[int, int]) -> None:
+    """A row is full from the density on at which both of its ways take the same time; so are the densities below."""
+    chip = sparsity.CHIPS[capability]
+    frozen, auto, sparse = (False, True), (True, True), (True, False)
+    for gradients in (frozen, auto, sparse):
+        times = [sparsity.relative_time(chip, density, 0.8 * density, *gradients) for density in (0, 0.1, 0.5, 1)]
+        assert times == sorted(times)
+        assert times[0] < 1 < times[-1]
+    share = sparsity.full_row(chip)
+    by_lists = sparsity.relative_time(chip, share, 0.0, *frozen)
+    assert by_lists == pytest.approx(sparsity.relative_time(chip, 1.0, 1.0, *frozen))
+    assert sparsity.relative_time(chip, 0.1, 0.0, *auto) > sparsity.relative_time(chip, 0.1, 0.1, *auto)
+    assert sparsity.relative_time(chip, 0.1, 0.1, *frozen) > sparsity.relative_time(chip, 0.1, 0.1, *auto)
 
 
 # --- units ---

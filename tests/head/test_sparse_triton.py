@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.head.impl import sparsity, tiles
+from fastdpo.head.impl import cells, sparsity, tiles
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.impl import triton as impl
 from fastdpo.head.impl.interface import Grads, Keep, LinearHead, Needs, Transform
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
-from fastdpo.kernels import sparse_dhidden, sparse_dlogits, sparse_dweight
+from fastdpo.kernels import row_lists, sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels.logits_tile import Config
 from tests.helpers.rows import error, make_rows
 
@@ -37,8 +37,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Cells of 16 columns, two chunks of the vocabulary and several blocks of rows."""
     for module in (forward_kernel, backward_kernel, sparse_dlogits, sparse_dhidden, sparse_dweight):
         monkeypatch.setattr(module, "default_config", lambda *_: SMALL)
-    for module in (impl, forward_kernel, sparse_dlogits, sparse_dhidden, sparse_dweight):
+    for module in (impl, cells, forward_kernel, row_lists, sparse_dlogits, sparse_dhidden, sparse_dweight):
         monkeypatch.setattr(module, "TILE", T)
+    monkeypatch.setattr(row_lists, "BLOCK_N", 8)
     monkeypatch.setattr(torch_impl, "CELL", T)
     monkeypatch.setitem(torch_impl.TILE_SHAPE, device.type, (32, 64))
 
@@ -50,7 +51,14 @@ def make_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     return *narrow, rows.targets, rows.dlogps
 
 
-def both(dtype: torch.dtype, transform: Transform, needs: Needs, exact_weight: bool, device: torch.device) -> Any:
+def both(
+    dtype: torch.dtype,
+    transform: Transform,
+    needs: Needs,
+    exact_weight: bool,
+    device: torch.device,
+    workspace: int = 24_000,
+) -> Any:
     """Gradients from both implementations, with the selection of the first one, and the dense one in float64."""
     hidden, hidden2, weight, bias, weight2, targets, dlogps = make_inputs(dtype, device)
     head = LinearHead(weight, bias, weight2, transform)
@@ -60,13 +68,15 @@ def both(dtype: torch.dtype, transform: Transform, needs: Needs, exact_weight: b
     assert theirs.kept.shares is not None
     assert ours.kept.shares is not None
     torch.testing.assert_close(ours.kept.shares, theirs.kept.shares, rtol=1e-2, atol=1e-6)
-    selection = sparsity.Selection(torch.full_like(theirs.others, 0.02), *(torch.zeros_like(theirs.others),) * 2)
+    threshold = torch.full_like(theirs.others, 0.02)
+    threshold[3::9] = -torch.inf  # full rows
+    selection = sparsity.Selection(threshold, *(torch.zeros_like(theirs.others),) * 2)
     dtarget = dlogps.to(theirs.others.dtype) * torch.sigmoid(theirs.others - theirs.target)
     dtarget[::5] = 0
     grads = Grads(dtarget, -dtarget)
     common = (hidden, hidden2, targets, head)
     shared = ours._replace(kept=theirs.kept)  # a share at the threshold must not fall on different sides of it
-    a = impl.backward(grads, *common, shared, needs, selection, exact_weight, 24_000)
+    a = impl.backward(grads, *common, shared, needs, selection, exact_weight, workspace)
     b = torch_impl.backward(grads, *common, theirs, needs, selection, exact_weight)
     dense = torch_impl.backward(grads, *common, theirs._replace(kept=theirs.kept._replace(shares=None)), needs)
     density = (theirs.kept.shares > 0.02).float().mean()
@@ -86,8 +96,21 @@ def test_every_dtype(exact_weight: bool, dtype: torch.dtype, device: torch.devic
     check(dtype, Transform.of(0.7, 8.0, 0.6), Needs(True, True, True, True, True), exact_weight, device)
 
 
-def check(dtype: torch.dtype, transform: Transform, needs: Needs, exact_weight: bool, device: torch.device) -> None:
-    ours, theirs, dense = both(dtype, transform, needs, exact_weight, device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_all_rows_in_one_block(dtype: torch.dtype, device: torch.device) -> None:
+    """Then the kernel of dweight finishes it."""
+    check(dtype, Transform(), Needs(True, True, True, True, True), False, device, 400_000)
+
+
+def check(
+    dtype: torch.dtype,
+    transform: Transform,
+    needs: Needs,
+    exact_weight: bool,
+    device: torch.device,
+    workspace: int = 24_000,
+) -> None:
+    ours, theirs, dense = both(dtype, transform, needs, exact_weight, device, workspace)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
     for name, needed, a, b, c in zip(Needs._fields, needs, ours, theirs, dense, strict=True):
         assert (a is not None) == needed

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fastdpo.kernels import sparse_dhidden
 from tests.helpers.sass import count_loops
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,14 +53,26 @@ VARIANTS = {
     ],
     "sparse-dlogits": ["", "ragged bias low-rank", "bias softcap low-rank", "odd bias softcap low-rank"],
     "sparse-dhidden": ["", "ragged", "odd"],
-    "sparse-dweight": ["", "ragged bias", "odd bias"],
+    "sparse-dhidden-full": ["", "ragged", "odd"],
+    "sparse-dweight": ["", "ragged bias", "bias before boost", "odd bias before boost"],
+    "select-cells": [""],
     "row-lists": [""],
+    "skipped-mass": ["", "odd"],
+    "cell-means": ["", "odd"],
     "fold-logits": ["masses", "odd softcap stats masses"],
     "dlogits-rows": ["", "odd softcap entropy"],
     "kept-dlogits": ["kept"],
 }
-SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dweight")
+SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "sparse-dweight")
+MODULES = {"sparse-dhidden-full": "sparse_dhidden", "skipped-mass": "row_lists", "cell-means": "row_lists"}
+WIDE = ("backward", "sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "skipped-mass", "kept-dlogits")
 MATMULS = ("forward", "forward-tma", "backward", *SPARSE)
+GLUE = {
+    "select-cells": {"BLOCK": 1024, "STEPS": 5},
+    "row-lists": {"BLOCK_N": 256},
+    "skipped-mass": {"BLOCK_J": 1024},
+    "cell-means": {"BLOCK_D": 256},
+}
 POINTERS = [k for k in VARIANTS if k != "forward-tma"]
 
 
@@ -84,6 +97,7 @@ class Compiled(NamedTuple):
     stores: list[str]
     loops: list[int]
     """`tests.helpers.sass.Loops` of a matmul by wgmma; empty for other kernels."""
+    at_once: int
 
 
 JOBS = [Job(k, arch, "bf16", v) for k in POINTERS for arch, v in product((80, 90, 100), VARIANTS[k])]
@@ -129,16 +143,21 @@ def compile_kernel(job: Job) -> Compiled:
         module = kept_probs
         kernel = kept_probs._kept_dlogits_kernel
     else:
-        module = importlib.import_module(f"fastdpo.kernels.{job.kernel.replace('-', '_')}")
+        name = job.kernel.replace("-", "_")
+        module = importlib.import_module(f"fastdpo.kernels.{MODULES.get(job.kernel, name)}")
         kernel = getattr(module, f"_{job.kernel.replace('-', '_')}_kernel")
     if job.kernel == "sparse-dlogits":
         configs, fallback = module.default_configs(vectors, "softcap" in has)
+    elif job.kernel == "sparse-dhidden-full":
+        configs, fallback = module.full_configs(vectors and "ragged" not in has)
+    elif job.kernel == "sparse-dweight":
+        configs, fallback = module.default_configs(vectors, bool(has & {"ragged", "bias"}))
     elif job.kernel in SPARSE:
         configs, fallback = module.default_configs(vectors)
     if job.kernel in MATMULS:
         launch = configs.get((divmod(job.arch, 10), itemsize), fallback[itemsize])._asdict()
-    elif job.kernel == "row-lists":
-        launch = {"BLOCK_N": module.BLOCK_N, "num_warps": 4}
+    elif job.kernel in GLUE:
+        launch = GLUE[job.kernel] | {"num_warps": 4}
     else:
         launch = {"BLOCK": module.BLOCK, "T": torch_impl.CELL, "num_warps": 8}
 
@@ -146,7 +165,6 @@ def compile_kernel(job: Job) -> Compiled:
         "HAS_SOFTCAP": "softcap" in has,
         "IS_NEGATIVE": False,
         "HAS_STATS": "stats" in has,
-        "ACCUMULATE": True,
         "ACC": getattr(tl, acc.replace("fp", "float")),
         "UPCAST": False,
         "TILE": forward.TILE,
@@ -155,7 +173,9 @@ def compile_kernel(job: Job) -> Compiled:
         "stride_wd": 1,
     } | launch
     optional = {
-        "bias": ["bias", "dbias"],
+        "bias": ["bias", "dbias", "bias_spread"],
+        "before": ["before", "bias_before"],
+        "boost": ["boost"],
         "masses": ["masses"],
         "kept": ["probs", "factors"],
         "low-rank": ["hidden2", "weight2"],
@@ -164,11 +184,16 @@ def compile_kernel(job: Job) -> Compiled:
     }
     missing = [name for option, names in optional.items() if option not in has for name in names]
     constants |= {f"{name}_{kind}": None for name in missing for kind in ("ptr", "desc")}
-    inputs = ("dlogits_ptr", "e_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "hidden2_ptr", "weight2_ptr")
-    types = dict.fromkeys(inputs, f"*{job.dtype}") | {"targets_ptr": "*i64", "masses_ptr": "*fp32"}
+    inputs = ("dlogits", "e", "hidden", "weight", "bias", "hidden2", "weight2")
+    inputs += ("shares", "skipped", "means", "dweight", "dbias")
+    types = dict.fromkeys((f"{name}_ptr" for name in inputs), f"*{job.dtype}") | {
+        "targets_ptr": "*i64",
+        "masses_ptr": "*fp32",
+    }
     types |= {"probs_ptr": "*i16" if itemsize == 2 else f"*{job.dtype}"}
-    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32") | {"active_ptr": "*u8"}
-    types |= dict.fromkeys(("scale", "cap", "c", "beta"), "fp64")
+    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "cap", "c", "beta", "factor"), "fp64")
+    types |= dict.fromkeys(("row", "cell", "full"), "fp32")
     if job.kernel == "forward-tma":
         for name, rows in (("hidden_desc", "BLOCK_N"), ("weight_desc", "BLOCK_V")):
             types[name] = f"tensordesc<{job.dtype}[{launch[rows]}, {launch['BLOCK_D']}]>"
@@ -180,7 +205,7 @@ def compile_kernel(job: Job) -> Compiled:
         else:
             signature[name] = types.get(name, f"*{acc}" if name.endswith("_ptr") else "i32")
             multiple = name == "R" or (vectors and (name in ("D", "first") or name.startswith("stride")))
-            multiple |= name in ("V", "C") and not has & {"odd", "ragged"}
+            multiple |= name in ("V", "C", "columns") and not has & {"odd", "ragged"}
             if name.endswith("_ptr") or (multiple and not kernel.params[i].do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]
 
@@ -209,6 +234,7 @@ def compile_kernel(job: Job) -> Compiled:
         [name for name, text in instructions.items() if text in assembly],
         sum(bool(re.search(rf"\.loc\s+1 {line} .*\n\s*{barrier}", assembly)) for line in barriers),
         sorted(set(re.findall(r"\bst\.global\S*", assembly))), loops,
+        at_once(int(registers[0]), compiled.metadata.shared, launch["num_warps"], job.arch),
     )  # fmt: skip
 
 
@@ -216,6 +242,15 @@ def compile_kernel(job: Job) -> Compiled:
 OLDEST_JOBS = [Job(k, 90, "bf16", VARIANTS[k][-1]) for k in VARIANTS if k != "forward"]
 OLDEST_JOBS += [Job("forward-tma", 90, "bf16", "masses"), Job("forward", 80, "bf16", "bias masses kept low-rank")]
 OLDEST_JOBS += [Job("backward", 90, "bf16", "")]
+
+
+def at_once(registers: int, shared_bytes: int, warps: int, arch: int) -> int:
+    """Count the programs that a multiprocessor has room for: CUDA C++ Programming Guide, table 24.
+
+    It has 65,536 registers, given to a warp by 256, and its shared memory; a program takes 1 KiB more than it asks for.
+    """
+    by_registers = 65536 // (-(-32 * registers // 256) * 256 * warps)
+    return min(by_registers, (SHARED_KIB[arch] + 1) * 1024 // (shared_bytes + 1024), 64 // warps)
 
 
 def compile_all(which: str = "--newest", packages: Path | None = None) -> Any:
@@ -296,10 +331,13 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
     if job.dtype == "bf16" and job.kernel in MATMULS:
         assert TENSOR_CORE[job.arch] in compiled.instructions
     assert compiled.barriers == (job.kernel == "sparse-dhidden")
-    if job.arch != AMD and not {"odd", "ragged"} & {*job.variant.split()}:
+    aligned = not {"odd", "ragged"} & {*job.variant.split()}
+    if job.arch != AMD and aligned and job.kernel in (*MATMULS, "kept-dlogits"):
         assert not [store for store in compiled.stores if store.endswith(("16", "u8", "b8"))], "2 bytes at a time"
-        if job.kernel in ("backward", "sparse-dlogits", "kept-dlogits") and job.dtype == "bf16":
-            assert compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
+    if job.kernel == "sparse-dhidden" and not job.variant and job.arch in (80, 90, 100) and job.dtype == "bf16":
+        assert compiled.at_once == sparse_dhidden.PROGRAMS[divmod(job.arch, 10)]
+    if job.arch != AMD and aligned and job.kernel in WIDE and job.dtype == "bf16":
+        assert compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
     assert ("cp.async.bulk.tensor" in compiled.instructions) == (job.kernel == "forward-tma")
 
 

@@ -107,6 +107,7 @@ def launch(
     from fastdpo.head.impl import blas, sparsity
     from fastdpo.head.impl import triton as impl
     from fastdpo.head.impl.interface import Grads, Keep, LinearHead, Needs, Transform
+    from fastdpo.kernels import select_cells
 
     def make(*shape: int) -> Any:
         return torch.randn(*shape).to(getattr(torch, dtype))
@@ -122,7 +123,8 @@ def launch(
     impl.backward(grads, *inputs, result, every)
     blas.backward(grads, *inputs, blas.forward(*inputs, stats, Keep(probs=True)), every)
     if not entropy:
-        selection = sparsity.select(shares, grads.others)
+        selection = sparsity.Selection(*select_cells.select_cells(shares, grads.others, 0.005, 2.0**-12, 0.2))
+        select_cells.mean_density(selection.active)
         impl.backward(grads, *inputs, result, every, selection, True)
         impl.backward(grads, *inputs, result, every, selection, False)
         impl.backward(grads, *inputs, result, Needs(hidden=True), selection)

@@ -23,12 +23,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdpo.head.impl.interface import Transform
-from fastdpo.kernels import dlogits_rows, fold_logits, linear_logprobs_forward, row_lists
+from fastdpo.kernels import dlogits_rows, fold_logits, linear_logprobs_forward, row_lists, select_cells
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.logits_tile import Config
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
 from fastdpo.kernels.sparse_dlogits import sparse_dlogits
-from fastdpo.kernels.sparse_dweight import sparse_dweight
+from fastdpo.kernels.sparse_dweight import Sum, sparse_dweight
 
 ROOT = Path(__file__).parent.parent.parent
 N, V, D, R = 37, 69, 21, 3  # several tiles of each, the last one smaller, and an odd number of cells
@@ -45,7 +45,9 @@ def small_blocks(set_attribute: Callable[[Any, str, Any], None]) -> None:
         (linear_logprobs_forward, "TILE", TILE),
         (linear_logprobs_forward, "processors", lambda _: 5),  # programs of the kernel with one per multiprocessor
         (linear_logprobs_forward, "GROUP_N", 2),
+        (row_lists, "TILE", TILE),
         (row_lists, "BLOCK_N", 16),
+        (row_lists, "BLOCK_D", 16),
         (fold_logits, "BLOCK", 2 * TILE),
         (dlogits_rows, "BLOCK", 16),
     ):
@@ -59,15 +61,36 @@ def tensors() -> tuple[Tensor, ...]:
     return hidden, weight, targets, bias, torch.randn(N, R), torch.randn(V, R), *torch.randn(4, N)
 
 
-def lists() -> tuple[Tensor, Tensor]:
-    active = torch.rand(N, -(-V // TILE), generator=torch.Generator().manual_seed(0)) < 0.5
-    active[:, 1], active[:, 3] = False, True
-    return row_lists.row_lists(active)
+def choice() -> tuple[Tensor, ...]:
+    """Shares, thresholds of which some are -inf, targets and two gradients."""
+    _, _, targets, *_, dtarget, dothers = tensors()
+    shares, threshold = torch.rand(N, -(-V // TILE)), torch.full((N,), 0.5)
+    shares[:, 1], shares[:, 3] = 0, 1
+    threshold[::6] = -torch.inf
+    return shares, threshold, targets, dtarget, dothers
+
+
+def lists() -> row_lists.Lists:
+    return row_lists.row_lists(*choice())
 
 
 def run_row_lists() -> tuple[Tensor, ...]:
-    rows, counts = lists()
-    return *(row[:count] for row, count in zip(rows, counts, strict=True)), counts
+    rows, counts, bounds = lists()
+    return *(row[:count] for row, count in zip(rows, counts, strict=True)), counts, bounds
+
+
+def run_select_cells() -> tuple[Tensor, ...]:
+    shares, _, _, weight, _ = choice()
+    selected = select_cells.select_cells(shares, weight, 0.5, 0.1, 0.6)
+    return *selected, select_cells.mean_density(selected[2])
+
+
+def run_skipped_mass() -> tuple[Tensor, ...]:
+    return (row_lists.skipped_mass(*choice(), 2.0, torch.float32),)
+
+
+def run_cell_means() -> tuple[Tensor, ...]:
+    return (row_lists.cell_means(tensors()[1]),)
 
 
 def run_forward(use_tma: bool) -> tuple[Tensor, ...]:
@@ -99,7 +122,7 @@ def run_sparse_dlogits() -> tuple[Tensor, ...]:
     hidden, weight, targets, bias, hidden2, weight2, others, dtarget, dothers, _ = tensors()
     dlogits = torch.zeros(N, V)
     sparse_dlogits(
-        dlogits, *lists(), hidden, weight, targets, bias, others, dtarget, dothers, *TRANSFORM,
+        dlogits, *lists()[:2], hidden, weight, targets, bias, others, dtarget, dothers, *TRANSFORM,
         low_rank=(hidden2, weight2), config=CONFIG,
     )  # fmt: skip
     return (dlogits,)
@@ -108,14 +131,15 @@ def run_sparse_dlogits() -> tuple[Tensor, ...]:
 def run_sparse_dhidden() -> tuple[Tensor, ...]:
     _, weight, *_ = tensors()
     dhidden = torch.ones(N, D)
-    sparse_dhidden(dhidden, torch.randn(N, V), *lists(), weight, CONFIG, ranges=3)
+    sparse_dhidden(dhidden, torch.randn(N, V), lists(), weight, CONFIG, CONFIG, ranges=3)
     return (dhidden,)
 
 
 def run_sparse_dweight() -> tuple[Tensor, ...]:
     hidden, *_ = tensors()
-    dweight, dbias = torch.ones(V, D), torch.ones(V)
-    sparse_dweight(dweight, torch.randn(N, V), *lists(), hidden, True, CONFIG, dbias)
+    dweight, dbias, spread = torch.ones(V, D), torch.ones(V), torch.ones(-(-V // TILE), D)
+    sums = Sum(dweight, torch.ones(V, D), spread), Sum(dbias, torch.ones(V), spread[:, 0].contiguous())
+    sparse_dweight(sums[0], torch.randn(N, V), *lists()[:2], hidden, CONFIG, dbias=sums[1], boost=torch.tensor(2.0))
     return dweight, dbias
 
 
@@ -161,6 +185,9 @@ def run_ordered() -> tuple[Tensor, ...]:
 
 KERNELS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "row_lists": run_row_lists,
+    "select_cells": run_select_cells,
+    "skipped_mass": run_skipped_mass,
+    "cell_means": run_cell_means,
     "forward": lambda: run_forward(False),
     "forward_tma": lambda: run_forward(True),
     "backward": run_backward,

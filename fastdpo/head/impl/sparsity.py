@@ -18,6 +18,7 @@ their gradients. For all rows together it follows that
 Shapes: N rows, V vocabulary, T columns of a tile, J = ceil(V / T) tiles.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,63 @@ docs/sparse_backward.md has the errors and densities."""
 STEPS = 5
 """Thresholds are MAX_CELL_MASS / sqrt(2)^k for k < 2^STEPS, found by bisection."""
 DENSE = 0.4
-"""Density from which computing all cells with large matmuls is cheaper."""
+"""Density from which computing all cells with large matmuls is cheaper on a CPU."""
+
+
+class Chip(NamedTuple):
+    """Times of the sparse kernels on a chip, each relative to the vendor's matmul of the same cells."""
+
+    dlogits: float
+    full: float  # dhidden of full rows
+    cells: float  # dhidden of other rows
+    dweight: float
+
+
+CHIPS = {
+    (8, 0): Chip(dlogits=1.3, full=1.2, cells=4.8, dweight=1.4),
+    (9, 0): Chip(dlogits=1.4, full=1.3, cells=6.5, dweight=1.5),
+    (10, 0): Chip(dlogits=2.6, full=2.4, cells=12.0, dweight=2.6),
+}
+"""Computed, not measured: from the tiles of the kernels' default configurations and the chips' published rates, with
+1 / 0.88 of its peak for the vendor's matmul. A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192
+operations on bfloat16 in a cycle, and gets about 47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory.
+
+- dlogits and full rows load (1 / BLOCK_N + 1 / columns) * 2 bytes of L2 for 2 operations, and a tenth is lost where
+  lists end within a block; their prologues and epilogues take 6 % (D = 4096).
+- dweight does the same, and a tile of it takes 3,700 cycles beside its steps, a third of them at a density of 0.05.
+- A cell of another row takes 8 D bytes to update dhidden, 4 D to load dlogits once for each slice of 64 columns of
+  dhidden, and 256 D / r for weight, which r rows of a range share: r is 30 to 50 at N = 8192."""
+GLUE = 0.05
+"""Time of choosing cells, lists and means of cells, relative to one matmul of all cells."""
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Return the times for a GPU; those of the nearest older chip if it has no entry, or of the oldest."""
+    capability = torch.cuda.get_device_capability(device)
+    return CHIPS[max((c for c in CHIPS if c <= capability), default=min(CHIPS))]
+
+
+def full_row(chip: Chip) -> float:
+    """Return the share of active cells from which a row should compute all: dlogits and dhidden take as long then."""
+    return (chip.dlogits + chip.full) / (chip.dlogits + chip.cells)
+
+
+def relative_time(chip: Chip, density: float, full: float, trained: bool, exact_weight: bool) -> float:
+    """Return the time of a sparse backward divided by that of the dense one it replaces.
+
+    Args:
+        chip: times of the kernels.
+        density: share of the cells that are computed.
+        full: share of the rows that compute all of their cells.
+        trained: whether the head is; the dense backward of a frozen one is a matmul in the forward.
+        exact_weight: whether the weight's gradient is dense anyway, so that only dhidden's matmul differs.
+    """
+    dhidden = chip.full * full + chip.cells * (density - full) + GLUE
+    if trained and exact_weight:
+        return dhidden
+    if not trained:
+        return dhidden + chip.dlogits * density
+    return (dhidden + (chip.dlogits + chip.dweight) * density) / 2  # the dense one may have kept its probabilities
 
 
 class Selection(NamedTuple):
@@ -43,28 +100,43 @@ class Selection(NamedTuple):
     active: Tensor  # share of the row's cells that is computed
 
 
-def select(shares: Tensor, weight: Tensor, row: float = MAX_ROW_MASS, cell: float = MAX_CELL_MASS) -> Selection:
+def select(
+    shares: Tensor,
+    weight: Tensor,
+    row: float = MAX_ROW_MASS,
+    cell: float = MAX_CELL_MASS,
+    full: float | None = None,
+) -> Selection:
     """Choose for each row the largest threshold that skips at most `row` of mass in total and `cell` in one cell.
+
+    On a GPU, kernels do it.
 
     Args:
         shares: `[N, J]`: a cell's mass is its share times `weight`.
         weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
         row: largest mass that a row skips, in units of the root mean square of `weight`.
         cell: largest mass of a skipped cell, in the same units.
+        full: share of active cells above which a row computes all of them. None chooses it by device; on a CPU there
+            is no such rule.
     """
+    if shares.is_cuda and not torch.compiler.is_compiling():
+        from fastdpo.kernels.select_cells import select_cells  # imported late: Triton may be missing
+
+        full = full_row(chip_of(shares.device)) if full is None else full
+        return Selection(*select_cells(shares, weight, row, cell, full))
     weight = weight.abs().float()
     finite = weight.nan_to_num(0.0, 0.0).double()
     scale = (finite.square().sum() / finite.count_nonzero().clamp(min=1)).sqrt().float()
     blocks = zip(shares.split(1024), weight.split(1024), strict=True)
-    rows = [_select(*block, row * scale, cell * scale) for block in blocks]
+    rows = [_select(*block, row * scale, cell * scale, math.inf if full is None else full) for block in blocks]
     return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
 
 
-def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Selection:
+def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor, full: float) -> Selection:
     mass = shares.float() * weight.unsqueeze(1)
 
     def limit(k: Tensor) -> Tensor:
-        return cell * torch.exp2(-k / 2)
+        return cell * (torch.exp2(-k.div(2, rounding_mode="floor")) * torch.where(k % 2 == 1, math.sqrt(0.5), 1.0))
 
     def skipped(k: Tensor) -> Tensor:
         return torch.where(mass <= limit(k).unsqueeze(1), mass, 0.0).sum(1)
@@ -73,7 +145,11 @@ def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> Select
     for step in reversed(range(STEPS)):
         k = torch.where(skipped(k - 2**step) <= row, k - 2**step, k)
     threshold = limit(k) / weight
-    return Selection(threshold, skipped(k), (shares > threshold.unsqueeze(1)).float().mean(1))
+    active = (shares > threshold.unsqueeze(1)).float().mean(1)
+    is_full = active > full
+    return Selection(
+        threshold.masked_fill(is_full, -math.inf), skipped(k).masked_fill(is_full, 0), active.masked_fill(is_full, 1)
+    )
 
 
 def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
@@ -136,7 +212,16 @@ Key = tuple[torch.device, torch.dtype, tuple[int, ...]]
 RETRY = 64
 """Calls after which a head that was too dense is tried again."""
 
-_densities: dict[Key, list[Any]] = {}
+
+class Noted(NamedTuple):
+    """What is known of a backward."""
+
+    density: Tensor  # mean share of the cells that it computed
+    full: Tensor  # share of the rows that computed all of their cells
+    ready: Any  # event after which the tensors can be read; None if they can
+
+
+_densities: dict[Key, list[Noted]] = {}
 _calls: dict[Key, int] = {}
 
 
@@ -149,36 +234,42 @@ def remember(key: Key, selection: Selection) -> None:
     """Note the density of a head, for `expect_dense`; not while a CUDA graph is captured, which would repeat it."""
     if is_captured(selection.active):
         return
-    density = selection.active.mean()
-    if density.is_cuda:
-        host = torch.empty((), pin_memory=True)
-        host.copy_(density, non_blocking=True)
-        with torch.cuda.device_of(density):  # an event is recorded on a stream of the current device
-            ready = torch.cuda.Event()
-            ready.record()
-        _note(key, host, ready)
-    else:
-        _densities[key] = [(density, None), (density, None)]
+    if not selection.active.is_cuda:
+        density = selection.active.mean()
+        _densities[key] = [Noted(density, (selection.active == 1).float().mean(), None)] * 2
+        return
+    from fastdpo.kernels.select_cells import mean_density  # imported late: Triton may be missing
+
+    densities = mean_density(selection.active)
+    host = torch.empty(2, pin_memory=True)
+    host.copy_(densities, non_blocking=True)
+    with torch.cuda.device_of(densities):  # an event is recorded on a stream of the current device
+        ready = torch.cuda.Event()
+        ready.record()
+    _note(key, Noted(host[0], host[1], ready))
 
 
-def _note(key: Key, density: Tensor, ready: Any) -> None:
+def _note(key: Key, noted: Noted) -> None:
     """Keep only the last two densities, because compiled code notes them without ever reading them."""
-    _densities[key] = [*_densities.get(key, [])[-1:], (density, ready)]
+    _densities[key] = [*_densities.get(key, [])[-1:], noted]
 
 
-def expect_dense(key: Key) -> bool:
+def expect_dense(key: Key, trained: bool = False, exact_weight: bool = True) -> bool:
     """Whether this head is expected to be too dense; every RETRY calls the answer is False, to try it again.
 
     The last but one backward decides. A device has long finished it, so its density is there without waiting, and is
-    the same in every run.
+    the same in every run. On a GPU, `relative_time` decides by the model of its chip.
     """
     history = _densities.get(key, [])
     if len(history) < 2:
         return False
-    density, ready = history[-2]
+    density, full, ready = history[-2]
     if ready is not None:
         ready.synchronize()
-    if float(density) <= DENSE:
+        sparse = relative_time(chip_of(key[0]), float(density), float(full), trained, exact_weight) <= 1
+    else:
+        sparse = float(density) <= DENSE
+    if sparse:
         return False
     _calls[key] = _calls.get(key, 0) + 1
     return _calls[key] % RETRY != 0

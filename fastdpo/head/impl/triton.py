@@ -9,10 +9,11 @@ The forward is one kernel. The backward goes over chunks of the vocabulary, and 
 So the rows of dweight are finished one chunk at a time and no float32 buffer of V x D elements exists. (Float64 inputs
 accumulate in float64.) A dense backward recomputes dlogits in full and uses the vendor's matmuls; each of the three
 steps costs 1 unit of 2 N D V FLOPs. In a sparse backward, kernels work through a list of the active rows of each tile
-of the vocabulary, so that the cost is in proportion to the active cells: for all three steps, or for dhidden alone if
-dweight must be exact. There are no atomics and no synchronisation with the host; the same inputs give the same bits.
-A trained head keeps as many probabilities as fit into the workspace (`kernels.kept_probs`), and spares as large a share
-of the step that recomputes dlogits. `expected` of `Keep` is not kept here; `fastdpo.head.impl.blas` keeps it.
+of the vocabulary, so that the cost is in proportion to the active cells: for all three steps
+(`fastdpo.head.impl.cells`), or for dhidden alone if dweight must be exact. There are no atomics and no synchronisation
+with the host; the same inputs give the same bits. A trained head keeps as many probabilities as fit into the workspace
+(`kernels.kept_probs`), and spares as large a share of the step that recomputes dlogits. `expected` of `Keep` is not
+kept here; `fastdpo.head.impl.blas` keeps it.
 
 Names and shapes are those of `fastdpo.head.impl.interface`.
 """
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.head.impl import sparsity
+from fastdpo.head.impl.cells import Cells, pairs_of, skipped_gradients, sparse_backward, whole_tiles
 from fastdpo.head.impl.interface import (
     NOTHING,
     WORKSPACE_BYTES,
@@ -39,14 +40,12 @@ from fastdpo.head.impl.interface import (
     without_others,
 )
 from fastdpo.head.impl.sparsity import Selection
-from fastdpo.head.impl.tiles import Rows, addmm, ieee_matmul, slices
+from fastdpo.head.impl.tiles import addmm, ieee_matmul, slices
 from fastdpo.kernels.kept_probs import WHOLE, kept_dlogits
 from fastdpo.kernels.linear_logprobs_backward import linear_logprobs_backward
 from fastdpo.kernels.linear_logprobs_forward import ForwardOutput, linear_logprobs_forward
-from fastdpo.kernels.row_lists import TILE, row_lists
+from fastdpo.kernels.row_lists import TILE, Lists
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
-from fastdpo.kernels.sparse_dlogits import sparse_dlogits
-from fastdpo.kernels.sparse_dweight import sparse_dweight
 
 LEAST_KEPT = 16
 """Probabilities are kept if at least one in so many fits; below that, the forward's time for it is not won back."""
@@ -128,65 +127,67 @@ def backward(
         grads = Grads(grads.target * boost, grads.others * boost, entropy_grad)
     workspace = min(workspace, WORKSPACE_BYTES)  # more is for what is kept: these blocks fill any chip
     needs_weights = needs.weight or needs.bias or needs.weight2
-    sparse = selection is not None and not (exact_weight and needs_weights)
+    if selection is not None and not (exact_weight and needs_weights):
+        with ieee_matmul():
+            dhidden, dweight, dbias = sparse_backward(
+                grads, hidden, hidden2, targets, head, others, result, needs, selection, boost, workspace
+            )
+        dhidden = [None if x is None else _unboost(x, boost).to(hidden.dtype) for x in dhidden]
+        second = (dhidden[1], dweight[1]) if len(dhidden) == 2 else (None, None)
+        return dhidden[0], dweight[0], dbias, *second
 
     width = hidden.shape[1] + (0 if hidden2 is None else hidden2.shape[1])
-    rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, workspace)
+    cells = None if selection is None else Cells(targets, grads, result, selection, workspace)
+    left = workspace if cells is None else workspace - cells.list_bytes
+    rows, columns = _block_shape(N, V, width, hidden.element_size(), acc.itemsize, left)
     buffer = hidden.new_empty(rows, _aligned(columns))
-    factors = [_Factor.of(hidden, head.weight, needs.hidden, needs.weight, sparse and needs.bias, columns, acc)]
-    if hidden2 is not None and head.weight2 is not None:
-        factors.append(_Factor.of(hidden2, head.weight2, needs.hidden2, needs.weight2, False, columns, acc))
-    dbias = head.weight.new_empty(V) if needs.bias else None
-    bias_sum = hidden.new_zeros(columns, dtype=acc) if needs.bias else None
-
+    pairs = pairs_of(hidden, hidden2, head)
+    of_hidden, of_weight = [needs.hidden, needs.hidden2][: len(pairs)], [needs.weight, needs.weight2][: len(pairs)]
     with ieee_matmul():
-        spread = None
-        if selection is not None:
-            spread = _spread_skipped(factors, hidden, hidden2, targets, head, grads, result, selection, sparse)
-        kept = None if sparse or grads.entropy is not None else _kept_at(result.kept, slice(None))
+        if cells is None:
+            initial = [
+                hidden.new_zeros(h.shape, dtype=acc) if n else None for (h, _), n in zip(pairs, of_hidden, strict=True)
+            ]
+        else:
+            initial = skipped_gradients(cells, pairs, of_hidden, head.transform.slope, left).dhidden
+        factors = [
+            _Factor.of(h, w, dhidden, trained, columns, acc)
+            for (h, w), dhidden, trained in zip(pairs, initial, of_weight, strict=True)
+        ]
+        dbias = head.weight.new_empty(V) if needs.bias else None
+        bias_sum = hidden.new_zeros(columns, dtype=acc) if needs.bias else None
+        kept = None if grads.entropy is not None else _kept_at(result.kept, slice(None))
         first = V if kept is None else -(-V // WHOLE) * WHOLE - kept[0].shape[1]
         for vs in (*slices(first, columns), *slices(V, columns, first)) if 0 < first < V else slices(V, columns):
             for rs in slices(N, rows):
                 dlogits = buffer[: rs.stop - rs.start, : vs.stop - vs.start]
-                lists = None
-                if selection is not None:
-                    lists = row_lists(_active(targets, grads, result, selection, rs, vs))
-                arguments = (
-                    hidden[rs], head.weight[vs], targets[rs] - vs.start, None if head.bias is None else head.bias[vs],
-                    others[rs], grads.target[rs], grads.others[rs], *head.transform,
-                )  # fmt: skip
-                low_rank = _low_rank(hidden2, head, rs, vs)
                 if kept is not None and vs.start >= first:
                     here = slice(vs.start - first, None), slice((vs.start - first) // TILE, None)
                     kept_dlogits(
                         dlogits, kept[0][rs, here[0]], kept[1][rs, here[1]], targets[rs] - vs.start,
                         grads.target[rs], grads.others[rs], head.transform.scale,
                     )  # fmt: skip
-                elif sparse and lists is not None:
-                    sparse_dlogits(dlogits, lists[0], lists[1], *arguments, low_rank=low_rank)
                 else:
                     entropy = None
                     if grads.entropy is not None and result.stats is not None:
                         entropy = grads.entropy[rs], result.stats.entropy[rs]
-                    linear_logprobs_backward(dlogits, *arguments, low_rank=low_rank, entropy=entropy)
+                    linear_logprobs_backward(
+                        dlogits, hidden[rs], head.weight[vs], targets[rs] - vs.start,
+                        None if head.bias is None else head.bias[vs], others[rs], grads.target[rs], grads.others[rs],
+                        *head.transform, low_rank=_low_rank(hidden2, head, rs, vs), entropy=entropy,
+                    )  # fmt: skip
+                lists = None if cells is None else cells.lists(rs, vs)
                 for factor in factors:
-                    factor.accumulate(dlogits, lists, rs, vs, sparse, bias_sum if factor is factors[0] else None)
-                if bias_sum is not None and not sparse:
+                    factor.accumulate(dlogits, lists, rs, vs)
+                if bias_sum is not None:
                     total = bias_sum[: vs.stop - vs.start]
                     total.mul_(float(rs.start > 0)).add_(dlogits.sum(0, dtype=acc))
 
-            sums = [factor.dweight_sum for factor in factors] + [None if bias_sum is None else bias_sum[:, None]]
-            results = [factor.dweight for factor in factors] + [None if dbias is None else dbias[:, None]]
-            column = 0
-            sizes = [*(factor.weight.shape[1] for factor in factors), 1]
-            for accumulated, out, size in zip(sums, results, sizes, strict=True):
+            sums = [factor.dweight_sum for factor in factors] + [bias_sum]
+            results = [factor.dweight for factor in factors] + [dbias]
+            for accumulated, out in zip(sums, results, strict=True):
                 if accumulated is not None and out is not None:
-                    total = accumulated[: vs.stop - vs.start]
-                    if sparse and spread is not None:
-                        cells = spread[vs.start // TILE : -(-vs.stop // TILE), column : column + size]
-                        total += cells.repeat_interleave(TILE, 0)[: len(total)]
-                    out[vs] = _unboost(total, boost)
-                column += size
+                    out[vs] = _unboost(accumulated[: vs.stop - vs.start], boost)
     dhidden = [None if f.dhidden is None else _unboost(f.dhidden, boost).to(hidden.dtype) for f in factors]
     second = (dhidden[1], factors[1].dweight) if len(factors) == 2 else (None, None)
     return dhidden[0], factors[0].dweight, dbias, *second
@@ -203,78 +204,28 @@ class _Factor(NamedTuple):
 
     @staticmethod
     def of(
-        hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool, columns: int, acc: Any
+        hidden: Tensor, weight: Tensor, dhidden: Tensor | None, needs_weight: bool, columns: int, acc: Any
     ) -> "_Factor":
         return _Factor(
             hidden,
             weight,
-            hidden.new_zeros(hidden.shape, dtype=acc) if needs_hidden else None,
+            dhidden,
             torch.empty_like(weight) if needs_weight else None,
-            weight.new_zeros(columns, weight.shape[1], dtype=acc) if needs_weight or needs_bias else None,
+            weight.new_zeros(columns, weight.shape[1], dtype=acc) if needs_weight else None,
         )
 
-    def accumulate(
-        self,
-        dlogits: Tensor,
-        lists: tuple[Tensor, Tensor] | None,
-        rs: slice,
-        vs: slice,
-        sparse: bool,
-        bias_sum: Tensor | None,
-    ) -> None:
+    def accumulate(self, dlogits: Tensor, lists: Lists | None, rs: slice, vs: slice) -> None:
         """Add the gradients from the block `dlogits [rs, vs]`; with `lists`, dhidden takes the active cells alone."""
         if self.dhidden is not None and lists is not None:
-            sparse_dhidden(self.dhidden[rs], dlogits, *lists, self.weight[vs])
+            sparse_dhidden(self.dhidden[rs], dlogits, lists, self.weight[vs])
         elif self.dhidden is not None:
             addmm(self.dhidden[rs], dlogits, self.weight[vs])
-        if self.dweight_sum is None:
-            return
-        total = self.dweight_sum[: vs.stop - vs.start]
-        if sparse and lists is not None:
-            sparse_dweight(total, dlogits, *lists, self.hidden[rs], rs.start > 0, dbias=bias_sum)
-        else:
-            addmm(total, dlogits.T, self.hidden[rs], beta=float(rs.start > 0))
+        if self.dweight_sum is not None:
+            addmm(self.dweight_sum[: vs.stop - vs.start], dlogits.T, self.hidden[rs], beta=float(rs.start > 0))
 
 
 def _kept_at(kept: Kept, rs: slice) -> tuple[Tensor, Tensor] | None:
     return None if kept.probs is None or kept.factors is None else (kept.probs[rs], kept.factors[rs])
-
-
-def _active(targets: Tensor, grads: Grads, result: Forward, selection: Selection, rs: slice, vs: slice) -> Tensor:
-    """Return the mask of the active cells in a block of rows and a chunk of the vocabulary."""
-    assert result.kept.shares is not None
-    shares = result.kept.shares[rs, vs.start // TILE : -(-vs.stop // TILE)]
-    upstream = (grads.target[rs] != 0) | (grads.others[rs] != 0)
-    return sparsity.active_cells(shares, selection.threshold[rs], targets[rs] // TILE - vs.start // TILE, upstream)
-
-
-def _spread_skipped(
-    factors: list[_Factor],
-    hidden: Tensor,
-    hidden2: Tensor | None,
-    targets: Tensor,
-    head: LinearHead,
-    grads: Grads,
-    result: Forward,
-    selection: Selection,
-    sparse: bool,
-) -> Tensor:
-    """Add the gradients of the skipped cells, see `sparsity.spread_skipped`."""
-    scale = head.transform.slope
-    rows = Rows(targets, result.others, scale * grads.target, scale * grads.others, None, None)
-    widths = [factor.weight.shape[1] for factor in factors]
-    trained = slice(0, sum(widths) if sparse and any(f.dweight_sum is not None for f in factors) else 0)
-    dhidden = None
-    if any(factor.dhidden is not None for factor in factors):
-        dhidden = hidden.new_zeros(hidden.shape[0], sum(widths), dtype=result_dtype(hidden))
-    spread = sparsity.spread_skipped(
-        dhidden, hidden, hidden2, head, rows, result.kept.shares, selection, trained, TILE, hidden.dtype
-    )
-    if dhidden is not None:
-        for factor, part in zip(factors, dhidden.split(widths, 1), strict=True):
-            if factor.dhidden is not None:
-                factor.dhidden.add_(part)
-    return spread
 
 
 def _low_rank(hidden2: Tensor | None, head: LinearHead, rs: slice, vs: slice) -> tuple[Tensor, Tensor] | None:
@@ -290,7 +241,7 @@ def _block_shape(N: int, V: int, D: int, itemsize: int, acc_itemsize: int, works
     """
     half = workspace // 2
     columns = min(isqrt(half // itemsize), half // (acc_itemsize * max(D, 1)), -(-V // TILE) * TILE)
-    columns = max(columns // TILE * TILE, TILE)
+    columns = whole_tiles(columns)
     rows = min(_whole_tiles(half // (itemsize * _aligned(columns))), max(N, 1))
     return rows, columns
 
