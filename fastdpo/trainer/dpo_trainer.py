@@ -23,6 +23,7 @@ from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_co
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
+from fastdpo.data.grouping import grouped_stream
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
@@ -157,7 +158,11 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                 ref_model = prepare_reference(self.accelerator, ref_model)
             if data_collator is None:
                 self._layout = agreed_layout(self, self._layout, None if is_own_reference else ref_model)
-                self.data_collator = functools.partial(shared_prefix_batch, layout=self._layout)
+                self.data_collator = functools.partial(
+                    shared_prefix_batch,
+                    layout=self._layout,
+                    across_examples=args.prefix_sharing and args.disable_dropout,
+                )
             self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
@@ -187,6 +192,9 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             columns = set(rows.column_names or ())
             settings.check_columns(columns)
             prepare.check_reference_columns(columns, settings.kind, args.ld_alpha)
+            if args.group_by_prompt and isinstance(rows, IterableDataset):
+                count = args.train_batch_size if name == "train" else args.eval_batch_size
+                rows = grouped_stream(rows, args.group_by_prompt, count)
             return with_raw_columns(rows, raw)
 
         self._prepare_dataset = prepared
