@@ -25,6 +25,7 @@ STREAM_WINDOW = 1024
 """Rows of a stream that are read before they are put in order."""
 _LOOKAHEAD = 64
 """Number of groups among which one is looked for that fits into the rest of a batch."""
+_SIEVE = 1 << 22
 _FACTOR = 0x9E3779B97F4A7C15
 """Odd, so that no two positions of a token have the same factor."""
 
@@ -47,14 +48,17 @@ def make_groups(prompts: Sequence[Sequence[int] | Numbers], most: int) -> Groups
         most: most examples of a group.
     """
     hashes = _Hashes()
-    known = np.unique(np.concatenate([hashes.starts(ids)[-1:] for ids in prompts]))
+    own = np.concatenate([hashes.starts(ids)[-1:] for ids in prompts])
+    known = np.unique(own)
+    is_known = np.zeros(_SIEVE, bool)  # most starts are no prompt, which is seen here without a search
+    is_known[own % _SIEVE] = True
     families: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # (tokens, hash, position) by hash of the root
     for i, ids in enumerate(prompts):
-        starts = hashes.starts(ids)
-        own = int(starts[-1])
-        long = starts[trees.LEAST_SHARED - 1 :]  # a shorter start says nothing
-        found = np.flatnonzero(known[np.minimum(known.searchsorted(long), len(known) - 1)] == long)
-        families[int(long[found[0]]) if len(found) else own].append((len(ids), own, i))
+        starts = hashes.starts(ids)[trees.LEAST_SHARED - 1 :]  # a shorter start says nothing
+        starts = starts[is_known[starts % _SIEVE]]
+        found = np.flatnonzero(known[np.minimum(known.searchsorted(starts), len(known) - 1)] == starts)
+        root = starts[found[0]] if len(found) else own[i]
+        families[int(root)].append((len(ids), int(own[i]), i))
     groups = Groups([], [])
     for number, members in enumerate(families.values()):
         order = [i for _, _, i in sorted(members)]
