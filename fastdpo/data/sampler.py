@@ -77,7 +77,7 @@ class BudgetSampler(Sampler[list[int]]):
             raise ValueError("sizes must hold at least one example, got none")
         self.batch_size = None  # accelerate reads this; None says that the size varies
         self._sizes, self._budget, self._count, self._groups = sizes, tokens_per_batch, batch_size, groups
-        self._example_sizes = sizes if groups is None else _shares(sizes, groups)
+        self._example_sizes = sizes if groups is None else shares(sizes, groups)
         self._seed, self._plans = seed % 2**63, max(1, min(epochs, _MAX_PLANS))
         self._rank, self._world_size, self._longest_first = rank, world_size, longest_first
         self._epoch = 0
@@ -169,12 +169,12 @@ def _split(batches: list[list[int]], count: int, in_order: bool = False) -> list
     return [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
 
 
-def _shares(sizes: np.ndarray[Any, Any], groups: Groups) -> np.ndarray[Any, Any]:
+def shares(sizes: np.ndarray[Any, Any], groups: Groups) -> np.ndarray[Any, Any]:
     """Return `[N, 2]` float64: what each example adds to a batch if the examples of a group share its size alike."""
-    shares = np.ones((sum(map(len, groups.rows)), 2))
+    each = np.ones((sum(map(len, groups.rows)), 2))
     for rows, (n, width) in zip(groups.rows, sizes.tolist(), strict=True):
-        shares[rows] = n / len(rows), width
-    return shares
+        each[rows] = n / len(rows), width
+    return each
 
 
 def _rows(sizes: np.ndarray[Any, Any]) -> int:
@@ -255,7 +255,7 @@ def rebatch(
         )
     sizes, groups = planned_sizes(dataset, layout, group_by_prompt, tokens_per_batch)
     if tokens_per_batch is not None and rank == 0:
-        rows = _shares(sizes, groups) if groups else sizes
+        rows = shares(sizes, groups) if groups else sizes
         _warn_of_large_examples(dataset, rows.prod(1).astype(np.int64), tokens_per_batch)
     sampler = BudgetSampler(sizes, tokens_per_batch=tokens_per_batch, rank=rank, groups=groups, **options)
     kept = set(inspect.signature(DataLoader).parameters)
