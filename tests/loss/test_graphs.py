@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.data.packing import edges, shared_prefix_batch
 from fastdpo.loss.batch_loss import LossOutput, compute, step_mean, step_values
 from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.loss.options import PARAMETERS, ObjectiveSettings
+from fastdpo.loss.sequences import along_edges, sum_tokens
 from fastdpo.loss.whole_step import step_context, step_totals
+from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import TokenScores, patch_forward
 from tests.helpers.tiny import VOCAB, assert_same_gradients, make_model
 
@@ -151,3 +153,28 @@ def test_loss_and_gradients_are_those_of_the_examples_alone(
     assert_same_gradients(actual, expected)
     error = torch.cat([(actual[name] - expected[name]).flatten() for name in expected]).norm()
     assert error <= 1e-6 * torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+
+
+@pytest.mark.parametrize("family", ["qwen3-next", "mamba2"])
+def test_recurrent_layers_follow_trees_of_several_levels(family: str) -> None:
+    pytest.importorskip("tree_recurrence")
+    model = make_model(family)
+    assert layout_of(model)[0] == "tree"
+    patch_forward(model, backward="exact")
+    batch = shared_prefix_batch(PAIRS, layout="tree", across_examples=True)
+    depth = [0] * (len(batch["tree_cu_seqlens_q"]) - 1)
+    starts, ends = batch["tree_cu_seqlens_q"].tolist(), batch["tree_cu_seqlens_k"].tolist()
+    for i, start in enumerate(starts[:-1]):
+        path = batch["tree_kv_index"][ends[i] : ends[i + 1]].tolist()
+        depth[i] = sum(row in starts for row in path if row < start)
+    assert max(depth) >= 3  # system prompt, prompt, answer, next turn
+    weights = torch.randn(len(PAIRS), 2, generator=torch.Generator().manual_seed(0))
+    found = []
+    for batches in ([batch], [shared_prefix_batch([p], layout="packed") for p in PAIRS]):
+        sums = [along_edges(sum_tokens(model(**b).logps, b["cu_target"]), edges(b)).T for b in batches]
+        loss = (torch.cat(sums) * weights).sum()
+        named = dict(model.named_parameters())
+        gradient = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        found.append((torch.cat(sums), {n: g for n, g in zip(named, gradient, strict=True) if g is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
+    assert_same_gradients(found[0][1], found[1][1], bound=5e-5)
