@@ -1,13 +1,14 @@
 """Compare trainings with and without `group_by_prompt`, on the same pairs, over several seeds.
 
     python -m benchmarks.grouping_study --out benchmarks/results/cpu-2-cores/grouping.json
+    python -m benchmarks.grouping_study --pairs 32 --out benchmarks/results/cpu-2-cores/grouping-32.json
     python -m benchmarks.grouping_study --table benchmarks/results/cpu-2-cores/grouping.json
 
 The task has four pairs of each prompt, over four responses. Each word has a worth, which no model is told; of two
 responses, the one whose words are worth more is chosen, but for one pair in ten, whose label is flipped. All runs see
-the same number of pairs in steps of eight, in one epoch. Runs differ in their seed (of model, data and order), and in
-whether the four pairs of a prompt are in one step (grouped) or wherever chance puts them. Held-out pairs have other
-prompts and responses, and no flipped labels.
+the same number of pairs in steps of eight (or --pairs), in one epoch. Runs differ in their seed (of model, data and
+order), and in whether the four pairs of a prompt are in one step (grouped) or wherever chance puts them. Held-out pairs
+have other prompts and responses, and no flipped labels.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.harness import provenance
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.report.page import summary_table
 
-VOCAB, PROMPTS, HELD_OUT, PAIRS_A_STEP = 96, 160, 64, 8
+VOCAB, PROMPTS, HELD_OUT = 96, 160, 64
 FLIPPED = 0.1
 EDGES = ((0, 1), (0, 2), (1, 3), (2, 3))
 METRICS = ("rewards/accuracies", "loss", "rewards/margins", "logps/chosen_below_ref")
@@ -58,7 +59,7 @@ class NoTokenizer:
     def save_pretrained(self, *_: Any) -> None: ...
 
 
-def train(seed: int, most: int | None) -> list[dict[str, float]]:
+def train(seed: int, most: int | None, pairs: int) -> list[dict[str, float]]:
     """Train once, and return the held-out metrics at four points of the epoch."""
     rng = random.Random(seed)
     worth = [rng.gauss(0, 1) for _ in range(VOCAB)]
@@ -67,12 +68,12 @@ def train(seed: int, most: int | None) -> list[dict[str, float]]:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, pad_token_id=0))
-    steps = PROMPTS * len(EDGES) // PAIRS_A_STEP
+    steps = PROMPTS * len(EDGES) // pairs
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             output_dir=folder,
             group_by_prompt=most,
-            per_device_train_batch_size=PAIRS_A_STEP,
+            per_device_train_batch_size=pairs,
             per_device_eval_batch_size=64,
             num_train_epochs=1,
             learning_rate=2e-3,
@@ -116,6 +117,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=8, help="of a step")
     parser.add_argument("--out", type=Path, help="write all runs to this JSON file")
     parser.add_argument("--table", type=Path, help="show the runs of such a file, and train nothing")
     args = parser.parse_args(argv)
@@ -125,14 +127,16 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()
     logging.getLogger("fastdpo").setLevel(logging.WARNING)
     runs = [
-        {"seed": seed, "group_by_prompt": most, "evaluations": train(seed, most)}
+        {"seed": seed, "group_by_prompt": most, "evaluations": train(seed, most, args.pairs)}
         for seed in range(args.seeds)
         for most in (None, len(EDGES))
     ]
     print(table(runs))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"provenance": provenance(), "runs": runs}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"provenance": provenance(), "pairs_a_step": args.pairs, "runs": runs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
