@@ -175,3 +175,17 @@ def test_scores_do_not_depend_on_what_other_rows_share() -> None:
 def test_settings_that_grouping_excludes(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         fastdpo.DPOConfig(output_dir=str(tmp_path), **{"group_by_prompt": 4} | options)
+
+
+def test_a_collator_of_ones_own_is_said_to_decide(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(data=DATA, group_by_prompt=4)
+    args = trainer.args
+    with caplog.at_level("WARNING", logger="fastdpo"):
+        fastdpo.DPOTrainer(
+            tiny_llama(),
+            args=args,
+            data_collator=shared_prefix_batch,
+            train_dataset=DATA,
+            processing_class=NoTokenizer(),  # type: ignore[arg-type]
+        )
+    assert "group_by_prompt brings examples of one prompt together" in caplog.text

@@ -120,6 +120,11 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             train_dataset, eval_dataset, processing_class, vocab_size, args, settings
         )
         check_collator(data_collator, train_dataset)
+        if args.group_by_prompt and data_collator is not None:
+            logger.warning(
+                "group_by_prompt brings examples of one prompt together, but what they share is computed once only if "
+                "your data_collator calls fastdpo.shared_prefix_batch with across_examples=True"
+            )
         columns = prepare.columns_of(train_dataset, eval_dataset)
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
