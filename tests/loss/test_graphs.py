@@ -155,6 +155,12 @@ def test_loss_and_gradients_are_those_of_the_examples_alone(
     assert error <= 1e-6 * torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
 
 
+def test_the_chosen_tokens_of_a_step_count_for_each_pair() -> None:
+    totals = step_totals([shared_prefix_batch(PAIRS, across_examples=True)])
+    assert totals.examples == len(PAIRS)
+    assert totals.chosen_tokens == sum(len(pair["chosen_ids"]) for pair in PAIRS)
+
+
 @pytest.mark.parametrize("family", ["qwen3-next", "mamba2"])
 def test_recurrent_layers_follow_trees_of_several_levels(family: str) -> None:
     pytest.importorskip("tree_recurrence")

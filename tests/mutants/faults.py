@@ -50,6 +50,8 @@ GOES_ON = "tests/checkpoint/test_resume.py -k 'records or finished or (goes_on a
 TREES = "tests/data/test_trees.py"
 GROUPS = "tests/data/test_grouping.py"
 GRAPHS = "tests/loss/test_graphs.py -k '(ld or kto or sigmoid or rpo or weight) and shared'"
+TOTALS = "tests/loss/test_graphs.py -k chosen_tokens"
+PARTNERS = "tests/loss/test_batch_loss.py -k 'ld_discounts or likelihood_terms'"
 GROUPED = "tests/test_trainer_grouping.py -k evaluation"
 ROUTER = "tests/model/test_router.py -k several_pairs"
 
@@ -514,14 +516,14 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "room[taken[groups.families[i]]] = False", "pass"),
     ],
     "fastdpo/loss/sequences.py": [
-        Fault("ld-partner", GRAPHS, "the tail begins after the longer response", "[index].min(0)", "[index].max(0)"),
+        Fault("ld-partner", PARTNERS, "the tail begins after the longer response", "[index].min(0)", "[index].max(0)"),
         Fault("ld-place", GRAPHS, "the tail begins at the wrong token", "place < shorter[edge]",
               "token < shorter[edge]"),
-        Fault("likelihood-edge", GRAPHS, "the likelihood term is that of rejected responses",
+        Fault("likelihood-edge", PARTNERS, "the likelihood term is that of rejected responses",
               "along_edges(self.whole_logps, self.edges)[0]", "along_edges(self.whole_logps, self.edges)[1]"),
     ],
     "fastdpo/loss/whole_step.py": [
-        Fault("chosen-tokens", GRAPHS, "the rejected tokens are counted", "[edges(batch)[0]].sum()",
+        Fault("chosen-tokens", TOTALS, "the rejected tokens are counted", "[edges(batch)[0]].sum()",
               "[edges(batch)[-1]].sum()"),
     ],
     "fastdpo/report/metrics.py": [
