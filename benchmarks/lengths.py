@@ -3,13 +3,15 @@
 Medians come from the table in https://arxiv.org/abs/2410.20305, which gives the length of an example L = P + C + R
 (prompt, chosen, rejected) and the ratio r = P / mean(C, R): the prompt has L r / (r + 2) tokens and a response
 L / (r + 2). Lengths are log-normal, and those of the two responses independent. The standard deviations are
-assumptions, chosen so that means and the share of padding come out as published statistics suggest. Real responses to
+assumptions, chosen so that means and the share of padding come out as published statistics suggest. `shp`, posts with
+comments as in SHP, is an assumption altogether. Real responses to
 one prompt sometimes begin alike; these do so only by chance, which puts prefix sharing at a disadvantage.
 """
 
 import math
 import random
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 EOS, PAD = 2, 0
@@ -30,6 +32,7 @@ LENGTHS = {
     "ultrafeedback": Lengths(71, 169, 1.21, 0.96),
     "hh": Lengths(96, 45, 0.79, 0.9),
     "tldr": Lengths(353, 32, 0.35, 0.15),
+    "shp": Lengths(180, 70, 0.8, 0.8),
     "toy": Lengths(8, 5, 0.5, 0.5),
 }
 
@@ -39,20 +42,34 @@ def pairs(name: str, count: int, vocab: int, max_length: int, seed: int = 0) -> 
 
     No prompt is longer than three quarters of `max_length`. Rows may exceed `max_length`; whoever tokenises cuts them.
     """
+    return pairs_of_prompts(name, count, 1, 2, vocab, max_length, seed)
+
+
+def pairs_of_prompts(
+    name: str, count: int, per_prompt: int, responses: int, vocab: int, max_length: int, seed: int = 0
+) -> list[dict[str, str]]:
+    """Return rows like those of `pairs`, of which `per_prompt` neighbours have one prompt and its `responses`.
+
+    The pairs are those of neighbours in the order of the responses, then of those two apart, and so on.
+
+    Raises:
+        ValueError: there are not so many pairs of the responses.
+    """
     rng, lengths = random.Random(seed), LENGTHS[name]
+    edges = sorted(combinations(range(responses), 2), key=lambda edge: (edge[1] - edge[0], edge))[:per_prompt]
+    if len(edges) < per_prompt:
+        raise ValueError(f"responses={responses} give {len(edges)} pairs, fewer than per_prompt={per_prompt}")
 
     def words(median: float, spread: float, most: int) -> str:
         length = round(rng.lognormvariate(math.log(median), spread))
         return " ".join(f"w{rng.randrange(FIRST_WORD, vocab)}" for _ in range(min(max(length, 1), most)))
 
-    return [
-        {
-            "prompt": words(lengths.prompt, lengths.prompt_spread, 3 * max_length // 4),
-            "chosen": " " + words(lengths.response, lengths.response_spread, max_length),
-            "rejected": " " + words(lengths.response, lengths.response_spread, max_length),
-        }
-        for _ in range(count)
-    ]
+    rows: list[dict[str, str]] = []
+    while len(rows) < count:
+        prompt = words(lengths.prompt, lengths.prompt_spread, 3 * max_length // 4)
+        texts = [" " + words(lengths.response, lengths.response_spread, max_length) for _ in range(responses)]
+        rows += [{"prompt": prompt, "chosen": texts[i], "rejected": texts[k]} for i, k in edges]
+    return rows[:count]
 
 
 def token_counts(rows: list[dict[str, str]], max_length: int) -> list[tuple[int, int, int]]:

@@ -9,9 +9,11 @@ step that does not count and then the steps that do, one of them a logging step,
 compile kernels, the first turn of each variant is a rehearsal. Memory is the most that a turn needs beside the two
 models' weights: gradients, optimizer state, activations.
 
-fastdpo runs as it is, and with one thing switched off at a time: sharing of prompts; packing, and therefore sharing
-too; the fused head. Times are split where modules begin and end: body and head (of the policy, forward and backward),
-reference, data, and the rest (optimizer, clipping, the Trainer's loop). On CUDA, events in the stream measure them.
+fastdpo runs as it is, and with one thing switched off at a time: graphs, which share what pairs have in common; sharing
+of a pair's prompt; packing, and therefore sharing too; the fused head. Times are split where modules begin and end:
+body and head (of the policy, forward and backward), reference, data, and the rest (optimizer, clipping, the Trainer's
+loop). On CUDA, events in the stream measure them. With --per-prompt, a step has whole prompts, in the same order in all
+variants, so that their losses are equal.
 
 With --cases, cases that --out already holds from this machine are skipped, so that a second call goes on where the
 first was cut off. A variant that cannot run is left out and named. The exit code is 4 if that variant was fastdpo, and
@@ -31,151 +33,34 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 
 from benchmarks import lengths
 from benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
 from benchmarks.peers import first_line
-from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
+from benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, rows
+from fastdpo import DPOConfig
 from fastdpo.report.page import summary_table
 
 PHASES = ("body", "head", "reference", "data", "rest")
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "toy": (
-        "Llama",
-        {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    ),
-    # 20.1 M parameters, 31 % of them in the tied embedding: nearly the share that it has in Qwen3-0.6B (26 %)
-    "llama-20m": (
-        "Llama",
-        {"vocab_size": 16384, "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
-        | {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    ),
-    "llama-3.2-1b": (
-        "Llama",
-        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    ),
-    "qwen3-0.6b": (
-        "Qwen3",
-        {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
-        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
-    ),
-}
-DTYPES = {"toy": "float32", "llama-20m": "float32"}  # the others: bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """The sizes and settings that the variants are compared on."""
-
-    model: str
-    lengths: str
-    pairs: int = 4
-    steps: int = 5
-    max_length: int = 1024
-    checkpointing: bool = True
-
-    @property
-    def dtype(self) -> str:
-        return DTYPES.get(self.model, "bfloat16")
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "lengths": self.lengths,
-            "pairs_per_device": self.pairs,
-            "steps": self.steps,
-            "max_length": self.max_length,
-            "gradient_checkpointing": self.checkpointing,
-            "dtype": self.dtype,
-        }
-
-    def __str__(self) -> str:
-        checkpointing = "with" if self.checkpointing else "without"
-        return (
-            f"{self.model} {self.dtype}, {self.lengths} lengths, {self.pairs} pairs a step, {self.steps} steps, "
-            f"{checkpointing} gradient checkpointing"
-        )
-
-
-_DATASETS = ("ultrafeedback", "hh", "tldr")
-CASES = {
-    "smoke": [Case("toy", "toy", 2, 2, 32)],
-    "cpu": [Case("llama-20m", name) for name in _DATASETS],
-    "gpu": [Case(model, name, 8, 10) for model in ("llama-3.2-1b", "qwen3-0.6b") for name in _DATASETS],
-}
-
-Trainer = Callable[[Case, Any, Any, Any, dict[str, Any]], Any]
-"""A function that makes a trainer from a case, policy, reference, tokenizer and the settings common to all variants."""
-
-
-def _fastdpo(layout: str = "shared", **options: Any) -> Trainer:
-    def make(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
-        return DPOTrainer(
-            model=model,
-            ref_model=ref_model,
-            args=DPOConfig(**settings, **options),
-            data_collator=functools.partial(shared_prefix_batch, layout=layout),
-            train_dataset=dataset(case),
-            processing_class=tokenizer,
-        )
-
-    return make
-
-
-def _trl(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
-    import trl
-
-    return trl.DPOTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=trl.DPOConfig(**settings),
-        train_dataset=dataset(case),
-        processing_class=tokenizer,
-    )
-
-
-VARIANTS: dict[str, Trainer] = {
-    "fastdpo": _fastdpo(),
-    "fastdpo, no sharing": _fastdpo("packed"),
-    "fastdpo, no packing": _fastdpo("padded"),
-    "fastdpo, no fused head": _fastdpo(head_impl="eager"),
-    "TRL": _trl,
-}
-
-
-def rows(case: Case) -> list[dict[str, str]]:
-    """Return the rows of all steps, the first of which does not count; each row is trained on once."""
-    vocab = MODELS[case.model][1]["vocab_size"]
-    return lengths.pairs(case.lengths, case.pairs * (case.steps + 1), vocab, case.max_length)
-
-
-def dataset(case: Case) -> Dataset:
-    return Dataset.from_list(rows(case))
-
-
-def make_model(name: str, dtype: str, seed: int) -> Any:
-    family, sizes = MODELS[name]
-    special = {"pad_token_id": lengths.PAD, "eos_token_id": lengths.EOS, "bos_token_id": None}
-    config = getattr(transformers, f"{family}Config")(**sizes, **special)
-    torch.manual_seed(seed)
-    with torch.device(DEVICE):
-        return getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype))
-
 
 class Clock:
     """Adds up the time between marks by phase; on CUDA it is the device's time, read after the last step."""
+
+    of_cpu: ClassVar[bool] = False
+
+    @classmethod
+    def now(cls) -> float:
+        """Return the clock's seconds, or this process's on all threads of the CPU."""
+        return time.process_time() if cls.of_cpu else time.perf_counter()
 
     def __init__(self) -> None:
         self.phase = "rest"
@@ -192,7 +77,7 @@ class Clock:
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = 1e3 * time.perf_counter()
+            now = 1e3 * self.now()
         self._marks.append((phase, now))
         return before
 
@@ -258,9 +143,9 @@ class Laps(transformers.TrainerCallback):
             torch.cuda.synchronize()
         if state.global_step == 1:
             self.clock.start()
-            self.began = time.perf_counter()
+            self.began = self.clock.now()
         else:
-            self.ms = 1e3 * (time.perf_counter() - self.began)
+            self.ms = 1e3 * (self.clock.now() - self.began)
 
 
 @dataclass(frozen=True)
@@ -298,6 +183,8 @@ def turn(case: Case, make: Trainer) -> Turn:
             "report_to": [],
             "disable_tqdm": True,
         }
+        if case.per_prompt > 1:  # whole prompts in each step, the same for all variants
+            settings["train_sampling_strategy"] = "sequential"
         # two models that differ, so that the losses say whether all variants compute the same
         model, ref_model = make_model(case.model, dtype, 0), make_model(case.model, dtype, 1)
         trainer = make(case, model, ref_model, tokenizer, settings)
@@ -388,19 +275,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=4, help="per step")
     parser.add_argument("--steps", type=int, default=5, help="that count, in a turn")
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--per-prompt", type=int, default=1, help="pairs of one prompt")
+    parser.add_argument("--responses", type=int, default=4, help="of one prompt, if it has several pairs")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="measure time of the CPU, on a machine with other work")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse_args(argv)
 
-    where = provenance()
+    Clock.of_cpu = args.cpu_time
+    where = provenance() | ({"time": "of the CPU"} if args.cpu_time else {})
     before = args.out.read_text().splitlines() if args.out and args.out.exists() else []
     here = [row for row in map(json.loads, before) if row["provenance"]["machine"] == where["machine"]]
     one = Case(args.model, args.lengths, args.pairs, args.steps, args.max_length, not args.no_checkpointing)
+    if args.per_prompt > 1:
+        one = replace(one, per_prompt=args.per_prompt, responses=args.responses)
     variants = {name: VARIANTS[name] for name in args.variants}
     disable_progress_bars()
     logging.getLogger("fastdpo").setLevel(logging.WARNING)

@@ -37,12 +37,23 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
     for name in AT_LEAST_ONE:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.tokens_per_batch or config.longest_first:
+    if (most := config.group_by_prompt) is not None:
+        if most < 2:
+            raise ValueError(
+                f"group_by_prompt must be at least 2 examples of a prompt, got {most}; unset it for no groups"
+            )
+        for name in ("prefix_sharing", "disable_dropout"):
+            if not getattr(config, name):
+                raise ValueError(
+                    f"group_by_prompt={most} computes a response once for all its pairs, which {name}=False excludes; "
+                    "leave one of the two out"
+                )
+    if config.tokens_per_batch or config.longest_first or config.group_by_prompt:
         for name, only in (("dataloader_drop_last", False), ("train_sampling_strategy", "random")):
             if (value := getattr(config, name, only)) != only:
                 raise ValueError(
-                    f"{name}={value!r} has no effect together with tokens_per_batch or longest_first, which choose "
-                    "the batches; leave it out"
+                    f"{name}={value!r} has no effect together with tokens_per_batch, longest_first or group_by_prompt, "
+                    "which choose the batches; leave it out"
                 )
     for name, allowed in (
         ("attention_backend", ("auto", *BACKENDS)),

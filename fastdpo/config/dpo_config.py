@@ -226,8 +226,16 @@ class DPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Begin with the largest batch, so that a lack of memory shows at the first step."},
     )
+    group_by_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Put up to this many examples of one prompt into one batch, where the prompt and each of its "
+            "responses are computed once; see docs/grouping.md. Unset: off."
+        },
+    )
     prefix_sharing: bool = field(
-        default=True, metadata={"help": "Compute the tokens with which both responses of a pair begin once, not twice."}
+        default=True,
+        metadata={"help": "Compute the tokens with which sequences of a batch begin once, not for each sequence."},
     )
     self_check: str = field(
         default="fallback",

@@ -1,4 +1,4 @@
-"""Pack examples into one row of tokens without padding, in which what a prompt's responses share is computed once.
+"""Pack examples into one row of tokens without padding, in which what sequences share is computed once.
 
 Each example is a small tree. Its trunk is the longest common prefix of its full sequences: the prompt, and the start
 of the responses as far as it is the same. The first response continues the trunk. Every further response is a branch,
@@ -10,8 +10,13 @@ branch's first token. The last token of a sequence predicts nothing and is left 
     position    0  1  2  3  4  5 |  2  3  4
     key path    0  1  2  3  4  5 |  0  1 6 7 8    the rows that a segment's queries attend to, causally
 
-P prompt, C chosen and R rejected tokens that share only the prompt take P + C + R - 1 rows. This layout is called
-`shared`; three other layouts hold the same sequences:
+P prompt, C chosen and R rejected tokens that share only the prompt take P + C + R - 1 rows.
+
+A batch may also be one graph for all its examples: each response to a prompt is computed once, however many examples
+hold it, and examples are edges between responses, which they index. The trees then reach across examples, see
+`fastdpo.data.trees`. Without it, no response has more than one edge; everything else is the same.
+
+This layout is called `shared`; three other layouts hold the same sequences:
 
 - `tree`: the trunk without its last token is a segment of its own: p0 p1 | p2 c0 c1 c2 | p2 r0 r1. It has as many rows,
   and every key path is a chain of whole segments, so that layers that carry a state can follow it.
@@ -23,8 +28,7 @@ Shapes: T rows, S segments, K key-path entries, M targets, B examples, R respons
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -32,7 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+from fastdpo.data import trees
+from fastdpo.data.trees import Ids, Parts
 
 LAYOUTS = ("shared", "tree", "packed", "padded")
 RESPONSE_FIELDS = {
@@ -41,18 +46,25 @@ RESPONSE_FIELDS = {
     "unpaired": ("completion_ids", "kl_ids"),
 }
 """The fields that hold the responses of each kind of example."""
+EDGES = {"preference": ("chosen", "rejected"), "unpaired": ("completion", "kl")}
+"""The fields of a batch that say which of its responses an example holds; for ranked examples, `response_index`."""
 
+_OfSlots: TypeAlias = dict[tuple[int, int], np.ndarray[Any, Any]]
+"""Values of the response at each (example, rank)."""
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "weight": ("finite and at least 0", lambda x: 0 <= x < math.inf),
     "margin": ("finite", math.isfinite),
     "beta": ("finite and above 0", lambda x: 0 < x < math.inf),
 }
-_PADDED_MULTIPLE = 8  # enough for tensor cores; a larger multiple would lengthen all R rows
 
 
 def shared_prefix_batch(
-    examples: Sequence[Mapping[str, Any]], *, layout: str = "shared", pad_to_multiple_of: int = 64
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    layout: str = "shared",
+    pad_to_multiple_of: int = 64,
+    across_examples: bool = False,
 ) -> dict[str, Any]:
     """Pack tokenised examples into one row of tokens, on the CPU.
 
@@ -73,6 +85,10 @@ def shared_prefix_batch(
         layout: `shared`, `tree`, `packed` or `padded`, as described in the module's docstring.
         pad_to_multiple_of: one unused segment fills T up to a multiple of this. L of a padded batch is filled up to a
             multiple of this or of 8, whichever is smaller.
+        across_examples: compute a response once for all examples that hold it with the same prompt (and the same
+            reference log-probs, if they are given) and, in the layouts `shared` and `tree`, also share the longest
+            common starts of different examples. Then R may be smaller than the sum over the examples, so read
+            responses by the indices below.
 
     Returns:
         A flat dict of CPU tensors and Python ints; the ints spare later code a wait for the device. The rows of all
@@ -89,21 +105,24 @@ def shared_prefix_batch(
 
         - `logit_index`, `target_ids` `[M]` int64: for each completion token, the row that predicts it (counted over
           all R L rows if padded) and the token itself. The first responses of all examples come first, then all
-          second ones, and so on: chosen 0..B-1, then rejected 0..B-1. Rows repeat where responses share tokens.
+          second ones, and so on: chosen 0..B-1, then rejected 0..B-1, unless an earlier example has the response.
+          Rows repeat where responses share tokens.
         - `cu_target` `[R + 1]` int64: bounds of each response among the M targets.
         - `pair_index` `[B]` int64.
-        - `label` `[B]` bool, for unpaired examples.
+        - `chosen`, `rejected` `[B]` int64, for preferences: which of the R responses they are.
+        - `completion` and, if given, `kl` `[B]` int64, likewise, and `label` `[B]` bool, for unpaired examples.
         - `response_index` `[B, most responses]` int64, for ranked examples: the place among the R responses of the
           response of each rank; the value R where an example has fewer responses.
         - `weight`, `margin`, `beta` `[B]`, `ref_logps` `[R]`, `ref_token_logps` `[M]` float32, if the examples have
           them.
-        - `num_tokens` int: tokens of all R full sequences, where a prompt counts once per response;
-          `num_padded_tokens` int: R times the longest sequence; `num_packed_tokens` int: rows without the filling.
+        - `num_sequences`, `num_targets` int: responses and completion tokens, counted once for each example that
+          holds them; `num_tokens` int: tokens of these full sequences, prompts included; `num_padded_tokens` int:
+          `num_sequences` times the longest sequence; `num_packed_tokens` int: rows without the filling.
 
     Raises:
         ValueError: there are no examples, the layout is unknown, a field is missing or empty, an id is negative or
-            not an int, or a number is out of range or given in some examples only. The message names pair_index and
-            field.
+            not an int, a number is out of range or given in some examples only, or (across_examples) a response is
+            compared with itself. The message names pair_index and field.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
@@ -119,31 +138,56 @@ def shared_prefix_batch(
     has_kl = examples[0].get("kl_ids") is not None
     responses = [_responses(example, kind, at, has_kl) for at, example in pairs]
     slots = _slots(responses)
+    references = _references(pairs, kind, responses)
 
-    rows = _padded if layout == "padded" else _packed
-    batch = rows(prompts, responses, slots, layout, pad_to_multiple_of)
-    batch |= _targets(prompts, responses, slots)
+    places, first = dict(zip(slots, range(len(slots)), strict=True)), slots
+    if across_examples:
+        keys = _keys(prompts, responses, slots, references)
+        places, first = trees.merged(zip(slots, keys, strict=True))
+    sequences = [(prompts[i], responses[i][k]) for i, k in first]
+    if layout == "padded":
+        batch = trees.pad(sequences, pad_to_multiple_of)
+    else:
+        batch = _packed(prompts, responses, places, first, layout, pad_to_multiple_of, across_examples)
+    batch["target_ids"] = torch.from_numpy(np.concatenate([response for _, response in sequences]))
+    batch["cu_target"] = trees.offsets([len(response) for _, response in sequences])
+    batch |= _counts(prompts, responses, slots)
     batch["pair_index"] = torch.tensor(pair_index)
     if kind == "unpaired":
         batch["label"] = torch.tensor([_label(example, at) for at, example in pairs])
+    index = torch.full((len(examples), max(map(len, responses))), len(first))
+    index[tuple(torch.tensor(slots).T)] = torch.tensor([places[slot] for slot in slots])
     if kind == "ranked":
-        index = torch.full((len(examples), max(map(len, responses))), len(slots))
-        index[tuple(torch.tensor(slots).T)] = torch.arange(len(slots))
         batch["response_index"] = index
+    else:
+        batch |= zip(EDGES[kind], index.T.contiguous(), strict=False)
+    if across_examples and kind == "preference":
+        for at, same in zip(where, (index[:, 0] == index[:, 1]).tolist(), strict=True):
+            if same:
+                raise ValueError(f"{at}: chosen_ids and rejected_ids are the same tokens; leave the example out")
     for field in _NUMBERS:
         if (values := _numbers(pairs, field)) is not None:
             batch[field] = torch.tensor(values, dtype=torch.float32)
-    if kind == "preference":
-        references = {field: _numbers(pairs, field) for field in _REF_LOGPS}
-        missing = [field for field, values in references.items() if values is None]
-        if len(missing) == 1:
-            raise ValueError(f"{where[0]}: {missing[0]} is missing; give both {' and '.join(_REF_LOGPS)}, or neither")
-        if not missing:
-            batch["ref_logps"] = torch.tensor(list(references.values()), dtype=torch.float32).flatten()
-    if _in_all(pairs, "ref_token_logps"):
-        logps = [_ref_token_logps(example, r, at) for r, (at, example) in zip(responses, pairs, strict=True)]
-        batch["ref_token_logps"] = torch.from_numpy(np.concatenate([logps[i][k] for i, k in slots]))
+    for field, of_slot in references.items():
+        batch[field] = torch.from_numpy(np.concatenate([of_slot[slot] for slot in first]))
     return batch
+
+
+def edges(batch: Mapping[str, Any]) -> Tensor:
+    """Return the responses of each example of a batch, `[most responses, B]` int64.
+
+    Row 0 has the chosen (or best, or only) responses, among the R of the batch; the value R stands for no response. A
+    batch that another collator made without these fields has all first responses first, then all second ones.
+    """
+    if "response_index" in batch:
+        index: Tensor = batch["response_index"].T
+        return index
+    fields = EDGES["unpaired" if "label" in batch else "preference"]
+    if fields[0] in batch:
+        return torch.stack([batch[field] for field in fields if field in batch])
+    R = len(batch["cu_target"]) - 1
+    index = torch.arange(R, device=batch["cu_target"].device)
+    return index.view(-1, len(batch["label"]) if "label" in batch else R // 2)
 
 
 def kind_of(example: Mapping[str, Any]) -> str:
@@ -159,134 +203,74 @@ def rows_of(example: Mapping[str, Any], layout: str = "shared") -> int:
         example: as in `shared_prefix_batch`; its ids may be lists or numpy arrays, and are not checked.
         layout: as in `shared_prefix_batch`.
     """
-    fields = RESPONSE_FIELDS[kind_of(example)]
-    found = [example[field] for field in fields if example.get(field) is not None]
-    responses = found[0] if fields == RESPONSE_FIELDS["ranked"] else found
+    responses = responses_of(example)
     lengths = [len(example["prompt_ids"]) + len(response) - 1 for response in responses]
     if layout == "padded":
-        return len(lengths) * _multiple_of(_PADDED_MULTIPLE, max(lengths))
-    shared = 0 if layout == "packed" else _trunk(example["prompt_ids"], responses) - 1
+        return len(lengths) * trees.padded_length(max(lengths))
+    shared = 0 if layout == "packed" else trees.trunk(example["prompt_ids"], responses) - 1
     return sum(lengths) - (len(lengths) - 1) * shared
+
+
+def responses_of(example: Mapping[str, Any]) -> Sequence[Sequence[int] | Ids]:
+    """Return the ids of a tokenised example's responses, in the order of its kind."""
+    fields = RESPONSE_FIELDS[kind_of(example)]
+    found: list[Any] = [example[field] for field in fields if example.get(field) is not None]
+    return found[0] if fields == RESPONSE_FIELDS["ranked"] else found
 
 
 # Rows
 
 
 def _slots(responses: list[list[Ids]]) -> list[tuple[int, int]]:
-    """Return (example, rank) of each of the R responses, in the order of the batch."""
+    """Return (example, rank) of each example's responses: first all first ones, then all second ones, and so on."""
     return [(i, k) for k in range(max(map(len, responses))) for i, each in enumerate(responses) if k < len(each)]
 
 
+def _keys(
+    prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], references: dict[str, _OfSlots]
+) -> list[Hashable]:
+    """Return what must be equal in responses that are computed once: ids, and what is given for the reference."""
+    of_prompt = [prompt.tobytes() for prompt in prompts]
+    given = [[values[slot].tobytes() for values in references.values()] for slot in slots]
+    return [(of_prompt[i], responses[i][k].tobytes(), *ref) for (i, k), ref in zip(slots, given, strict=True)]
+
+
 def _packed(
-    prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
+    prompts: list[Ids],
+    responses: list[list[Ids]],
+    places: dict[tuple[int, int], int],
+    first: list[tuple[int, int]],
+    layout: str,
+    multiple: int,
+    across_examples: bool,
 ) -> dict[str, Any]:
-    """Build the fields of a batch in one row of tokens, and the index of the rows that predict its targets."""
-    tokens: list[Ids] = []
-    # per segment: length and first row of the shared start of its path, then length and first row of its own rows
-    segments: tuple[list[int], ...] = ([], [], [], [])
-    shared_len, shared_row, own_len, own_row = segments
-    segment_of: dict[tuple[int, int], int] = {}  # by (example, rank)
-    T = 0
-    for i, (prompt, completions) in enumerate(zip(prompts, responses, strict=True)):
-        P, first_row = len(prompt), T
-        branch = 0 if layout == "packed" else _trunk(prompt, completions) - 1  # the position where branches begin
-        if layout == "tree" and branch:
-            tokens += (prompt[:branch], completions[0][: max(branch - P, 0)])
-            for column, value in zip(segments, (0, 0, branch, T), strict=True):
-                column.append(value)
-            T += branch
-        for k, completion in enumerate(completions):
-            start = 0 if layout == "shared" and k == 0 else branch
-            length = P + len(completion) - 1 - start
-            tokens += (prompt[start:], completion[max(start - P, 0) : -1])
-            segment_of[i, k] = len(own_row)
-            for column, value in zip(segments, (start, first_row, length, T), strict=True):
-                column.append(value)
-            T += length
-    num_packed_tokens = T
-    if filling := -T % multiple:
-        tokens.append(np.zeros(filling, np.int64))
-        for column, value in zip(segments, (0, 0, filling, T), strict=True):
-            column.append(value)
+    """Build the fields of a batch in one row of tokens; the rows of an example's responses are neighbours."""
+    ranked = [(i, k) for i, each in enumerate(responses) for k in range(len(each))]
+    in_rows = list(dict.fromkeys(places[slot] for slot in ranked))
+    sequences: list[Parts] = [(prompts[i], responses[i][k]) for i, k in (first[r] for r in in_rows)]
+    if layout == "packed":
+        branches = [trees.ROOT] * len(sequences)
+    elif across_examples:
+        branches = trees.longest_starts(sequences)
+    else:
+        branches = []
+        for prompt, completions in zip(prompts, responses, strict=True):
+            trunk, others = len(branches), len(completions) - 1
+            start = trees.trunk(prompt, completions) - 1
+            branches += [trees.ROOT, *[trees.Branch(trunk, start) if start else trees.ROOT] * others]
+    order = np.argsort(in_rows).tolist()
+    return trees.lay_out(sequences, branches, order, whole=layout == "tree", multiple=multiple)
 
-    starts, lengths = np.array([shared_row, own_row]).T, np.array([shared_len, own_len]).T
-    # a response's targets are predicted from position P - 1 on, first in the shared start, then in its own rows
-    at = [segment_of[slot] for slot in slots]
-    skipped = np.array([len(prompts[i]) - 1 for i, _ in slots])
-    skipped = np.stack((np.minimum(skipped, lengths[at, 0]), np.maximum(skipped - lengths[at, 0], 0)), 1)
+
+def _counts(prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]]) -> dict[str, int]:
+    targets = [len(responses[i][k]) for i, k in slots]
+    lengths = [len(prompts[i]) + length for (i, _), length in zip(slots, targets, strict=True)]
     return {
-        "input_ids": torch.from_numpy(np.concatenate(tokens))[None],
-        "position_ids": torch.from_numpy(_ranges(lengths[:, 0], lengths[:, 1]))[None],
-        "tree_cu_seqlens_q": _offsets(own_len).int(),
-        "tree_cu_seqlens_k": _offsets(lengths.sum(1).tolist()).int(),
-        "tree_kv_index": torch.from_numpy(_ranges(starts.ravel(), lengths.ravel())),
-        "tree_max_seqlen_q": max(own_len),
-        "tree_max_seqlen_k": int(lengths.sum(1).max()),
-        "tree_seqlens_k": lengths.sum(1).tolist(),
-        "logit_index": torch.from_numpy(_ranges((starts[at] + skipped).ravel(), (lengths[at] - skipped).ravel())),
-        "num_packed_tokens": num_packed_tokens,
-    }
-
-
-def _padded(
-    prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]], layout: str, multiple: int
-) -> dict[str, Any]:
-    """Build the fields of a batch with one padded row for each sequence."""
-    lengths = np.array([len(prompts[i]) + len(responses[i][k]) - 1 for i, k in slots])
-    L = _multiple_of(min(multiple, _PADDED_MULTIPLE), int(lengths.max()))
-    input_ids, place = np.zeros((len(slots), L), np.int64), np.arange(L)
-    for row, (i, k) in zip(input_ids, slots, strict=True):
-        P = len(prompts[i])
-        row[:P] = prompts[i]
-        row[P : P + len(responses[i][k]) - 1] = responses[i][k][:-1]
-    mask = place < lengths[:, None]
-    first = np.array([r * L + len(prompts[i]) - 1 for r, (i, _) in enumerate(slots)])
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "position_ids": torch.from_numpy(place * mask),
-        "logit_index": torch.from_numpy(_ranges(first, np.array([len(responses[i][k]) for i, k in slots]))),
-        "num_packed_tokens": int(lengths.sum()),
-    }
-
-
-def _targets(prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]]) -> dict[str, Any]:
-    targets = [responses[i][k] for i, k in slots]
-    lengths = [len(prompts[i]) + len(target) for (i, _), target in zip(slots, targets, strict=True)]
-    return {
-        "target_ids": torch.from_numpy(np.concatenate(targets)),
-        "cu_target": _offsets([len(target) for target in targets]),
+        "num_sequences": len(slots),
+        "num_targets": sum(targets),
         "num_tokens": sum(lengths),
         "num_padded_tokens": len(lengths) * max(lengths),
     }
-
-
-def _trunk(prompt: Sequence[int] | Ids, completions: Sequence[Sequence[int] | Ids]) -> int:
-    """Return the length of the trunk, which leaves each completion a token of its own; 1 for a single completion."""
-    if len(completions) == 1:
-        return 1  # nothing is shared
-    first, n = completions[0], min(map(len, completions)) - 1
-    for other in completions[1:]:
-        if not n or first[0] != other[0]:  # the usual case, without making arrays of lists
-            return len(prompt)
-        differs = np.flatnonzero(np.asarray(first[:n]) != np.asarray(other[:n]))
-        n = int(differs[0]) if len(differs) else n
-    return len(prompt) + n
-
-
-def _ranges(starts: Ids, lengths: Ids) -> Ids:
-    """Concatenate the ranges `starts[i], starts[i] + 1, ...` of `lengths[i]` numbers each."""
-    before = np.cumsum(lengths) - lengths
-    ranges: Ids = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
-    return ranges
-
-
-def _multiple_of(multiple: int, at_least: int) -> int:
-    return -(-at_least // multiple) * multiple
-
-
-def _offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor(list(accumulate(lengths, initial=0)))
 
 
 # Reading the fields of examples, with checks
@@ -364,6 +348,27 @@ def _numbers(pairs: list[tuple[str, Mapping[str, Any]]], field: str) -> list[flo
         if isinstance(value, bool) or not isinstance(value, Real) or not allowed(float(value)):
             raise ValueError(f"{where}: {field} must be {wanted}, got {value!r}")
     return [float(example[field]) for _, example in pairs]
+
+
+def _references(
+    pairs: list[tuple[str, Mapping[str, Any]]], kind: str, responses: list[list[Ids]]
+) -> dict[str, _OfSlots]:
+    """Return the reference log-probs that the examples come with, float32, by the field of the batch."""
+    found: dict[str, _OfSlots] = {}
+    if kind == "preference":
+        sums = [_numbers(pairs, field) for field in _REF_LOGPS]
+        missing = [field for field, values in zip(_REF_LOGPS, sums, strict=True) if values is None]
+        if len(missing) == 1:
+            where = pairs[0][0]
+            raise ValueError(f"{where}: {missing[0]} is missing; give both {' and '.join(_REF_LOGPS)}, or neither")
+        if not missing:
+            found["ref_logps"] = {
+                (i, k): np.array([x], np.float32) for k, values in enumerate(sums) for i, x in enumerate(values or ())
+            }
+    if _in_all(pairs, "ref_token_logps"):
+        logps = [_ref_token_logps(example, r, at) for r, (at, example) in zip(responses, pairs, strict=True)]
+        found["ref_token_logps"] = {(i, k): x for i, each in enumerate(logps) for k, x in enumerate(each)}
+    return found
 
 
 def _ref_token_logps(example: Mapping[str, Any], responses: list[Ids], where: str) -> list[np.ndarray[Any, Any]]:

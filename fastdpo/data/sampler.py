@@ -8,15 +8,17 @@ Processes wait for each other in each step, so the batches of a step have about 
 depends only on the sizes, the settings, the seed and the epoch; so a run resumes in the middle of an epoch by skipping
 its first batches.
 
-Shapes: N examples.
+With groups (`fastdpo.data.grouping`), groups of examples are shuffled and packed instead of single ones.
+
+Shapes: N examples, U groups.
 """
 
 import heapq
 import inspect
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of
+from fastdpo.data.grouping import Groups, arrays, fill, group_sizes, groups_of
+from fastdpo.data.packing import responses_of, rows_of
 
 logger = logging.getLogger("fastdpo")
 
@@ -48,6 +51,7 @@ class BudgetSampler(Sampler[list[int]]):
         rank: number of this process.
         world_size: number of processes.
         longest_first: begin the first epoch with the largest batches, so that a run too large for memory fails at once.
+        groups: examples to be kept together; `sizes` are then `[U, 2]`, those of the groups.
 
     Raises:
         ValueError: `tokens_per_batch` and `batch_size` are both given or both missing, or one is not positive, or
@@ -65,6 +69,7 @@ class BudgetSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         longest_first: bool = False,
+        groups: Groups | None = None,
     ) -> None:
         if (tokens_per_batch is None) == (batch_size is None):
             raise ValueError(f"give tokens_per_batch or batch_size, got {tokens_per_batch} and {batch_size}")
@@ -74,7 +79,8 @@ class BudgetSampler(Sampler[list[int]]):
         if not len(sizes):
             raise ValueError("sizes must hold at least one example, got none")
         self.batch_size = None  # accelerate reads this; None says that the size varies
-        self._sizes, self._budget, self._count = sizes, tokens_per_batch, batch_size
+        self._sizes, self._budget, self._count, self._groups = sizes, tokens_per_batch, batch_size, groups
+        self._example_sizes = sizes if groups is None else shares(sizes, groups)
         self._seed, self._plans = seed % 2**63, max(1, min(epochs, _MAX_PLANS))
         self._rank, self._world_size, self._longest_first = rank, world_size, longest_first
         self._epoch = 0
@@ -96,10 +102,10 @@ class BudgetSampler(Sampler[list[int]]):
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Return the batches of all processes, in the order in which they are dealt out."""
-        batches = _split(self._fill(epoch % self._plans), self._length * self._world_size)
+        batches = _split(self._fill(epoch % self._plans), self._length * self._world_size, self._groups is not None)
         rng = np.random.default_rng((self._seed, epoch, 1))
         # each step has a group of batches of similar size; the groups, and the batches in each, are in random order
-        order = np.argsort([-_rows(self._sizes[batch]) for batch in batches], kind="stable")
+        order = np.argsort([-_rows(self._example_sizes[batch]) for batch in batches], kind="stable")
         groups = rng.permuted(order.reshape(self._length, self._world_size), axis=1)
         turns = rng.permutation(self._length)
         if self._longest_first and epoch == 0:
@@ -119,23 +125,35 @@ class BudgetSampler(Sampler[list[int]]):
 
     def _fill(self, plan: int) -> list[list[int]]:
         order = np.random.default_rng((self._seed, plan, 0)).permutation(len(self._sizes))
+        if self._count is not None and self._groups is not None:
+            return fill(order.tolist(), self._groups, self._count)
         if self._count is not None:
             return [chunk.tolist() for chunk in np.split(order, range(self._count, len(order), self._count))]
         assert self._budget is not None
         window = max(_WINDOW, int(_WINDOW_BATCHES * self._budget / self._sizes.prod(1).mean()))
         batches = []
         for start in range(0, len(order), window):
-            batches += _first_fit(order[start : start + window], self._sizes, self._budget)
-        return batches
+            batches += _first_fit(order[start : start + window], self._sizes, self._budget, self._groups)
+        if self._groups is None:
+            return batches
+        return [[i for group in batch for i in self._groups.rows[group]] for batch in batches]
 
 
-def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget: int) -> list[list[int]]:
-    """Pack examples into batches, the largest first, each into the first batch that has room."""
+def _first_fit(
+    order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget: int, groups: Groups | None = None
+) -> list[list[int]]:
+    """Pack examples or groups into batches, the largest first, each into the first batch that has room.
+
+    A batch takes one group of a family.
+    """
+    taken: dict[int, list[int]] = defaultdict(list)  # the batches of each family
     order = order[np.lexsort((-sizes[order, 0], -sizes[order, 1]))]
     batches: list[list[int]] = []
     count, width = np.zeros((2, len(order)), np.int64)  # of each batch, whose first example is the widest
     for i, (n, w) in zip(order.tolist(), sizes[order].tolist(), strict=True):
         room = (count[: len(batches)] + n) * width[: len(batches)] <= budget
+        if groups is not None:
+            room[taken[groups.families[i]]] = False
         at = int(room.argmax()) if len(batches) else 0
         if not batches or not room[at]:
             at = len(batches)
@@ -143,19 +161,35 @@ def _first_fit(order: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], budget:
             width[at] = w
         batches[at].append(i)
         count[at] += n
+        if groups is not None:
+            taken[groups.families[i]].append(at)
     return batches
 
 
-def _split(batches: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the batches with most examples until there are `count`; if all have one example, repeat some."""
+def _split(batches: list[list[int]], count: int, in_order: bool = False) -> list[list[int]]:
+    """Halve the batches with most examples until there are `count`; if all have one example, repeat some.
+
+    `in_order` keeps neighbours together, because they are a group.
+    """
     heap = [(-len(batch), i, batch) for i, batch in enumerate(batches)]
     heapq.heapify(heap)
     for i in range(len(batches), count):
         _, at, batch = heap[0]
-        keep, rest = (batch[::2], batch[1::2]) if len(batch) > 1 else (batch, heap[i % len(heap)][2])
+        half = len(batch) // 2
+        keep, rest = (batch[:half], batch[half:]) if in_order else (batch[::2], batch[1::2])
+        if len(batch) == 1:
+            keep, rest = batch, heap[i % len(heap)][2]
         heapq.heapreplace(heap, (-len(keep), at, keep))
         heapq.heappush(heap, (-len(rest), i, rest))
     return [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
+
+
+def shares(sizes: np.ndarray[Any, Any], groups: Groups) -> np.ndarray[Any, Any]:
+    """Return `[N, 2]` float64: what each example adds to a batch if the examples of a group share its size alike."""
+    each = np.ones((sum(map(len, groups.rows)), 2))
+    for rows, (n, width) in zip(groups.rows, sizes.tolist(), strict=True):
+        each[rows] = n / len(rows), width
+    return each
 
 
 def _rows(sizes: np.ndarray[Any, Any]) -> int:
@@ -173,34 +207,24 @@ def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
         `[N, 2]` int64: (rows, 1), or, for padded batches, (responses, row length). The rows of a batch are the sum of
         its examples' first numbers times the greatest of their second numbers.
     """
-    kind = kind_of(dict.fromkeys(dataset.column_names))
-    columns = [c for c in ("prompt_ids", *RESPONSE_FIELDS[kind]) if c in dataset.column_names]
     sizes = np.ones((len(dataset), 2), np.int64)
-    row = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
-        lists = [_as_lists(table[column].combine_chunks()) for column in columns]
-        for values in zip(*lists, strict=True):
-            example = dict(zip(columns, values, strict=True))
-            rows = rows_of(example, layout)
-            if layout == "padded":
-                responses = len(example["ranked_ids"]) if kind == "ranked" else len(columns) - 1
-                sizes[row] = responses, rows // responses
-            else:
-                sizes[row, 0] = rows
-            row += 1
+    for row, example in enumerate(arrays(dataset)):
+        rows = rows_of(example, layout)
+        if layout == "padded":
+            responses = len(responses_of(example))
+            sizes[row] = responses, rows // responses
+        else:
+            sizes[row, 0] = rows
     return sizes
 
 
-def _as_lists(column: Any) -> list[Any]:
-    """Return an Arrow column of (lists of) lists as arrays, without copying its numbers."""
-    bounds = column.offsets.to_numpy()
-    values = _as_lists(column.values) if hasattr(column.values, "offsets") else column.values.to_numpy()
-    return [values[a:b] for a, b in pairwise(bounds)]
-
-
 def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
-    """Return the loader, rebuilt by `rebatch` if a run's settings have `tokens_per_batch` or `longest_first`."""
-    if args.tokens_per_batch is None and not args.longest_first:
+    """Return the loader, rebuilt by `rebatch` if a run's settings ask for other batches than the Trainer's.
+
+    These settings are `tokens_per_batch`, `longest_first` and `group_by_prompt`, which orders a stream elsewhere.
+    """
+    is_stream = not isinstance(loader.dataset, Dataset)
+    if args.tokens_per_batch is None and not args.longest_first and (args.group_by_prompt is None or is_stream):
         return loader
     return rebatch(
         loader,
@@ -212,6 +236,7 @@ def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
         rank=args.process_index,
         world_size=args.world_size,
         longest_first=args.longest_first,
+        group_by_prompt=args.group_by_prompt,
     )
 
 
@@ -221,6 +246,7 @@ def rebatch(
     layout: str,
     tokens_per_batch: int | None = None,
     rank: int = 0,
+    group_by_prompt: int | None = None,
     **options: Any,
 ) -> DataLoader[Any]:
     """Return a copy of a `transformers.Trainer`'s loader that takes its batches from a `BudgetSampler`.
@@ -230,6 +256,7 @@ def rebatch(
         layout: as in `fastdpo.shared_prefix_batch`.
         tokens_per_batch: this and all arguments below are those of `BudgetSampler`.
         rank: number of this process.
+        group_by_prompt: most examples of a group, see `fastdpo.data.grouping`; None: no groups.
         options: the others.
 
     Raises:
@@ -241,10 +268,11 @@ def rebatch(
             "tokens_per_batch and longest_first need a datasets.Dataset, to plan whole epochs; "
             f"got {type(dataset).__name__}: use per_device_train_batch_size"
         )
-    sizes = example_sizes(dataset, layout)
+    sizes, groups = planned_sizes(dataset, layout, group_by_prompt, tokens_per_batch)
     if tokens_per_batch is not None and rank == 0:
-        _warn_of_large_examples(dataset, sizes.prod(1), tokens_per_batch)
-    sampler = BudgetSampler(sizes, tokens_per_batch=tokens_per_batch, rank=rank, **options)
+        rows = shares(sizes, groups) if groups else sizes
+        _warn_of_large_examples(dataset, rows.prod(1).astype(np.int64), tokens_per_batch)
+    sampler = BudgetSampler(sizes, tokens_per_batch=tokens_per_batch, rank=rank, groups=groups, **options)
     kept = set(inspect.signature(DataLoader).parameters)
     kept -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
     plain = DataLoader(dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in kept})
@@ -254,6 +282,27 @@ def rebatch(
         plain, device, num_processes=1, process_index=0, put_on_device=device is not None
     )
     return result
+
+
+def planned_sizes(
+    dataset: Dataset, layout: str, group_by_prompt: int | None, tokens_per_batch: int | None
+) -> tuple[np.ndarray[Any, Any], Groups | None]:
+    """Return the sizes and the groups of a `BudgetSampler`; a group above the budget is cut into its examples."""
+    if group_by_prompt is None:
+        return example_sizes(dataset, layout), None
+    groups = groups_of(dataset, group_by_prompt)
+    sizes = group_sizes(dataset, groups, layout)
+    while tokens_per_batch is not None:
+        large = [u for u, size in enumerate(sizes.prod(1)) if size > tokens_per_batch and len(groups.rows[u]) > 1]
+        if not large:
+            break
+        halves = [half for u in large for half in np.array_split(groups.rows[u], 2)]
+        new = Groups([half.tolist() for half in halves], [groups.families[u] for u in large for _ in range(2)])
+        kept = sorted(set(range(len(groups.rows))) - set(large))
+        sizes = np.concatenate((sizes[kept], group_sizes(dataset, new, layout)))
+        rows = [groups.rows[u] for u in kept] + new.rows
+        groups = Groups(rows, [groups.families[u] for u in kept] + new.families)
+    return sizes, groups
 
 
 def _warn_of_large_examples(dataset: Dataset, rows: np.ndarray[Any, Any], tokens_per_batch: int) -> None:

@@ -1,4 +1,4 @@
-"""Turn token log-probs into the loss: sum them over responses, apply the objectives and weight the examples.
+"""Turn the log-probs of responses into the loss: apply the objectives and weight the examples.
 
 An optimizer step's loss is the sum of two fractions, each over all its micro-batches on all processes:
 
@@ -8,7 +8,7 @@ An optimizer step's loss is the sum of two fractions, each over all its micro-ba
 `compute` returns the two numerators of a micro-batch, so that k micro-batches or k processes add up to the loss of one
 large batch. An example's weight multiplies its terms in both numerators; the denominators ignore it.
 
-Shapes: B examples, R responses (slot-major: 2B for pairs, chosen first), M completion tokens, K ranked responses.
+Shapes: B examples, K responses of an example, R responses of the batch, M completion tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdpo.head.eager import Stats
 from fastdpo.loss.objectives import DIVERGENCES, OBJECTIVES, Beta
 from fastdpo.loss.options import EXAMPLE_NUMBERS, PARAMETERS, ObjectiveSettings
+from fastdpo.loss.sequences import Sequences, sum_responses, wpo_weights
 from fastdpo.loss.whole_step import StepTotals, Values, step_context
 
 
@@ -131,7 +132,7 @@ def dpo_loss(
 
     def both(name: str) -> Tensor | None:
         sides = given.get(name.format("chosen")), given.get(name.format("rejected"))
-        return None if sides[0] is None or sides[1] is None else torch.cat((sides[0], sides[1]))
+        return None if sides[0] is None or sides[1] is None else torch.stack((sides[0], sides[1]))
 
     inputs = _pair_inputs(both("{}_logps"), both("ref_{}_logps"), both("{}_lengths"), settings)
     inputs |= _options(given, inputs, settings)
@@ -157,8 +158,8 @@ def compute(
     """Compute a micro-batch's part of an optimizer step's loss, without waiting for the device.
 
     Args:
-        batch: a batch of `fastdpo.shared_prefix_batch`. The function reads `cu_target`, `label` (unpaired),
-            `response_index` (ranked) and the examples' own `weight`, `margin` and `beta`. If `ref_token_logps` is
+        batch: a batch of `fastdpo.shared_prefix_batch`. The function reads `cu_target`, the indices of the examples'
+            responses, `label` (unpaired) and the examples' own `weight`, `margin` and `beta`. If `ref_token_logps` is
             None, it reads the batch's `ref_token_logps`, or their sums over responses, `ref_logps` `[R]`.
         logps: log-probs of the completion tokens under the policy, `[M]`, nats.
         ref_token_logps: the same under the reference, `[M]`.
@@ -178,11 +179,11 @@ def compute(
     if settings.use_weighting:
         if stats is None:
             raise ValueError("use_weighting needs the statistics of the tokens: pass stats")
-        wpo = _wpo_weights(logps, stats.log_sum_sq_probs, batch["cu_target"])
+        wpo = wpo_weights(logps, stats.log_sum_sq_probs, batch)
         weights = wpo if weights is None else wpo * weights
     token_loss = None
     if settings.nll_weight:
-        nll = -sequences.whole_logps[: len(losses)]
+        nll = -sequences.chosen_logps
         token_loss = settings.nll_weight * (nll if weights is None else nll * weights).sum()
     if weights is not None:
         losses = losses * weights
@@ -211,92 +212,39 @@ def step_values(
     return _step_values(_inputs(batch, logps, ref_token_logps, settings)[1], settings)
 
 
-# Tokens to responses
-
-
-class _Sequences(NamedTuple):
-    """Sums over responses, `[R]` each."""
-
-    logps: Tensor  # with discounted tails if LD-DPO is on
-    ref_logps: Tensor | None
-    whole_logps: Tensor
-    whole_ref_logps: Tensor | None
-
-
-def _sequences(
-    batch: Mapping[str, Any], logps: Tensor, ref_token_logps: Tensor | None, settings: ObjectiveSettings
-) -> _Sequences:
-    bounds, alpha = batch["cu_target"], settings.ld_alpha
-    if ref_token_logps is None:
-        ref_token_logps = batch.get("ref_token_logps")
-    whole = _sums(logps, bounds)
-    ref_whole = batch.get("ref_logps") if ref_token_logps is None else _sums(ref_token_logps, bounds)
-    if not settings.needs_reference:
-        return _Sequences(whole, None, whole, ref_whole)
-    if ref_whole is None:
-        raise ValueError(f"loss_type {settings.loss_type[0]!r} needs log-probs under a reference; the batch has none")
-    if alpha is None:
-        return _Sequences(whole, ref_whole, whole, ref_whole)
-    if ref_token_logps is None:
-        raise ValueError(
-            f"ld_alpha {alpha} needs the reference's log-probs of every token, but the batch has their sums only "
-            "(ref_chosen_logps, ref_rejected_logps); drop these columns"
-        )
-    policy, ref = (_sums(_discount_tails(x, bounds, alpha), bounds) for x in (logps, ref_token_logps))
-    return _Sequences(policy, ref, whole, ref_whole)
-
-
-def _sums(x: Tensor, bounds: Tensor) -> Tensor:
-    """Sum over the tokens of each response, `[M]` to `[R]`."""
-    return torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)  # unsafe skips checks that wait for the device
-
-
-def _discount_tails(x: Tensor, bounds: Tensor, alpha: float) -> Tensor:
-    """Scale by `alpha` the values of `x [M]` at tokens beyond the length of the pair's shorter response."""
-    token = torch.arange(len(x), device=x.device)
-    response = torch.searchsorted(bounds, token, right=True) - 1
-    shorter = torch.minimum(*bounds.diff().chunk(2)).repeat(2)
-    return x.where(token - bounds[response] < shorter[response], alpha * x)
-
-
-def _wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, bounds: Tensor) -> Tensor:
-    """Return the weights of pairs `[B]`, Eq. 2 of WPO with its alignment.
-
-    A weight is the product over both responses of their geometric mean of p(token) / sum_v p(v)^2.
-    """
-    means = _sums(logps.detach() - log_sum_sq_probs.detach(), bounds) / bounds.diff()
-    chosen, rejected = means.exp().chunk(2)
-    return chosen * rejected
-
-
 # Responses to what the objectives read
 
 
 def _inputs(
     batch: Mapping[str, Any], logps: Tensor, ref_token_logps: Tensor | None, settings: ObjectiveSettings
-) -> tuple[_Sequences, dict[str, Any]]:
+) -> tuple[Sequences, dict[str, Any]]:
     kind = "unpaired" if "label" in batch else "ranked" if "response_index" in batch else "preference"
     if kind != settings.kind:
         raise ValueError(f"loss_type {settings.loss_type[0]!r} takes {settings.kind} examples, the batch is {kind}")
     settings.check_columns(name for name in EXAMPLE_NUMBERS if batch.get(name) is not None)
-    sequences = _sequences(batch, logps, ref_token_logps, settings)
+    sequences = sum_responses(batch, logps, ref_token_logps, settings)
     if kind == "preference":
-        inputs = _pair_inputs(sequences.logps, sequences.ref_logps, batch["cu_target"].diff(), settings)
+        lengths = batch["cu_target"].diff()[sequences.edges]
+        inputs = _pair_inputs(sequences.logps, sequences.ref_logps, lengths, settings)
     else:
         ref_logps = sequences.ref_logps
         logratios = sequences.logps if ref_logps is None else sequences.logps - ref_logps
-        inputs = (_unpaired_inputs if kind == "unpaired" else _ranked_inputs)(batch, logratios, settings)
+        if kind == "unpaired":
+            inputs = _unpaired_inputs(batch, logratios, settings)
+        else:
+            present = sequences.edges < len(sequences.whole_logps)
+            inputs = {"ranked_logratios": logratios.T, "ranked_mask": present.T}
     return sequences, inputs | _options(batch, inputs, settings)
 
 
 def _pair_inputs(
     logps: Tensor | None, ref_logps: Tensor | None, lengths: Tensor | None, settings: ObjectiveSettings
 ) -> dict[str, Any]:
-    """Split `[2B]` tensors into the inputs `[B]` that objectives on pairs read."""
+    """Split `[2, B]` tensors into the inputs `[B]` that objectives on pairs read."""
     assert logps is not None
-    inputs = dict(zip(("chosen_logps", "rejected_logps"), logps.chunk(2), strict=True))
+    inputs = dict(zip(("chosen_logps", "rejected_logps"), logps, strict=True))
     if lengths is not None:
-        inputs |= zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True)
+        inputs |= zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True)
     if settings.reference_free:
         ref_logps = torch.zeros_like(logps)
     if ref_logps is None:
@@ -304,21 +252,14 @@ def _pair_inputs(
     logratios = logps - ref_logps
     scores = DIVERGENCES[settings.f_divergence_type](logratios, settings.f_alpha_divergence_coef)
     for name, both in (("ref_{}_logps", ref_logps), ("{}_logratios", logratios), ("{}_scores", scores)):
-        inputs |= zip((name.format("chosen"), name.format("rejected")), both.chunk(2), strict=True)
+        inputs |= zip((name.format("chosen"), name.format("rejected")), both, strict=True)
     return inputs
 
 
 def _unpaired_inputs(batch: Mapping[str, Any], logratios: Tensor, settings: ObjectiveSettings) -> dict[str, Any]:
-    B = len(batch["label"])
-    if settings.needs_kl and len(logratios) != 2 * B:
+    if settings.needs_kl and len(logratios) < 2:
         raise ValueError(f"loss_type {settings.loss_type[0]!r} needs kl_ids in every example")
-    return {"logratios": logratios[:B], "kl_logratios": logratios[B:].detach(), "label": batch["label"]}
-
-
-def _ranked_inputs(batch: Mapping[str, Any], logratios: Tensor, settings: ObjectiveSettings) -> dict[str, Any]:
-    index = batch["response_index"]  # [B, K]; R marks a missing response
-    padded = torch.cat((logratios, logratios.new_zeros(1)))
-    return {"ranked_logratios": padded[index], "ranked_mask": index < len(logratios)}
+    return {"logratios": logratios[0], "kl_logratios": logratios[1:].flatten().detach(), "label": batch["label"]}
 
 
 def _options(columns: Mapping[str, Any], inputs: Mapping[str, Any], settings: ObjectiveSettings) -> dict[str, Any]:

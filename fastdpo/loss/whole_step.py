@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.data.packing import edges
+
 Values = dict[str, Tensor]
 """Detached values of one micro-batch by name, `[B]` each."""
 
@@ -33,10 +35,10 @@ class StepTotals(NamedTuple):
 
 def step_totals(batches: Sequence[Mapping[str, Any]]) -> StepTotals:
     """Return the totals of micro-batches of `fastdpo.shared_prefix_batch`, which the caller sums over processes."""
-    examples = [len(batch["pair_index"]) for batch in batches]
-    ends = [batch["cu_target"][B] for B, batch in zip(examples, batches, strict=True)]
-    tokens = torch.stack(ends).sum().float()
-    return StepTotals(torch.full_like(tokens, sum(examples)), tokens)
+    examples = sum(len(batch["pair_index"]) for batch in batches)
+    chosen = [batch["cu_target"].diff()[edges(batch)[0]].sum() for batch in batches]
+    tokens = torch.stack(chosen).sum().float()
+    return StepTotals(torch.full_like(tokens, examples), tokens)
 
 
 def step_context(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo.data.packing import edges
 from fastdpo.model.body_and_head import own_outputs
 
 logger = logging.getLogger("fastdpo")
@@ -72,7 +73,7 @@ def balancing_loss(
     """
     logits = [getattr(each, "router_logits", None) for each in outputs]
     if all(logits):
-        weights = _multiplicity(batch) if batch.get("attention_mask") is None else batch["attention_mask"].float()
+        weights = _multiplicity(batch)
         layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
         if hidden.requires_grad and not any(layer.requires_grad for layer in layers):
             raise ValueError(
@@ -87,17 +88,23 @@ def balancing_loss(
 
 
 def _multiplicity(batch: Mapping[str, Any]) -> Tensor:
-    """Count the full sequences that each row of a packed batch belongs to, `[1, T]` float32, without a device sync.
+    """Count the full sequences that each row belongs to, `[1, T]` or `[R, L]` float32, without a device sync.
 
-    The last target of a response is predicted from a segment whose key path is the whole sequence.
+    A response counts once for each example that holds it. The last target of a response is predicted from a segment
+    whose key path is the whole sequence.
     """
     if batch.get("cu_target") is None:
         raise ValueError("the balancing loss needs cu_target, the bounds of the responses; pass the whole batch")
+    held = edges(batch).flatten()  # the number of responses stands for no response
+    counts = torch.zeros(len(batch["cu_target"]), device=held.device)
+    of_response = counts.index_add_(0, held, torch.ones(len(held), device=held.device))[:-1]
+    if batch.get("attention_mask") is not None:
+        weights: Tensor = batch["attention_mask"] * of_response[:, None]
+        return weights
     kv_index, ends = batch["tree_kv_index"], batch["tree_cu_seqlens_q"][1:]
     last_rows = batch["logit_index"][batch["cu_target"][1:].long() - 1]
     segments = torch.searchsorted(ends, last_rows.to(ends.dtype), right=True)
-    one = torch.ones((), device=kv_index.device)
-    responses = torch.zeros(len(ends), device=kv_index.device).index_add_(0, segments, one.expand(len(segments)))
+    responses = torch.zeros(len(ends), device=kv_index.device).index_add_(0, segments, of_response)
     entries = torch.arange(len(kv_index), device=kv_index.device, dtype=ends.dtype)
     of_entry = responses[torch.searchsorted(batch["tree_cu_seqlens_k"][1:], entries, right=True)]
     rows = torch.zeros(batch["input_ids"].shape[1], device=kv_index.device)

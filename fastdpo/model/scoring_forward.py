@@ -35,7 +35,8 @@ _INPUTS = ("input_ids", "logit_index", "target_ids")
 _PACKED_INPUTS = (*_INPUTS, "position_ids", *registered.METADATA)
 _PADDED_INPUTS = (*_INPUTS, "position_ids", "attention_mask")
 _NOT_FOR_THE_MODEL = (
-    *("cu_target", "ref_logps", "ref_token_logps", "pair_index", "response_index"),
+    *("cu_target", "ref_logps", "ref_token_logps", "pair_index"),
+    *("chosen", "rejected", "completion", "kl", "response_index", "num_sequences", "num_targets"),
     *("weight", "margin", "beta", "label", "tree_seqlens_k", "image_inputs", "image_blocks"),
     *("num_tokens", "num_padded_tokens", "num_packed_tokens"),
 )

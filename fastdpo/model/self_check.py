@@ -6,7 +6,7 @@ things are checked by numbers:
 - the head: the log-probs of up to 64 positions of the first batch are compared with a log-softmax of the logits of the
   model's own forward on each sequence alone. The sequence is cut after these positions, which exposes a model that
   looks ahead;
-- the layout: two tiny pairs in the batch's layout are compared with the same pairs as padded rows;
+- the layout: three tiny pairs in the batch's layout are compared with the same pairs as padded rows;
 - the attention: every attention layer must call the registered function.
 
 The bound of an error is derived from the dtype, or from how much the model's own log-probs change with padding.
@@ -48,7 +48,7 @@ class SelfCheck(NamedTuple):
     head_error: float
     """Error of scored positions of the batch, against the model's own forward."""
     layout_error: float
-    """Error of two tiny pairs in the layout, against padded rows; if it is "padded", against each sequence alone."""
+    """Error of three tiny pairs in the layout, against padded rows; if it is "padded", against each sequence alone."""
     bound: float
     """The bound of both errors."""
     attention_layers: int
@@ -190,7 +190,8 @@ def self_check(
         try:
             with _watching(model) as (ran, called):
                 if layout != "padded":
-                    layout_error = _error(_score(model, shared_prefix_batch(pairs, layout=layout), device), padded)
+                    tiny = shared_prefix_batch(pairs, layout=layout, across_examples=layout != "packed")
+                    layout_error = _error(_score(model, tiny, device), padded)
                 error = _error(_score(model, selected, device), alone)
         except torch.OutOfMemoryError:  # padded rows would take more
             raise
@@ -294,7 +295,7 @@ def _text_of(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def _tiny_pairs(input_ids: Tensor) -> list[dict[str, Any]]:
-    """Make two pairs from tokens of the batch, one without and one with a common start of the responses."""
+    """Make three pairs from tokens of the batch: without and with a common start, and one more of the first prompt."""
     tokens = input_ids.flatten().cpu()
     generator = torch.Generator().manual_seed(0)
 
@@ -303,9 +304,11 @@ def _tiny_pairs(input_ids: Tensor) -> list[dict[str, Any]]:
         return picked
 
     start = draw(2)
+    first = {"prompt_ids": draw(7), "chosen_ids": draw(9), "rejected_ids": draw(4)}
     return [
-        {"prompt_ids": draw(7), "chosen_ids": draw(9), "rejected_ids": draw(4)},
+        first,
         {"prompt_ids": draw(3), "chosen_ids": start + draw(3), "rejected_ids": start + draw(10)},
+        {"prompt_ids": first["prompt_ids"], "chosen_ids": first["chosen_ids"][:4] + draw(2), "rejected_ids": draw(5)},
     ]
 
 

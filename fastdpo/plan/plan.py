@@ -41,6 +41,8 @@ RESERVED = GIB
 """Bytes of GPU memory that are left for the device's context and its matmul library."""
 FRAGMENTED = 0.05
 """Share of the other memory that is kept free for gaps between allocations and for unusual batches."""
+WORTH_GROUPING = 0.1
+"""Share of the computed tokens that grouping must save to be recommended, because it changes the order of examples."""
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -231,7 +233,8 @@ def tables(plan: Plan) -> str:
     """Show all of a plan in plain-text tables."""
     stats, batches = plan.stats, plan.batches
     lengths = [(name, *_spread(values)) for name, values in stats.lengths.items()]
-    lengths.append(("computed for an example", *_spread(stats.sizes.prod(1))))
+    what = "computed for an example" if stats.groups is None else "computed for a group of examples"
+    lengths.append((what, *_spread(stats.sizes.prod(1))))
     counted = [
         ("rows of the dataset", f"{stats.given:,}"),
         *((f"left out: {reason}", _rows(rows)) for reason, rows in stats.dropped.items()),
@@ -243,6 +246,7 @@ def tables(plan: Plan) -> str:
         ("tokens computed in a batch: largest", f"{batches.rows.max():,}"),
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
         ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
+        *_grouping(stats),
     ]
     n, job = plan.job.processes, plan.job
     title = "memory (computed, not measured)" if n == 1 else f"memory of each of {n} GPUs, {job.strategy} (computed)"
@@ -296,6 +300,20 @@ def _head_advice(memory: Memory, rows: int) -> list[str]:
         f"batch, and the backward computes the others again; head_workspace={larger} holds all of them, for "
         f"{_size(needed - memory.head_workspace)} more memory and {(1 - kept) / (4 - kept):.0%} fewer multiplications "
         "in the head if its backward is exact (not with a soft-cap)"
+    ]
+
+
+def _grouping(stats: TokenStats) -> list[tuple[str, str]]:
+    """Say what `group_by_prompt` would save, and which value is the smallest that saves nearly as much as any."""
+    if not stats.grouped:
+        return []
+    saved = {n: 1 - rows / stats.ungrouped for n, rows in stats.grouped.items()}
+    best = max(saved.values())
+    advice = next(n for n, share in saved.items() if share >= 0.9 * best) if best >= WORTH_GROUPING else None
+    return [
+        ("examples of one prompt: largest number", f"{stats.per_prompt:,}"),
+        *((f"tokens saved by group_by_prompt={n}", f"{share:.1%}") for n, share in saved.items()),
+        ("recommended (see docs/grouping.md)", f"group_by_prompt={advice}" if advice else "no grouping"),
     ]
 
 

@@ -4,7 +4,7 @@ Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastd
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
-from fastdpo.data.packing import kind_of
+from fastdpo.data.grouping import Groups, arrays, group_sizes, groups_of
+from fastdpo.data.packing import kind_of, responses_of
 from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
-from fastdpo.data.sampler import BudgetSampler, example_sizes
+from fastdpo.data.sampler import BudgetSampler, example_sizes, planned_sizes, shares
 from fastdpo.loss.options import from_config
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
+GROUP_SIZES = (2, 4, 8, 16)
+"""Values of `group_by_prompt` that are tried."""
 _RESPONSES = {
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
@@ -42,7 +45,17 @@ class TokenStats:
     prompts: Numbers
     """`[N]`: tokens of each example's prompt."""
     sizes: Numbers
-    """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`."""
+    """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`; `[U, 2]` if examples are grouped."""
+    groups: Groups | None
+    """With `group_by_prompt`, the groups of examples that batches take."""
+    grouped: dict[int, int]
+    """For several values of `group_by_prompt`, the rows that all groups take; empty if all prompts differ."""
+    ungrouped: int
+    """The rows that all examples take, each by itself."""
+    per_prompt: int
+    """The most examples of one prompt."""
+    responses: list[list[int]]
+    """For each example, numbers of its responses, which are equal where prompt and response are."""
     layout: str
     dropped: dict[str, list[int]]
     """Dataset rows that are dropped, by reason; each number in a reason is replaced by a #."""
@@ -64,6 +77,8 @@ class Batches:
     """K: key-path entries."""
     targets: Numbers
     """M: completion tokens."""
+    unshared: Numbers
+    """Tokens that would be computed if nothing were shared."""
     grid: Numbers
     """Places of the attention grid at most: number of responses times the longest key path."""
     processes: int
@@ -78,7 +93,7 @@ class Batches:
     @property
     def shared(self) -> float:
         """Share of the tokens that need not be computed, because another response shares them."""
-        return 0.0 if self.is_padded else 1 - float(self.rows.sum() / self.paths.sum())
+        return 0.0 if self.is_padded else 1 - float(self.rows.sum() / self.unshared.sum())
 
 
 def token_stats(
@@ -140,16 +155,45 @@ def token_stats(
         [int(prompt) + n for each in several for n in each]
         for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
     ]
+    sizes, groups = planned_sizes(kept, layout, args.group_by_prompt, args.tokens_per_batch)
+    ungrouped = sizes if groups is None else example_sizes(kept, layout)
+    per_prompt, grouped = _grouped(kept, layout)
     return TokenStats(
         given=len(dataset),
         lengths={name: np.array([n for each in values for n in each]) for name, values in lengths.items()},
         sequences=sequences,
         prompts=prompts,
-        sizes=example_sizes(kept, layout),
+        sizes=sizes,
+        groups=groups,
+        grouped=grouped,
+        ungrouped=int(ungrouped.prod(1).sum()),
+        per_prompt=per_prompt,
+        responses=_numbered(kept),
         layout=layout,
         dropped=dict(dropped),
         cut=cut,
     )
+
+
+def _grouped(kept: Dataset, layout: str) -> tuple[int, dict[int, int]]:
+    """Return the most examples of one prompt, and the rows that groups of several sizes take."""
+    prompts = Counter(example["prompt_ids"].tobytes() for example in arrays(kept.select_columns(["prompt_ids"])))
+    most = max(prompts.values())
+    if most == 1 or layout == "packed":
+        return most, {}
+    sizes = [n for n in GROUP_SIZES if n // 2 < most]
+    return most, {n: int(group_sizes(kept, groups_of(kept, n), layout).prod(1).sum()) for n in sizes}
+
+
+def _numbered(kept: Dataset) -> list[list[int]]:
+    """Number the responses of all examples, equal ones alike."""
+    numbers: dict[tuple[int, int], int] = {}
+    result = []
+    for example in arrays(kept):
+        prompt = hash(example["prompt_ids"].tobytes())
+        keys = [(prompt, hash(np.asarray(response).tobytes())) for response in responses_of(example)]
+        result.append([numbers.setdefault(key, len(numbers)) for key in keys])
+    return result
 
 
 def _counted(rows: list[int]) -> list[tuple[int, int]]:
@@ -184,17 +228,22 @@ def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_bat
         batch_size=None if budget else args.train_batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         world_size=processes,
+        groups=stats.groups,
     )
+    sizes = stats.sizes if stats.groups is None else shares(stats.sizes, stats.groups)
     fields: dict[str, list[int]] = defaultdict(list)
     for batch in sampler.plan(0):
         lengths = [n for i in batch for n in stats.sequences[i]]
-        fields["rows"].append(int(stats.sizes[batch, 0].sum() * stats.sizes[batch, 1].max()))
+        # (tokens, tokens of the response) of what is computed: with groups, equal responses once
+        of_all = [(n, n - int(stats.prompts[i])) for i in batch for n in stats.sequences[i]]
+        keys = [number for i in batch for number in stats.responses[i]]
+        held = of_all if stats.groups is None else list(dict(zip(keys, of_all, strict=True)).values())
+        fields["rows"].append(round(sizes[batch, 0].sum() * sizes[batch, 1].max()))
         fields["tokens"].append(sum(lengths))
         fields["padded"].append(len(lengths) * max(lengths))
-        fields["paths"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing
-        fields["targets"].append(
-            sum(sum(stats.sequences[i]) - len(stats.sequences[i]) * int(stats.prompts[i]) for i in batch)
-        )
-        fields["grid"].append(len(lengths) * (max(lengths) - 1))
+        fields["unshared"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing
+        fields["paths"].append(sum(n - 1 for n, _ in held))
+        fields["targets"].append(sum(targets for _, targets in held))
+        fields["grid"].append(len(held) * (max(lengths) - 1))
     numbers = {name: np.array(values) for name, values in fields.items()}
     return Batches(**numbers, processes=processes, is_padded=stats.layout == "padded")

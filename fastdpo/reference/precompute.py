@@ -19,7 +19,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from fastdpo.data.packing import RESPONSE_FIELDS, kind_of, rows_of, shared_prefix_batch
+from fastdpo.data.packing import RESPONSE_FIELDS, edges, responses_of, rows_of, shared_prefix_batch
 from fastdpo.data.vision.batch import KEPT, Collate
 from fastdpo.data.vision.images import key_ids
 from fastdpo.model.scoring_forward import evaluating, is_patched, patch_forward
@@ -47,6 +47,8 @@ class Item(NamedTuple):
     responses: list[Sequence[int]]
     keys: list[bytes]
     """One `entry_key` for each response."""
+    places: list[tuple[int, int]]
+    """For each response, its dataset row and its number there."""
 
     def example(self) -> dict[str, Any]:
         """Return the responses as one tokenised example, so that what they have in common is computed once."""
@@ -159,7 +161,8 @@ def token_logps(
         with cache.filling(share):
             # shares are dealt out by length from all items, which no other process can change: they do not overlap,
             # and have about the same number of tokens
-            by_length = sorted(items, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
+            groups = items if "images" in options else _merged(items, layout, budget)
+            by_length = sorted(groups, key=lambda item: len(item.prompt) + sum(map(len, item.responses)))
             own = _missing(by_length, TokenCache(None))[process_index::num_processes]
             batches = _batches(_missing(own, cache), layout, budget)
             _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options, *spare)
@@ -168,7 +171,7 @@ def token_logps(
         found = {key: cache[key] for item in own for key in item.keys}
         cache.hold(exchange(found, lacks_some=bool(_missing(items, cache))))
         # this computes nothing, unless another process failed
-        batches = _batches(_missing(items, cache), layout, budget)
+        batches = _batches(_missing(groups, cache), layout, budget)
         _fill(cache, batches, model, name, disable_tqdm or process_index > 0, options, *spare)
     return [[cache[key] for key in item.keys] for item in items]
 
@@ -215,11 +218,32 @@ def _open(folder: Path | str | None, model: Any, autocast: torch.dtype | None) -
 def _items(dataset: Dataset) -> Iterator[Item]:
     columns = {"prompt_ids", "images_key", *(field for fields in RESPONSE_FIELDS.values() for field in fields)}
     for i, row in enumerate(dataset.select_columns([c for c in dataset.column_names if c in columns])):
-        kind = kind_of(row)
-        found = [row[field] for field in RESPONSE_FIELDS[kind] if row.get(field) is not None]
-        responses = found[0] if kind == "ranked" else found
+        responses: Any = responses_of(row)
         prompt = [*key_ids(row.get("images_key")), *row["prompt_ids"]]
-        yield Item(i, row["prompt_ids"], responses, [entry_key(prompt, ids) for ids in responses])
+        keys = [entry_key(prompt, ids) for ids in responses]
+        yield Item(i, row["prompt_ids"], responses, keys, [(i, k) for k in range(len(responses))])
+
+
+def _merged(items: Sequence[Item], layout: str, budget: tuple[int, int]) -> list[Item]:
+    """Merge the items of one prompt, so that the prompt is computed once, as far as a batch of rows holds them."""
+    counts_examples, most = budget
+    if counts_examples or layout not in ("shared", "tree"):
+        return list(items)
+    merged: list[Item] = []
+    last: dict[tuple[int, ...], tuple[int, int]] = {}  # by prompt: the item that grows, and its rows at most
+    for item in items:
+        prompt = tuple(item.prompt)
+        at, rows = last.get(prompt, (len(merged), len(prompt)))
+        rows += sum(map(len, item.responses))
+        if at == len(merged) or rows > most:
+            last[prompt] = len(merged), len(prompt) + sum(map(len, item.responses))
+            merged.append(Item(item.row, item.prompt, [*item.responses], [*item.keys], [*item.places]))
+            continue
+        last[prompt] = at, rows
+        merged[at].responses.extend(item.responses)
+        merged[at].keys.extend(item.keys)
+        merged[at].places.extend(item.places)
+    return merged
 
 
 def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
@@ -228,12 +252,13 @@ def _missing(items: Sequence[Item], cache: TokenCache) -> list[Item]:
     rest = []
     for item in items:
         kept = []
-        for response, key in zip(item.responses, item.keys, strict=True):
+        for response, key, place in zip(item.responses, item.keys, item.places, strict=True):
             if key not in cache and key not in seen:
                 seen.add(key)
-                kept.append((response, key))
+                kept.append((response, key, place))
         if kept:
-            rest.append(Item(item.row, item.prompt, [r for r, _ in kept], [key for _, key in kept]))
+            responses, keys, places = map(list, zip(*kept, strict=True))
+            rest.append(Item(item.row, item.prompt, responses, keys, places))
     return rest
 
 
@@ -307,21 +332,21 @@ def score_batch(
     examples = [item.example() | ({} if images is None else images[item.row]) for item in items]
     # few tokens are repeated up to MIN_TARGETS, so that the head uses its usual algorithm
     tokens = sum(len(response) for item in items for response in item.responses)
-    batch = collate(examples * -(-MIN_TARGETS // tokens), layout=layout)
-    bounds = batch["cu_target"].tolist()
-    # examples with one response each keep the order of the items
-    index = batch.pop("response_index").tolist() if "response_index" in batch else [[i] for i in range(len(items))]
+    repeats = -(-MIN_TARGETS // tokens)
+    across = collate is shared_prefix_batch and repeats == 1 and layout != "packed"
+    batch = collate(examples * repeats, layout=layout, **({"across_examples": True} if across else {}))
+    bounds, index = batch["cu_target"].tolist(), edges(batch).T.tolist()
     batch.pop("label", None)
     batch = send_to_device(batch, device, non_blocking=True)
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logps = model(**batch).logps.float().cpu().numpy()
     scored = {}
     for item, responses in zip(items, index, strict=False):
-        for k, key in enumerate(item.keys):
+        for k, (key, (row, number)) in enumerate(zip(item.keys, item.places, strict=True)):
             values = logps[bounds[responses[k]] : bounds[responses[k] + 1]]
             if not np.isfinite(values).all():
                 raise FloatingPointError(
-                    f"{name} dataset: row {item.row}: the reference gives response {k} a log-prob that is not finite; "
+                    f"{name} dataset: row {row}: the reference gives response {number} a log-prob that is not finite; "
                     "its weights may not be finite, or it overflows in fp16 (use bf16)"
                 )
             scored[key] = values

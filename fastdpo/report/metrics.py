@@ -30,14 +30,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import IterableDataset
 from torch import Tensor
 from transformers import Trainer
 
+from fastdpo.data.packing import edges
 from fastdpo.head.eager import Stats
 from fastdpo.loss.batch_loss import LossOutput
+from fastdpo.loss.sequences import along_edges, sum_tokens
 
 
 class RunningSums:
@@ -223,50 +224,41 @@ def _add_responses(
     if log_ratios is not None:
         r = log_ratios.detach().to(kept.dtype)
         kl = r.clamp(max=20).expm1() - r  # or a single token could dominate the mean
-        responses["kl_per_token"] = (_sums(kl.clamp(min=0), batch["cu_target"]) * both, lengths * both)
+        responses["kl_per_token"] = (sum_tokens(kl.clamp(min=0), batch["cu_target"]) * both, lengths * both)
     if stats is not None:
         tokens = torch.stack([stats.entropy.float(), stats.is_top1.float(), stats.mean_logits.float()], 1)
-        totals = _sums(tokens, batch["cu_target"])
+        totals = sum_tokens(tokens, batch["cu_target"])
         entropy, is_top1, mean_logits = totals.unbind(1)
         responses["entropy"] = (entropy * both, lengths * both)
         responses["mean_token_accuracy"] = (is_top1 * chosen, lengths * chosen)
         responses["logits/chosen"] = (mean_logits * chosen, lengths * chosen)
         responses["logits/rejected"] = (mean_logits * rejected, lengths * rejected)
         # each process and micro-batch chooses its own backward, so the name is added even if there is no density
-        density = torch.zeros_like(entropy) if stats.density is None else _sums(stats.density, batch["cu_target"])
+        density = torch.zeros_like(entropy) if stats.density is None else sum_tokens(stats.density, batch["cu_target"])
         responses["head/density"] = (density * both, lengths * both * (stats.density is not None))
     if responses:
         sums.add_ratios(responses)
 
 
-def _sums(tokens: Tensor, bounds: Tensor) -> Tensor:
-    """Sum over each response's tokens, from `[M, ...]` to `[R, ...]`."""
-    return torch.segment_reduce(tokens, "sum", offsets=bounds, unsafe=True)  # unsafe: checks would wait for the device
-
-
-def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, ...]:
+def _sides(batch: Mapping[str, Any], values: Tensor) -> tuple[Tensor, Tensor]:
     """From `[R]` values of responses, return each example's chosen value and rejected value, `[B]` each."""
+    index = edges(batch)
+    own = along_edges(values, index)
     if "label" in batch:
-        own = values[: len(batch["label"])]
-        return own, own
-    if "response_index" in batch:
-        index = batch["response_index"]
-        table = F.pad(values, (0, 1))[index]
-        return table[:, 0], table[:, 1:].sum(1) / (index[:, 1:] < len(values)).sum(1)
-    return values.chunk(2)
+        return own[0], own[0]
+    return own[0], own[1:].sum(0) / (index[1:] < len(values)).sum(0)
 
 
 def _responses(batch: Mapping[str, Any], kept: Tensor, R: int) -> tuple[Tensor, Tensor]:
-    """Return two masks `[R]`: 1 for chosen responses of kept examples, and 1 for rejected ones."""
-    if "label" in batch:  # the KL responses that may follow are neither
-        filling = (0, R - len(kept))
-        return F.pad(kept * batch["label"], filling), F.pad(kept * ~batch["label"], filling)
-    if "response_index" in batch:
-        index, nothing = batch["response_index"], kept.new_zeros(R + 1)
-        chosen = nothing.scatter(0, index[:, 0], kept)
-        rejected = nothing.scatter(0, index[:, 1:].flatten(), kept.repeat_interleave(index.shape[1] - 1))
-        return chosen[:R], rejected[:R]
-    return torch.cat((kept, torch.zeros_like(kept))), torch.cat((torch.zeros_like(kept), kept))
+    """Return `[R]` how many kept examples have a response as their chosen one, and how many as a rejected one."""
+    index, nothing = edges(batch), kept.new_zeros(R + 1)
+    if "label" in batch:  # KL responses are neither
+        index, sides = index[:1], (kept * batch["label"], kept * ~batch["label"])
+        chosen, rejected = (nothing.scatter_add(0, index[0], side) for side in sides)
+    else:
+        chosen = nothing.scatter_add(0, index[0], kept)
+        rejected = nothing.scatter_add(0, index[1:].flatten(), kept.repeat(len(index) - 1))
+    return chosen[:R], rejected[:R]
 
 
 def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
@@ -277,7 +269,9 @@ def add_scalars(sums: RunningSums, values: Mapping[str, Tensor], weight: float =
 def add_tokens(sums: RunningSums, batch: Mapping[str, Any]) -> None:
     """Add the tokens of a training batch, and those that packing and sharing saved."""
     tokens, padded, packed = (batch[f"num_{kind}"] for kind in ("tokens", "padded_tokens", "packed_tokens"))
-    computed = tokens - (len(batch["cu_target"]) - 1)  # the last token of a sequence predicts nothing
+    computed = tokens - batch.get(
+        "num_sequences", len(batch["cu_target"]) - 1
+    )  # the last token of a sequence predicts nothing
     sums.add_numbers("num_tokens", tokens)
     sums.add_numbers("padding_saved", 0 if "attention_mask" in batch else padded - tokens, padded)
     sums.add_numbers("prompt_shared", computed - packed, computed)

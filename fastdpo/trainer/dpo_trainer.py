@@ -23,6 +23,8 @@ from fastdpo.config import DPOConfig
 from fastdpo.config.checks import in_bytes
 from fastdpo.data import prepare
 from fastdpo.data.columns import with_raw_columns
+from fastdpo.data.grouping import grouped_stream
+from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.data.vision.batch import check_all_have_images, collator_of
 from fastdpo.data.vision.images import has_images, text_tokenizer
 from fastdpo.loss.options import ObjectiveSettings, from_config
@@ -120,6 +122,11 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             train_dataset, eval_dataset, processing_class, vocab_size, args, settings
         )
         check_collator(data_collator, train_dataset)
+        if args.group_by_prompt and data_collator is not None:
+            logger.warning(
+                "group_by_prompt brings examples of one prompt together, but what they share is computed once only if "
+                "your data_collator calls fastdpo.shared_prefix_batch with across_examples=True"
+            )
         columns = prepare.columns_of(train_dataset, eval_dataset)
         self.collate = collator_of(columns, processing_class, unwrap(model))
         if any("images_key" in names for names in columns):
@@ -173,6 +180,9 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                     other = None if is_own_reference else ref_model
                     self._layout = agreed_layout(self, self._layout, other, self.collate)
                     self.data_collator = functools.partial(self.collate, layout=self._layout)
+                    # examples with equal tokens may have other images
+                    if self.collate is shared_prefix_batch and args.prefix_sharing and args.disable_dropout:
+                        self.data_collator.keywords["across_examples"] = True
                 self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
@@ -202,6 +212,9 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             columns = set(rows.column_names or ())
             settings.check_columns(columns)
             prepare.check_reference_columns(columns, settings.kind, args.ld_alpha)
+            if args.group_by_prompt and isinstance(rows, IterableDataset):
+                count = args.train_batch_size if name == "train" else args.eval_batch_size
+                rows = grouped_stream(rows, args.group_by_prompt, count)
             return with_raw_columns(rows, raw)
 
         self._prepare_dataset = prepared

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo import checks, sharding
 from fastdpo.config import DPOConfig
 from fastdpo.data import prepare
+from fastdpo.data.grouping import in_groups
 from fastdpo.data.sampler import planned
 from fastdpo.loss.batch_loss import compute, step_mean, step_values
 from fastdpo.loss.options import ObjectiveSettings
@@ -58,6 +59,13 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
         return planned(super().get_train_dataloader(), self.args, self._layout)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Evaluate the examples of one prompt together with `group_by_prompt`, else all in their order."""
+        most = self.args.group_by_prompt
+        if most is None or not isinstance(eval_dataset, Dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return in_groups(eval_dataset, most, self.args.eval_batch_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer of the sharded weights, also where an evaluation has left some of them gathered."""

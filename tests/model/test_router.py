@@ -83,6 +83,18 @@ def test_counts_responses_of_every_kind() -> None:
             torch.testing.assert_close(aux_loss(model, batch, layout), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_response_of_several_pairs_counts_for_each(layout: str) -> None:
+    model = moe("qwen3-moe")
+    other = PAIRS[2] | {"chosen_ids": PAIRS[2]["rejected_ids"], "rejected_ids": [5, 6, 2]}
+    pairs = [*PAIRS, PAIRS[0], other]
+    expected = stock_aux_loss(stock(model), pairs)
+    patch_forward(model)
+    batch = fastdpo.shared_prefix_batch(pairs, layout=layout, across_examples=True)
+    loss = model(**batch, with_aux_loss=True).aux_loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
 def test_differs_from_trls_by_the_last_tokens_alone() -> None:
     model = moe("qwen3-moe")
     pairs = make_pairs([(40, 0, 30, 20), (30, 0, 40, 25)])

@@ -54,6 +54,14 @@ JSON = "tests/untrusted/test_json_files.py"
 TRUST = "tests/settings/test_config_file.py -k trust"
 GOES_ON = "tests/checkpoint/test_resume.py -k 'records or finished or (goes_on and no) or needs_a_word'"
 
+TREES = "tests/data/test_trees.py"
+GROUPS = "tests/data/test_grouping.py"
+GRAPHS = "tests/loss/test_graphs.py -k '(ld or kto or sigmoid or rpo or weight) and shared'"
+TOTALS = "tests/loss/test_graphs.py -k chosen_tokens"
+PARTNERS = "tests/loss/test_batch_loss.py -k 'ld_discounts or likelihood_terms'"
+GROUPED = "tests/test_trainer_grouping.py -k evaluation"
+ROUTER = "tests/model/test_router.py -k several_pairs"
+
 # fmt: off
 FAULTS: dict[str, list[Fault]] = {  # by file
     "kernels/kept_probs.py": [
@@ -583,5 +591,58 @@ FAULTS: dict[str, list[Fault]] = {  # by file
         Fault("shard-share", RANKS, "every rank has the whole gradient of the others", "dothers * share, None",
               "dothers, None"),
         Fault("shard-target", RANKS, "every rank has the target's gradient", "dtarget.where(mine, 0.0)", "dtarget"),
+    ],
+    "fastdpo/data/trees.py": [
+        Fault("tree-neighbour", TREES, "the neighbour before is not looked at", "order[max(at - 1, 0) : at + 1]",
+              "order[at : at + 1]"),
+        Fault("tree-levels", TREES, "trees are one level deeper than the bound", "levels[parent] >= MOST_LEVELS",
+              "levels[parent] > MOST_LEVELS"),
+        Fault("tree-pays", TREES, "the shortest starts are shared", "start >= min(len(prompt) - 1, LEAST_SHARED)",
+              "start >= 1"),
+        Fault("tree-cut", TREES, "the first part of a cut segment sees what comes after it",
+              "path if b == end else path.cut(0, b)", "path"),
+        Fault("tree-copy", TREES, "no row of a branch predicts its first token",
+              "common_length(rows[own], rows[other]) - 1", "common_length(rows[own], rows[other])"),
+    ],
+    "fastdpo/data/packing.py": [
+        Fault("graph-key", TREES, "equal responses of different prompts are one", "(of_prompt[i], responses[i][k]",
+              "(responses[i][k]"),
+        Fault("graph-references", TREES, "responses with different reference log-probs are one",
+              "responses[i][k].tobytes(), *ref)", "responses[i][k].tobytes())"),
+        Fault("graph-itself", TREES, "a response may be compared with itself", "            if same:",
+              "            if same is None:"),
+    ],
+    "fastdpo/data/grouping.py": [
+        Fault("group-twice", GROUPS, "two groups of a prompt come together", "if waiting[at][0] not in held",
+              "if waiting"),
+        Fault("group-fits", GROUPS, "groups are cut although another fits", "if len(waiting[at][1]) <= room",
+              "if waiting"),
+        Fault("group-size", GROUPS, "a group has the size of its responses apart",
+              "trees.rows_of_tree(sequences, trees.longest_starts(sequences)), 1", "sum(lengths), 1"),
+        Fault("group-short", GROUPS, "any short prompt begins a conversation", "[trees.LEAST_SHARED - 1 :]", "[0:]"),
+    ],
+    "fastdpo/data/sampler.py": [
+        Fault("groups-of-a-prompt", GROUPS, "a batch by tokens takes several groups of a prompt",
+              "room[taken[groups.families[i]]] = False", "pass"),
+    ],
+    "fastdpo/loss/sequences.py": [
+        Fault("ld-partner", PARTNERS, "the tail begins after the longer response", "[index].min(0)", "[index].max(0)"),
+        Fault("ld-place", GRAPHS, "the tail begins at the wrong token", "place < shorter[edge]",
+              "token < shorter[edge]"),
+        Fault("likelihood-edge", PARTNERS, "the likelihood term is that of rejected responses",
+              "along_edges(self.whole_logps, self.edges)[0]", "along_edges(self.whole_logps, self.edges)[1]"),
+    ],
+    "fastdpo/loss/whole_step.py": [
+        Fault("chosen-tokens", TOTALS, "the rejected tokens are counted", "[edges(batch)[0]].sum()",
+              "[edges(batch)[-1]].sum()"),
+    ],
+    "fastdpo/report/metrics.py": [
+        Fault("edges-of-metrics", GROUPED, "a response counts once in metrics, whatever its pairs",
+              "chosen = nothing.scatter_add(0, index[0], kept)", "chosen = nothing.scatter(0, index[0], kept)"),
+    ],
+    "fastdpo/model/router.py": [
+        Fault("edges-of-router", ROUTER, "a response counts once for the router, whatever its pairs",
+              "held, torch.ones(len(held), device=held.device))[:-1]",
+              "held.unique(), torch.ones(len(held.unique())))[:-1]"),
     ],
 }

@@ -147,6 +147,32 @@ def test_a_bad_row_stops_the_plan_as_it_stops_training(tmp_path: Path) -> None:
         token_stats(Dataset.from_list(ROWS).to_iterable_dataset(), TOKENIZER, settings(tmp_path), VOCAB)
 
 
+def test_grouped_batches_hold_what_the_collator_makes_of_them(tmp_path: Path) -> None:
+    rows = Dataset.from_list(lengths.pairs_of_prompts("toy", 24, 4, 4, VOCAB, 32))
+    args = settings(tmp_path, max_length=32, per_device_train_batch_size=8, group_by_prompt=4)
+    stats = token_stats(rows, TOKENIZER, args, VOCAB)
+    batches = epoch(stats, args)
+    examples: Any = prepare_dataset(rows, TOKENIZER, max_length=32, vocab_size=VOCAB)
+    sampler = BudgetSampler(stats.sizes, batch_size=8, seed=args.seed, groups=stats.groups)
+    made = [
+        shared_prefix_batch([examples[i] for i in batch], pad_to_multiple_of=1, across_examples=True)
+        for batch in sampler.plan(0)
+    ]
+    assert [len(batch["cu_target"]) - 1 for batch in made] == [8, 8, 8]
+    assert batches.rows.tolist() == [batch["num_packed_tokens"] for batch in made]
+    assert batches.tokens.tolist() == [batch["num_tokens"] for batch in made]
+    assert batches.padded.tolist() == [batch["num_padded_tokens"] for batch in made]
+    assert batches.paths.tolist() == [len(batch["tree_kv_index"]) for batch in made]
+    assert batches.targets.tolist() == [len(batch["target_ids"]) for batch in made]
+    assert batches.unshared.tolist() == [batch["num_tokens"] - batch["num_sequences"] for batch in made]
+    assert stats.per_prompt == 4
+    assert stats.grouped[4] == sum(batch["num_packed_tokens"] for batch in made)
+    assert stats.grouped[2] > stats.grouped[4]
+    assert list(stats.grouped) == [2, 4]
+    assert stats.ungrouped == example_sizes(examples, "shared").sum() - len(examples)
+    assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in plan._grouping(stats)
+
+
 @pytest.mark.parametrize("options", [{"tokens_per_batch": 60}, {"per_device_train_batch_size": 3}], ids=str)
 def test_batches_hold_what_the_collator_makes_of_them(options: dict[str, Any], tmp_path: Path) -> None:
     rows = Dataset.from_list(lengths.pairs("toy", 20, VOCAB, 32))
