@@ -101,15 +101,16 @@ def compile_kernels() -> dict[str, Kernel]:
     aot = import_module("tests.kernels.test_aot")
     jobs = [aot.Job(kernel, 90, "bf16", variant) for kernel, variant in JOBS.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = pool.map(aot.compile_kernel, jobs)
-    made = {}
-    for name, compiled in zip(JOBS, found, strict=True):
-        launch = compiled.launch
-        block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
-        made[name] = Kernel(
-            block, launch["num_warps"], compiled.registers, compiled.shared_bytes, compiled.loops, compiled.at_once
-        )
-    return made
+        found = list(pool.map(aot.compile_kernel, jobs))
+    return {name: read(compiled) for name, compiled in zip(JOBS, found, strict=True)}
+
+
+def read(compiled: Any) -> Kernel:
+    """Return what the model reads of a `tests.kernels.test_aot.Compiled`."""
+    launch = compiled.launch
+    block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
+    numbers = compiled.registers, compiled.shared_bytes, compiled.loops, compiled.at_once
+    return Kernel(block, launch["num_warps"], *numbers)
 
 
 def compile_gluon() -> tuple[int, Any] | None:
