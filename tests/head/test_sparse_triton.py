@@ -102,6 +102,16 @@ def test_all_rows_in_one_block(dtype: torch.dtype, device: torch.device) -> None
     check(dtype, Transform(), Needs(True, True, True, True, True), False, device, 400_000)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_several_blocks_of_rows(dtype: torch.dtype, device: torch.device) -> None:
+    """Then sums of dweight and dbias go from block to block, and the last one finishes them."""
+    width = (D + R) * (8 if dtype == torch.float64 else 4)
+    workspace = 9000 if dtype == torch.float64 else 3000
+    rows, _ = cells._block_shape(N, V, width, dtype.itemsize, workspace - workspace // 4)
+    assert rows < N
+    check(dtype, Transform(), Needs(True, True, True, True, True), False, device, workspace)
+
+
 def test_lists_and_kept_probabilities_together(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunks of what was kept begin in the middle of the vocabulary, and so do their lists."""
     monkeypatch.setattr(kept_probs, "TILE", T)
