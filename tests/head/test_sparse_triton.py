@@ -103,8 +103,10 @@ def test_all_rows_in_one_block(dtype: torch.dtype, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_several_blocks_of_rows(dtype: torch.dtype, device: torch.device) -> None:
+def test_several_blocks_of_rows(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then sums of dweight and dbias go from block to block, and the last one finishes them."""
+    slices = tiles.slices
+    monkeypatch.setattr(cells, "slices", lambda total, size: slices(total, 20 if size >= 256 else size))
     width = (D + R) * (8 if dtype == torch.float64 else 4)
     workspace = 9000 if dtype == torch.float64 else 3000
     rows, _ = cells._block_shape(N, V, width, dtype.itemsize, workspace - workspace // 4)
