@@ -14,13 +14,13 @@
 #
 # The head and its tests need none of them; whole training steps need datasets.
 #
-# Every part has its time limit, and all parts together have BUDGET seconds (540). With less time on the device, run it
-# twice: for 540 seconds, then with BUDGET=200 for what is left. A failing part stops no other. A
-# second run with the same OUT_DIR does what is still missing: it repeats no part that came to its end, and the tables
-# go on at the first case that they lack. Put OUT_DIR back if it was moved, and start a fresh one when the code has
-# changed. OUT_DIR receives status (one line per part: name, exit code, seconds), probe.log, head.log, gluon.log, training.log and tests.log,
-# and head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts
-# have ended well.
+# Every part has its time limit, and all parts together have BUDGET seconds (540). benchmarks/README.md says what fits
+# into a first call of 540 and a second one of 200 seconds. A failing part stops no other. A second run with the same
+# OUT_DIR does what is still missing: it repeats no part that came to its end, and the tables go on at the first case
+# that they lack. Put OUT_DIR back if it was moved, and start a fresh one when the code has changed. OUT_DIR receives
+# status (one line per part: name, exit code, seconds), probe.log, head.log, training.log, gluon.log and tests.log, and
+# head.jsonl and training.jsonl, which belong in benchmarks/results/<machine>/. The exit code is 0 when all parts have
+# ended well.
 #
 # SUITE_SIZE=smoke runs toy sizes, on any machine; PYTHON names the interpreter (python3).
 set -u
@@ -110,9 +110,10 @@ if [[ ${SUITE_SIZE:-full} == smoke ]]; then
     tests accuracy 540 tests/head/test_accuracy.py
 else
     probe
-    head_table h200 330
-    part gluon 100 gluon.log "124 137" "$python" -m benchmarks.gluon_forward # it may deadlock: it has never run
-    training_table gpu 120
+    tests production 40 tests/kernels/test_production_tiles.py # it compiles most kernels, side by side
+    head_table h200 300
+    training_table gpu 110
+    part gluon 70 gluon.log "124 137" "$python" -m benchmarks.gluon_forward # it may deadlock: it has never run
     mapfile -t marked < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
     tests gpu 90 -m gpu "${marked[@]}"
     mapfile -t on_devices < <(grep -rl --include="test_*.py" "device: torch\.device" tests)

@@ -3,8 +3,8 @@
     python -m benchmarks.head_time_model
     python -m benchmarks.head_time_model --rows 8192 --hidden 4096 --vocab 128256
 
-Each Triton kernel is compiled for sm_90. Its registers and shared memory say how many programs share a multiprocessor,
-and its machine code how many instructions a warp issues for a tile. A tile takes
+Each Triton kernel is compiled for the chip. Its registers and shared memory say how many programs share a
+multiprocessor, and its machine code how many instructions a warp issues for a tile. A tile takes
 
     tensor = 2 BLOCK_N BLOCK_V D / 4096 clocks / 0.95          the matmul, as fed as the best kernels are
     exposed = warps / 4 * instructions outside the loop * 1.25 + 1200          epilogue with its stalls, and the first
@@ -12,10 +12,15 @@ and its machine code how many instructions a warp issues for a tile. A tile take
 
 in sequence if one program runs at a time, and side by side if several do. A kernel also takes no less time than its
 bytes from L2 and from memory. Vendor matmuls run at 790 TFLOP/s, 88 % of the clocks of 132 multiprocessors at 1.66 GHz
-sustained; the model counts the same clocks for both. Latencies of 2000 clocks are added where a program walks a chain
-of dependent loads. A PyTorch operation on small tensors takes 3 microseconds. Density is the share of cells that are
-active. None of it knows bank conflicts, cache misses or the power limit: it finds what is far from its goal, not what
-is 5 % from it.
+sustained; the model counts the same clocks for both.
+
+The sparse kernels are described by `fastdpo.head.impl.sparsity.Chip`, which the head decides with, too: `chip` computes
+those numbers, and `relative_time` makes milliseconds of them. So a backward that the head chooses never takes longer
+here than the dense one. How long it takes depends on where the active cells are: spread evenly over the rows, or five
+sixths of them in rows that compute all of their cells. Density is the share of cells that are active.
+
+None of it knows bank conflicts, cache misses or the power limit: it finds what is far from its goal, not what is 5 %
+from it.
 """
 
 import argparse
@@ -32,17 +37,22 @@ PROCESSORS = 132
 TENSOR = 4096  # FLOP of a multiprocessor in a clock
 VENDOR, VENDOR_SHARE = 790e12, 0.88  # FLOP/s of a vendor matmul, which is this share of the tensor cores' clocks
 CLOCK = VENDOR / VENDOR_SHARE / TENSOR / PROCESSORS
-FED, FILL, STALLS, CHAIN = 0.95, 1200, 1.25, 2000
-L2, MEMORY = 5100 * CLOCK, 4.3e12  # bytes in a second
-L2_BYTES = 40e6
-OPERATION = 3e-6  # seconds
+FED, FILL, STALLS = 0.95, 1200, 1.25
+L2, MEMORY = 39, 20  # bytes of a multiprocessor in a clock
+BANDWIDTH = 4.3e12  # bytes of memory in a second
+SHARING = 40  # active rows that a program of sparse_dhidden multiplies by a tile of weight that it has loaded
 DENSITIES = (0.05, 0.18, 0.35)
+FULL = {"spread evenly": 0.0, "in full rows": 5 / 6}
+"""Of the active cells, the share in rows that compute all of their cells."""
+LIMIT = 0.12
+"""Density for which the sparse kernels' times are computed: the lists of a chunk are as long as where it matters."""
 JOBS = {
     "forward": ("forward-tma", "masses"),
     "forward, keeping": ("forward-tma", "bias masses kept"),
     "dlogits": ("backward", ""),
     "sparse dlogits": ("sparse-dlogits", ""),
     "sparse dhidden": ("sparse-dhidden", ""),
+    "full rows": ("sparse-dhidden-full", ""),
     "sparse dweight": ("sparse-dweight", ""),
 }
 
@@ -56,11 +66,8 @@ class Kernel(NamedTuple):
     shared: int
     loops: list[int]
     """Instructions in a step of the loop, before it, and after it."""
-
-    @property
-    def programs(self) -> int:
-        """Programs that share a multiprocessor."""
-        return programs(self.registers, 32 * self.warps, self.shared, 90)
+    programs: int
+    """Programs that share a multiprocessor."""
 
     @property
     def exposed(self) -> float:
@@ -73,13 +80,6 @@ class Kernel(NamedTuple):
         tensor = 2 * n * v * depth / TENSOR / FED
         clocks = max(tensor, (tensor + self.exposed) / self.programs)
         return count * clocks / CLOCK / PROCESSORS
-
-
-def programs(registers: int, threads: int, shared: int, arch: int) -> int:
-    """Return how many programs share a multiprocessor: CUDA C++ Programming Guide, table 24."""
-    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
-    kib = {80: 164, 90: 228, 100: 228}[arch]
-    return min(by_registers, kib * 1024 // (shared + 1024), 2048 // threads, 32)
 
 
 class Shape(NamedTuple):
@@ -101,73 +101,125 @@ def compile_kernels() -> dict[str, Kernel]:
     aot = import_module("tests.kernels.test_aot")
     jobs = [aot.Job(kernel, 90, "bf16", variant) for kernel, variant in JOBS.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = pool.map(aot.compile_kernel, jobs)
-    made = {}
-    for name, compiled in zip(JOBS, found, strict=True):
-        launch = compiled.launch
-        block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
-        made[name] = Kernel(block, launch["num_warps"], compiled.registers, compiled.shared_bytes, compiled.loops)
-    return made
+        found = list(pool.map(aot.compile_kernel, jobs))
+    return {name: read(compiled) for name, compiled in zip(JOBS, found, strict=True)}
+
+
+def read(compiled: Any) -> Kernel:
+    """Return what the model reads of a `tests.kernels.test_aot.Compiled`."""
+    launch = compiled.launch
+    block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
+    numbers = compiled.registers, compiled.shared_bytes, compiled.loops, compiled.at_once
+    return Kernel(block, launch["num_warps"], *numbers)
+
+
+def compile_gluon() -> tuple[int, Any] | None:
+    """Return the epilogue and the configuration of the warp-specialised forward; None if Triton lacks Gluon."""
+    from fastdpo.head.autotune import GLUON_FORWARD, has_gluon
+
+    if not has_gluon():
+        return None
+    aot = import_module("tests.kernels.test_gluon_aot")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        compiled = pool.submit(aot.compile_variant, "masses").result()
+    return max(compiled.epilogues), import_module(GLUON_FORWARD).CONFIG
 
 
 def forward(kernel: Kernel, shape: Shape) -> float:
     """Seconds of the persistent forward; its busiest multiprocessor ends last."""
+    count = busiest_tiles(kernel, shape) * PROCESSORS
+    return max(kernel.tiles(count, shape.D), copies(kernel, shape))
+
+
+def busiest_tiles(kernel: Kernel, shape: Shape) -> int:
+    """Return the tiles of the busiest multiprocessor."""
     from fastdpo.kernels import linear_logprobs_forward as module
 
     blocks, tiles = (-(-size // block) for size, block in zip((shape.N, shape.V), kernel.block, strict=False))
     splits = module.default_splits(blocks, tiles, PROCESSORS)
-    return kernel.tiles(module.busiest(blocks, tiles, PROCESSORS, splits) * PROCESSORS, shape.D)
+    return module.busiest(blocks, tiles, PROCESSORS, splits)
 
 
-def cells(kernel: Kernel, shape: Shape, density: float) -> tuple[float, float]:
-    """Return the blocks of rows in all lists, of which the last of each list is not full, and the active cells."""
-    tiles = -(-shape.V // kernel.block[1])
-    return tiles * -(-shape.N * density // kernel.block[0]), tiles * shape.N * density
+def copies(kernel: Kernel, shape: Shape) -> float:
+    """Seconds that L2 needs for the operands of all tiles; while one program folds, it serves the others."""
+    n, v, _ = kernel.block
+    return 2 * shape.N * shape.V * shape.D * (1 / n + 1 / v) / L2 / CLOCK / PROCESSORS
 
 
-def gather(kernel: Kernel, blocks: float, depth: int) -> float:
-    """Seconds that L2 needs for the operands of so many tiles."""
-    return blocks * 2 * (kernel.block[0] + kernel.block[1]) * depth / L2
+def forward_in_gluon(epilogue: int, shape: Shape, config: tuple[int, int, int, int, int]) -> float:
+    """Seconds of the warp-specialised forward, whose two consumers share the tensor cores; see `clocks_of_turns`."""
+    n, v, d, _, stages = config
+    steps = -(-shape.D // d)
+    kernel = Kernel((n, v, d), 4, 240, 0, [0, 0, epilogue], 1)
+    tiles = busiest_tiles(kernel, shape)
+    clocks = clocks_of_turns(min(tiles, 40), steps, stages, 2 * (n // 2) * v * d / TENSOR / FED, STALLS * epilogue)
+    return max(tiles * clocks / min(tiles, 40) / CLOCK, copies(kernel, shape))
 
 
-def sparse_dlogits(kernel: Kernel, shape: Shape, density: float) -> float:
-    """Seconds for the active cells' dlogits."""
-    blocks, _ = cells(kernel, shape, density)
-    return max(kernel.tiles(blocks, shape.D), gather(kernel, blocks, shape.D))
+def clocks_of_turns(tiles: int, steps: int, stages: int, matmul: float, epilogue: float) -> float:
+    """Clocks of one multiprocessor for so many tiles, by events.
+
+    Each of two consumers multiplies its half of a slot of the ring, for `matmul` clocks of the tensor cores, and folds
+    a tile after `steps` slots. A slot is copied again when both have read it, which takes FILL clocks.
+    """
+    filled = [float(FILL)] * stages  # when a slot holds its next block
+    read = [[0.0] * stages, [0.0] * stages]  # when each consumer read it last
+    taken, ready, done = 0.0, [0.0, 0.0], [0, 0]  # the tensor cores and the consumers are busy until then
+    total = tiles * steps
+    while min(done) < total:
+        can = [k for k in (0, 1) if done[k] < total and (done[k] - done[1 - k] < stages)]
+        k = min(can, key=lambda k: max(ready[k], filled[done[k] % stages]))
+        slot = done[k] % stages
+        taken = max(taken, ready[k], filled[slot]) + matmul
+        read[k][slot] = ready[k] = taken
+        done[k] += 1
+        if done[k] <= done[1 - k]:
+            filled[slot] = max(read[0][slot], read[1][slot]) + FILL
+        if done[k] % steps == 0:
+            ready[k] += epilogue
+    return max(ready)
 
 
-def sparse_dhidden(kernel: Kernel, shape: Shape, density: float) -> float:
-    """Seconds of the grouped matmul into dhidden, whose rows are read and written once for each active cell."""
-    module: Any = import_module("fastdpo.kernels.sparse_dhidden")
-    n, v, d = kernel.block
-    blocks, active = cells(kernel, shape, density)
-    slices = -(-shape.D // d)
-    at_once = kernel.programs * PROCESSORS
-    grid = -(-getattr(module, "PROGRAMS", kernel.programs) * PROCESSORS // slices) * slices
-    waves = -(-grid // at_once)
-    chain = waves * -(-shape.V // v) * max(1.0, shape.N * density * slices / n / grid) * CHAIN / CLOCK
-    rows = 8 * active * shape.D  # float32, read and written
-    live = at_once / slices / (grid / slices) * shape.N * shape.D * 4
-    traffic = (
-        rows / (MEMORY if live > L2_BYTES else L2) + 2 * active * v * slices / L2 + blocks * slices * 2 * v * d / L2
+def chip(kernels: dict[str, Kernel], shape: Shape, density: float = LIMIT) -> Any:
+    """Return the `Chip` of these kernels: seconds of a cell relative to a vendor matmul's.
+
+    A tile of dlogits and of full rows takes its matmul or its operands from L2, whichever is longer, and its prologue
+    and epilogue. The last block of a list is half empty on average, and so is the last block of full rows. A tile of
+    dweight has steps over a list instead of D. A cell of another row reads and writes D float32 of dhidden, reads its
+    dlogits for every slice of D, and shares a tile of weight with SHARING rows.
+    """
+    from fastdpo.head.impl.sparsity import Chip
+
+    D, rows = shape.D, density * shape.N
+    vendor = 1 / TENSOR / VENDOR_SHARE  # clocks of an operation
+
+    def operations(kernel: Kernel) -> float:
+        n, v, _ = kernel.block
+        return max(1 / TENSOR / FED, (1 / n + 1 / v) / L2)
+
+    def by_rows(kernel: Kernel, columns: int) -> float:
+        n = kernel.block[0]
+        fed = operations(kernel) + kernel.exposed / (2 * n * columns * D) / kernel.programs
+        return fed / vendor * (1 + n / 2 / rows)
+
+    dlogits, full = kernels["sparse dlogits"], kernels["full rows"]
+    lists, dweight = kernels["sparse dhidden"], kernels["sparse dweight"]
+    tile, slices = lists.block[1], D / lists.block[2]
+    cell = max(8 * D / MEMORY, (8 * D + 2 * tile * slices + 2 * tile * D / SHARING) / L2)
+    n, v, d = dweight.block
+    fed = max(1 / TENSOR / FED, (1 / v + 1 / d) / L2) * (1 + n / 2 / rows)
+    return Chip(
+        forward=forward(kernels["forward"], shape) / shape.unit,
+        dlogits=by_rows(dlogits, dlogits.block[1]),
+        full=by_rows(full._replace(block=(full.block[0], full.block[2], full.block[1])), full.block[2] * shape.V // D),
+        cells=cell / (2 * tile * D * vendor),
+        dweight=(fed + dweight.exposed / (2 * v * d * rows)) / vendor,
     )
-    matmul = blocks * 2 * n * v * shape.D / TENSOR / FED / CLOCK / PROCESSORS
-    return max(chain, traffic, matmul)
-
-
-def sparse_dweight(kernel: Kernel, shape: Shape, density: float) -> float:
-    """Seconds of the grouped matmul into dweight, where each step waits for its rows unless programs take turns."""
-    n, v, d = kernel.block
-    blocks, _ = cells(kernel, shape, density)
-    steps = blocks * -(-shape.D // d)
-    tensor = 2 * n * v * d / TENSOR / FED
-    clocks = max(tensor, (tensor + CHAIN / 2) / kernel.programs)
-    return max(steps * clocks / CLOCK / PROCESSORS, steps * 2 * n * (v + d) / L2) + rounding(shape)
 
 
 def rounding(shape: Shape) -> float:
     """Seconds for rounding dweight from its float32 sum."""
-    return 6 * shape.V * shape.D / MEMORY
+    return 6 * shape.V * shape.D / BANDWIDTH
 
 
 def kept_share(shape: Shape, workspace: int) -> float:
@@ -181,41 +233,32 @@ def kept_share(shape: Shape, workspace: int) -> float:
     return 0.0 if kept.probs is None else min(1.0, kept.probs.shape[1] / shape.V)
 
 
-def glue() -> int:
-    """PyTorch operations of a sparse step around the kernels: counted before they were kernels, or at most."""
-    sparsity: Any = import_module("fastdpo.head.impl.sparsity")
-    return 1515 if hasattr(sparsity, "_select") else 60
+def recompute(kernel: Kernel, shape: Shape) -> float:
+    """Seconds of the kernel that computes dlogits in all cells."""
+    blocks = -(-shape.N // kernel.block[0]) * -(-shape.V // kernel.block[1])
+    return max(kernel.tiles(blocks, shape.D), copies(kernel, shape))
 
 
-def steps(kernels: dict[str, Kernel], shape: Shape, density: float) -> dict[str, float]:
-    """Seconds of a forward and backward of each kind, if cells are skipped as asked for."""
-    dhidden = sparse_dhidden(kernels["sparse dhidden"], shape, density)
-    dlogits = sparse_dlogits(kernels["sparse dlogits"], shape, density)
-    plain, around = forward(kernels["forward"], shape), glue() * OPERATION
-    dense = kernels["dlogits"]
-    blocks = -(-shape.N // dense.block[0]) * -(-shape.V // dense.block[1])
-    recompute = max(dense.tiles(blocks, shape.D), 0.0)
+def steps(kernels: dict[str, Kernel], shape: Shape, times: Any, density: float, full: float) -> dict[str, float]:
+    """Seconds of a forward and backward of each kind; with a `density` of 1, without skipping any cell."""
+    from fastdpo.head.impl.sparsity import relative_time
 
-    def trained(workspace: int) -> float:
+    def relative(trained: bool, exact_weight: bool) -> float:
+        return min(1.0, relative_time(times, density, density * full, trained, exact_weight))
+
+    def trained(workspace: int, dhidden: float) -> float:
         share = kept_share(shape, workspace)
-        first = forward(kernels["forward, keeping"], shape) if share else plain
-        again = (1 - share) * recompute + share * 4 * shape.N * shape.V / MEMORY
-        return first + around + again + dhidden + shape.unit + rounding(shape)
+        first = forward(kernels["forward, keeping" if share else "forward"], shape)
+        again = (1 - share) * recompute(kernels["dlogits"], shape) + share * 4 * shape.N * shape.V / BANDWIDTH
+        return first + again + (1 + dhidden) * shape.unit + rounding(shape)
 
+    auto, sparse = relative(True, True), relative(True, False)
     return {
-        "frozen": plain + around + dlogits + dhidden,
-        "trained auto": trained(2**28),
-        "trained auto, 3 GiB": trained(3 * 2**30),
-        "sparse": plain + around + dlogits + dhidden + sparse_dweight(kernels["sparse dweight"], shape, density),
+        "frozen": (1 + relative(False, True)) * shape.unit,  # a dense one is a matmul more in the forward
+        "trained auto": trained(2**28, auto),
+        "trained auto, 3 GiB": trained(3 * 2**30, auto),
+        "sparse": trained(2**28, 1.0) if sparse == 1 else forward(kernels["forward"], shape) + 2 * sparse * shape.unit,
     }
-
-
-def dense(kernels: dict[str, Kernel], shape: Shape) -> dict[str, float]:
-    """Seconds without skipping any cell: by vendor matmuls if the head is frozen, by Triton else."""
-    blocks = -(-shape.N // kernels["dlogits"].block[0]) * -(-shape.V // kernels["dlogits"].block[1])
-    exact = forward(kernels["forward"], shape) + kernels["dlogits"].tiles(blocks, shape.D) + 2 * shape.unit
-    exact += rounding(shape)
-    return {"frozen": 2 * shape.unit} | dict.fromkeys(("trained auto", "trained auto, 3 GiB", "sparse"), exact)
 
 
 GOALS = {
@@ -225,9 +268,14 @@ GOALS = {
 HEADLINE = Shape(8192, 4096, 128256)
 
 
-def report(kernels: dict[str, Kernel], shape: Shape) -> str:
-    """Return the tables: kernels, steps beside their goals, and the forward at other hidden sizes."""
+def report(kernels: dict[str, Kernel], shape: Shape, gluon: tuple[int, Any] | None = None) -> str:
+    """Return the tables: kernels, steps beside their goals, and the forward at other hidden sizes.
+
+    `gluon` is the epilogue and the configuration of the warp-specialised forward; None leaves it out.
+    """
     import triton
+
+    from fastdpo.head.impl import sparsity
 
     lines = [
         f"computed, not measured: H200, bfloat16, N={shape.N} D={shape.D} V={shape.V}, Triton {triton.__version__}"
@@ -237,23 +285,46 @@ def report(kernels: dict[str, Kernel], shape: Shape) -> str:
         block = "x".join(map(str, k.block))
         counts = "+".join(map(str, k.loops))
         lines.append(f"{name:22}{block:>14}{k.registers:6}{k.shared / 1024:5.0f}{k.programs:10}{counts:>16}")
-    lines.append(f"{'ms (computed)':22}" + "".join(f"{f'density {d:.2f}':>26}" for d in DENSITIES))
-    without = dense(kernels, shape)
-    found = {density: steps(kernels, shape, density) for density in DENSITIES}
-    for name, of_dense in without.items():
-        row = ""
-        for density in DENSITIES:
-            ms, goal = 1e3 * found[density][name], GOALS.get((name, density)) if shape == HEADLINE else None
-            said = "" if goal is None else f" (goal {goal:.0f}{'' if ms <= goal else ', missed'})"
-            said += "" if found[density][name] <= of_dense else " > dense"
-            row += f"{f'{ms:.1f}{said}':>26}"
-        lines.append(f"{name:22}{row}   dense {1e3 * of_dense:.1f}")
+    times = chip(kernels, shape)
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in times._asdict().items())
+    lines.append(f"beside a vendor matmul, computed: {shown}; a row is full above {sparsity.full_row(times):.2f}")
+    without = steps(kernels, shape, times, 1.0, 1.0)
+    for cells, full in FULL.items():
+        lines.append(f"{f'ms (computed), {cells}':34}" + "".join(f"{f'density {d:.2f}':>30}" for d in DENSITIES))
+        found = {density: steps(kernels, shape, times, density, full) for density in DENSITIES}
+        for name, of_dense in without.items():
+            row = ""
+            for density in DENSITIES:
+                ms, goal = 1e3 * found[density][name], GOALS.get((name, density)) if shape == HEADLINE else None
+                said = " dense" if found[density][name] == of_dense else ""
+                said += "" if goal is None else f" (goal {goal:.0f}{'' if ms <= goal else ', missed'})"
+                row += f"{f'{ms:.1f}{said}':>30}"
+            lines.append(f"{name:34}{row}   dense {1e3 * of_dense:.1f}")
+        limits = (
+            f"{name} {limit(times, full, *kind):.2f}"
+            for name, kind in (("frozen", (False, True)), ("auto", (True, True)), ("sparse", (True, False)))
+        )
+        lines.append(f"dense from a density of, computed: {', '.join(limits)}")
     for size in (1024, 2048, 4096):
         other = shape._replace(D=size)
-        share = other.unit / forward(kernels["forward"], other)
-        of_goal = "goal 90%" + ("" if share >= 0.9 else ", missed")
-        lines.append(f"forward at D={size}: {share:.0%} of the matmul's rate, computed ({of_goal})")
+        shares = []
+        for name, seconds in (
+            ("TMA", forward(kernels["forward"], other)),
+            *([("Gluon", forward_in_gluon(gluon[0], other, gluon[1]))] if gluon else []),
+        ):
+            share = other.unit / seconds
+            shares.append(f"{name} {share:.0%} (goal 90%{'' if share >= 0.9 else ', missed'})")
+        lines.append(f"forward at D={size}, of the matmul's rate, computed: {', '.join(shares)}")
     return "\n".join(lines)
+
+
+def limit(times: Any, full: float, trained: bool, exact_weight: bool) -> float:
+    """Return the density above which the head computes all cells."""
+    from fastdpo.head.impl.sparsity import relative_time
+
+    known = (k / 100 for k in range(101))
+    paying = [d for d in known if relative_time(times, d, d * full, trained, exact_weight) <= 1]
+    return max(paying, default=0.0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=HEADLINE.D)
     parser.add_argument("--vocab", type=int, default=HEADLINE.V)
     args = parser.parse_args(argv)
-    sys.stdout.write(report(compile_kernels(), Shape(args.rows, args.hidden, args.vocab)) + "\n")
+    kernels, gluon = compile_kernels(), compile_gluon()
+    sys.stdout.write(report(kernels, Shape(args.rows, args.hidden, args.vocab), gluon) + "\n")
 
 
 if __name__ == "__main__":

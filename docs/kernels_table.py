@@ -22,8 +22,12 @@ VARIANTS = {
     "kept-dlogits": "kept",
     "sparse-dlogits": "",
     "sparse-dhidden": "",
+    "sparse-dhidden-full": "",
     "sparse-dweight": "",
+    "select-cells": "",
     "row-lists": "",
+    "skipped-mass": "",
+    "cell-means": "",
     "fold-logits": "masses",
     "dlogits-rows": "",
 }
@@ -38,24 +42,27 @@ def jobs() -> list[Any]:
     return [job for job in wanted if job in JOBS]
 
 
+def rows(compiled: dict[Any, Any]) -> list[str]:
+    """Return the rows of those jobs that are among `tests.kernels.test_aot.Compiled` by job."""
+    lines = []
+    for job in jobs():
+        if (made := compiled.get(job)) is None:
+            continue
+        tile = "x".join(str(size) for name, size in made.launch.items() if name.startswith("BLOCK"))
+        name = job.kernel + (", keeping" if job.variant.endswith("masses kept") else "")
+        numbers = made.registers, made.spilled, round(made.shared_bytes / 1024), made.at_once
+        cells = f"`{name}`", f"sm_{job.arch}", f"{tile}, {made.launch['num_warps']}", *map(str, numbers)
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return lines
+
+
 def table(compiled: dict[Any, Any]) -> str:
-    """Return the table of `tests.kernels.test_aot.Compiled` by job, with the version of Triton that made them."""
+    """Return the whole table, with the version of Triton that made it."""
     import triton
 
-    from benchmarks.head_time_model import programs
-
-    head = ("kernel", "chip", "tile and warps", "registers", "spilled bytes", "shared KiB", "programs per SM")
-    lines = [head, ("---",) * len(head)]
-    for job in jobs():
-        made = compiled[job]
-        tile = "x".join(str(size) for name, size in made.launch.items() if name.startswith("BLOCK"))
-        warps = made.launch["num_warps"]
-        at_once = programs(made.registers, 32 * warps, made.shared_bytes, job.arch)
-        name = job.kernel + (", keeping" if job.variant.endswith("masses kept") else "")
-        numbers = made.registers, made.spilled, round(made.shared_bytes / 1024), at_once
-        lines.append((f"`{name}`", f"sm_{job.arch}", f"{tile}, {warps}", *map(str, numbers)))
-    shown = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    return f"Triton {triton.__version__}, bfloat16:\n\n{shown}"
+    names = ("kernel", "chip", "tile and warps", "registers", "spilled bytes", "shared KiB", "programs per SM")
+    head = "| " + " | ".join(names) + " |\n" + "| " + " | ".join(["---"] * len(names)) + " |\n"
+    return f"Triton {triton.__version__}, bfloat16:\n\n{head}{''.join(rows(compiled))}"
 
 
 def write() -> None:

@@ -24,8 +24,9 @@ from torch import Tensor
 from fastdpo.kernels.logits_tile import interpreted
 from fastdpo.kernels.row_lists import TILE
 
-WHOLE = 256
-"""Columns are kept in multiples of it, so that the tiles of every configuration are kept whole or not at all."""
+WHOLE = 512
+"""Columns are kept in multiples of it: the tiles of every configuration are kept whole or not at all, and the lists of
+the first kept chunk begin at a multiple of 16 bytes, as those of all others do, so that no kernel is compiled twice."""
 BLOCK = 2048
 LOWEST = tl.constexpr(65 << 10)  # of a float32 without its last 13 bits: 2^-62; it becomes the code 1
 

@@ -36,7 +36,7 @@ from fastdpo.kernels.logits_tile import interpreted
 
 TILE = 128  # columns of a tile
 BLOCK_N = 256
-BLOCK_D = 256  # of `cell_means`
+BLOCK_V, BLOCK_D = 32, 256  # of `cell_means`
 
 
 class Lists(NamedTuple):
@@ -150,16 +150,20 @@ def _cell_means_kernel(
     D,
     ACC: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # a divisor of TILE
     BLOCK_D: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    offs_v = tile * TILE + tl.arange(0, TILE)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    # int64, because v * stride_wv, or d * stride_wd of a transposed weight, passes 2^31 at V=262144, D=8192
-    pointers = weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d.to(tl.int64)[None, :] * stride_wd
-    w = tl.load(pointers, mask=(offs_v < V)[:, None] & mask_d[None, :], other=0.0).to(ACC)
-    means = tl.sum(w, axis=0) / tl.minimum(V - tile * TILE, TILE).to(ACC)
+    total = tl.zeros((BLOCK_D,), ACC)
+    for v_start in range(0, TILE, BLOCK_V):
+        offs_v = tile * TILE + v_start + tl.arange(0, BLOCK_V)
+        # int64, because v * stride_wv, or d * stride_wd of a transposed weight, passes 2^31 at V=262144, D=8192
+        pointers = weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d.to(tl.int64)[None, :] * stride_wd
+        w = tl.load(pointers, mask=(offs_v < V)[:, None] & mask_d[None, :], other=0.0)
+        total += tl.sum(w.to(ACC), axis=0)
+    means = total / tl.minimum(V - tile * TILE, TILE).to(ACC)
     tl.store(means_ptr + tile.to(tl.int64) * D + offs_d, means.to(means_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -221,6 +225,7 @@ def cell_means(weight: Tensor) -> Tensor:
     with torch.cuda.device_of(weight):
         kernel[(triton.cdiv(V, TILE), triton.cdiv(D, BLOCK_D))](
             out, weight, *weight.stride(), V, D,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32, TILE=TILE, BLOCK_D=BLOCK_D,
+            ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            TILE=TILE, BLOCK_V=min(TILE, BLOCK_V), BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return means if out is means else means.copy_(out)

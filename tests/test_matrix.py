@@ -25,6 +25,7 @@ from torch import Tensor
 import fastdpo
 from fastdpo import cli
 from fastdpo.head.impl import sparsity
+from fastdpo.head.impl.cells import Cells
 from fastdpo.kernels import linear_logprobs_backward, linear_logprobs_forward
 from fastdpo.kernels.logits_tile import Config
 from fastdpo.loss.batch_loss import compute, step_mean
@@ -269,8 +270,9 @@ def run(cell: Cell, out: Path) -> fastdpo.DPOTrainer:
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_cell(cell: Cell, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skipping = []
-    spread = sparsity.spread_skipped
-    monkeypatch.setattr(sparsity, "spread_skipped", lambda *args: skipping.append(1) or spread(*args))
+    for owner, name in ((sparsity, "spread_skipped"), (Cells, "skipped")):  # the PyTorch head's and the kernels'
+        skipped = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, skipped=skipped: skipping.append(1) or skipped(*args))
     for module in (linear_logprobs_forward, linear_logprobs_backward):  # few programs: the interpreter is slow
         monkeypatch.setattr(module, "default_config", lambda *_: Config(128, 512, 32, 4, 2))
     trainer = run(cell, tmp_path)

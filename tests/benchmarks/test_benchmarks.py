@@ -262,21 +262,34 @@ def test_the_gpu_suite_finds_the_tests_of_all_folders() -> None:
 
 
 def test_the_time_model_marks_goals_that_are_missed() -> None:
-    """On made-up kernels: everything is marked as computed, a faster kernel is faster, and memory is a floor."""
+    """On made-up kernels: everything is marked as computed, a faster kernel is faster, and dense is an upper bound."""
     from benchmarks import head_time_model as model
 
-    fast = model.Kernel((128, 256, 64), 8, 200, 150_000, [80, 100, 500])
-    slow = fast._replace(loops=[80, 2000, 9000])
+    fast = model.Kernel((128, 256, 64), 8, 200, 150_000, [80, 100, 500], 1)
+    slow = fast._replace(loops=[80, 2000, 20_000])
     shape = model.Shape(2048, 1024, 16384)
-    kernels = dict.fromkeys(model.JOBS, fast)
+    kernels, slow_kernels = dict.fromkeys(model.JOBS, fast), dict.fromkeys(model.JOBS, slow)
     assert model.forward(fast, shape) < model.forward(slow, shape)
-    assert model.programs(128, 256, 98_304, 90) == 2
-    assert model.programs(255, 256, 1024, 90) == 1
-    found = [model.steps(kernels, shape, density)["frozen"] for density in (0.05, 0.2, 0.4)]
-    assert found == sorted(found)
     assert model.kept_share(shape, 2**20) == 0
     assert model.kept_share(shape, 2**30) == 1
-    text = model.report(dict.fromkeys(model.JOBS, slow), model.HEADLINE)
+    for made in (kernels, slow_kernels):
+        times = model.chip(made, shape)
+        found = [model.steps(made, shape, times, density, 0.5) for density in (0.02, 0.2, 0.4, 1.0)]
+        for name, dense in found[-1].items():
+            assert [step[name] for step in found] == sorted(step[name] for step in found)
+            assert found[0][name] < dense or made is slow_kernels
+    text = model.report(slow_kernels, model.HEADLINE, (700, (128, 256, 64, 4, 4)))
     assert "computed, not measured" in text
     assert "(goal 15, missed)" in text
-    assert "missed" not in model.report(kernels, shape).splitlines()[-5], "goals are for the headline shape"
+    assert "goal 15" not in model.report(kernels, shape), "goals are for the headline shape"
+
+
+def test_consumers_that_take_turns_hide_their_epilogues() -> None:
+    """A tile takes its matmuls alone, as long as an epilogue is shorter than the other consumer's matmuls."""
+    from benchmarks.head_time_model import clocks_of_turns
+
+    steps, tiles = 16, 50
+    matmuls = 2 * 500 * steps * tiles
+    assert clocks_of_turns(tiles, steps, 4, 500, 1400) == pytest.approx(matmuls, rel=0.03)
+    assert clocks_of_turns(tiles, steps, 4, 500, 40_000) > 2 * matmuls
+    assert clocks_of_turns(tiles, steps, 2, 500, 6000) > clocks_of_turns(tiles, steps, 6, 500, 6000)

@@ -10,9 +10,9 @@ from fastdpo.head.impl import cells, sparsity, tiles
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.impl import triton as impl
 from fastdpo.head.impl.interface import Grads, Keep, LinearHead, Needs, Transform
+from fastdpo.kernels import kept_probs, row_lists, sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
-from fastdpo.kernels import row_lists, sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels.logits_tile import Config
 from tests.helpers.rows import error, make_rows
 
@@ -100,6 +100,43 @@ def test_every_dtype(exact_weight: bool, dtype: torch.dtype, device: torch.devic
 def test_all_rows_in_one_block(dtype: torch.dtype, device: torch.device) -> None:
     """Then the kernel of dweight finishes it."""
     check(dtype, Transform(), Needs(True, True, True, True, True), False, device, 400_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_several_blocks_of_rows(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then sums of dweight and dbias go from block to block, and the last one finishes them."""
+    slices = tiles.slices
+    monkeypatch.setattr(cells, "slices", lambda total, size: slices(total, 20 if size >= 256 else size))
+    width = (D + R) * (8 if dtype == torch.float64 else 4)
+    workspace = 9000 if dtype == torch.float64 else 3000
+    rows, _ = cells._block_shape(N, V, width, dtype.itemsize, workspace - workspace // 4)
+    assert rows < N
+    check(dtype, Transform(), Needs(True, True, True, True, True), False, device, workspace)
+
+
+def test_lists_and_kept_probabilities_together(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunks of what was kept begin in the middle of the vocabulary, and so do their lists."""
+    monkeypatch.setattr(kept_probs, "TILE", T)
+    for module in (impl, forward_kernel):
+        monkeypatch.setattr(module, "WHOLE", 4 * T)
+    hidden, hidden2, weight, bias, weight2, targets, dlogps = make_inputs(torch.float32, device)
+    common = (hidden, hidden2, targets, LinearHead(weight, bias, weight2, Transform(-1.2)))
+    workspace = 4 * N * (-(-V // T) + 8 * T + 8)  # for the shares, and for 8 tiles with their factors
+    result = impl.forward(*common, keep=Keep(shares=True, probs=True), workspace=workspace)
+    assert result.kept.probs is not None
+    assert result.kept.probs.shape[1] == 8 * T
+    threshold = torch.full_like(result.others, 0.02)
+    threshold[3::9] = -torch.inf  # full rows
+    selection = sparsity.Selection(threshold, *(torch.zeros_like(threshold),) * 2)
+    dtarget = dlogps * torch.sigmoid(result.others - result.target)
+    needs = Needs(True, True, True, True, True)
+    recomputed = result._replace(kept=result.kept._replace(probs=None, factors=None))
+    ours, theirs = (
+        impl.backward(Grads(dtarget, -dtarget), *common, each, needs, selection, True, 9000)
+        for each in (result, recomputed)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def check(

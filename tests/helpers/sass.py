@@ -21,8 +21,11 @@ class Loops(NamedTuple):
     """For a tile, after that loop: the epilogue, with the rare branch left out."""
 
 
-def count_loops(cubin: bytes) -> Loops:
-    """Count the instructions of the innermost loop with a matmul, and of what follows it until the next tile."""
+def count_loops(cubin: bytes) -> Loops | None:
+    """Count the instructions of the innermost loop with most matmuls, and of what follows it until the next tile.
+
+    None for a kernel whose matmuls are in no loop.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
@@ -38,9 +41,13 @@ def count_loops(cubin: bytes) -> Loops:
             code.append(instruction[1].strip())
     jumps = {k: labels[to[1]] for k, text in enumerate(code) if (to := re.search(r"\bBRA\b.*`\(\.(L_x_\d+)\)", text))}
     matmuls = [k for k, text in enumerate(code) if re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)]
-    around = [(start, k) for k, start in jumps.items() if start <= min(matmuls) and k >= max(matmuls)]
-    around = sorted(around, key=lambda loop: loop[1] - loop[0])
-    start, end = around[0]
+    loops = [(start, k) for k, start in jumps.items() if any(start <= at <= k for at in matmuls)]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b for c, d in loops if (a, b) != (c, d))]
+    if not inner:
+        return None
+    # A matmul may stand outside, of a step that the compiler has peeled off
+    start, end = max(inner, key=lambda loop: sum(loop[0] <= at <= loop[1] for at in matmuls))
+    around = sorted((loop for loop in loops if loop[0] <= start and end <= loop[1]), key=lambda loop: loop[1] - loop[0])
     step = sum("NOP" not in text for text in code[start : end + 1])
     first, last = next(((a, b) for a, b in around if a < start and b > end), (0, len(code) - 1))
     after, k, skipped = 0, end + 1, False

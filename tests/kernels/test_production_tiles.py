@@ -12,6 +12,7 @@ from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
 from fastdpo.kernels import sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels.linear_logprobs_forward_tma import aligned
+from fastdpo.kernels.logits_tile import FALLBACK
 from tests.helpers.head_inputs import relative_error
 from tests.helpers.rows import make_rows
 
@@ -26,8 +27,8 @@ def tiles_of_sm_90(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Non
     if device.type == "cuda":
         return  # its own
 
-    def default_config(x: Tensor, configs: Any, fallback: Any = None) -> Any:
-        return configs[(9, 0), x.element_size()]
+    def default_config(x: Tensor, configs: Any, fallback: Any = FALLBACK) -> Any:
+        return configs.get(((9, 0), x.element_size()), fallback[x.element_size()])
 
     for module in (forward_kernel, backward_kernel, sparse_dhidden, sparse_dlogits, sparse_dweight):
         monkeypatch.setattr(module, "default_config", default_config)

@@ -32,6 +32,8 @@ CANDIDATES = "tests/head/test_autotune.py -k gluon"
 STATS = "tests/head/test_impl_triton.py -k '(every_option and float64) or first_of_equal'"
 EDGES = "tests/head/test_impl_triton.py -k 'only_token or tanh_is_small or float16_gradients or workspace'"
 SPARSE = "tests/head/test_sparse_triton.py -k '(same_as and softcap) or shares_add or last_cell or one_block'"
+ROW_BLOCKS = "tests/head/test_sparse_triton.py -k 'blocks_of_rows and float64'"
+KEPT_LISTS = "tests/head/test_sparse_triton.py -k together"
 LISTS = "tests/kernels/test_sparse_kernels.py -k row_lists"
 RANGES = "tests/kernels/test_sparse_kernels.py -k 'test_dhidden and float64'"
 SELECT = "tests/kernels/test_sparse_kernels.py -k select"
@@ -315,6 +317,8 @@ FAULTS: dict[str, list[Fault]] = {  # by file
     "fastdpo/head/impl/triton.py": [
         Fault("kept-unused", KEPT, "the first kept chunk is recomputed", "kept is not None and vs.start >= first",
               "kept is not None and vs.start > first"),
+        Fault("kept-later-factors", KEPT_LISTS, "every kept chunk takes the factors of the first one",
+              "kept[1][rs, here[1]]", "kept[1][rs]"),
         Fault("kept-too-many", KEPT, "shares and probabilities together pass the workspace",
               "left = workspace - (0 if shares is None else shares.nbytes)", "left = workspace"),
         Fault("shares-not-normalised", SPARSE, "shares are masses",
@@ -338,12 +342,14 @@ FAULTS: dict[str, list[Fault]] = {  # by file
               "0, last"),
         Fault("cells-chunk-targets", SPARSE, "targets are not counted from the chunk's first column",
               "torch.sub(targets, starts, out=local_targets)", "torch.sub(targets, 0 * starts, out=local_targets)"),
-        Fault("cells-spread-early", SPARSE, "every block of rows adds the skipped mass",
+        Fault("cells-spread-early", ROW_BLOCKS, "every block of rows adds the skipped mass",
               "-(-vs.stop // TILE)] if last else None)", "-(-vs.stop // TILE)])"),
-        Fault("cells-spread-rows", SPARSE, "only the last rows' skipped mass reaches dweight",
+        Fault("cells-spread-rows", ROW_BLOCKS, "only the last rows' skipped mass reaches dweight",
               "h[rs], beta=float(rs.start > 0))", "h[rs], beta=0.0)"),
-        Fault("cells-before", SPARSE, "a block of rows replaces the sum of earlier ones",
+        Fault("cells-before", ROW_BLOCKS, "a block of rows replaces the sum of earlier ones",
               "None if rs.start == 0 or total is None else total[:size]", "None"),
+        Fault("cells-lists-made", KEPT_LISTS, "the lists of the first chunk serve all that follow",
+              "last > start + len(lists.counts)", "last < start"),
         Fault("cells-skipped-slope", SPARSE, "the skipped mass forgets the scale of the logits",
               "cells.skipped(rs, slope, operand)", "cells.skipped(rs, 1.0, operand)"),
     ],

@@ -151,9 +151,8 @@ def sparse_backward(
     local_targets = targets.new_empty(len(chunks), N + N % 2)[:, :N]  # rows begin at a multiple of 16 bytes
     torch.sub(targets, starts, out=local_targets)
     dweight = [torch.empty_like(weight) if t else None for (_, weight), t in zip(pairs, trained, strict=True)]
-    dbias = head.weight.new_empty(V) if needs.bias else None
+    dbias = head.weight.new_empty(V, dtype=acc) if needs.bias else None  # 16 bits would be stored one by one
     sums = [hidden.new_empty(columns, h.shape[1], dtype=acc) if any_weight and rows < N else None for h, _ in pairs]
-    bias_sum = hidden.new_empty(columns, dtype=acc) if needs.bias and rows < N else None
     scratch = None if trained[0] or not needs.bias else head.weight.new_empty(columns, hidden.shape[1])
 
     for vs, of_chunk in zip(chunks, local_targets, strict=True):
@@ -179,12 +178,12 @@ def sparse_backward(
                 )
                 biases = None
                 if bias and dbias is not None and skipped.bias is not None:
-                    biases = _sum(dbias[vs], bias_sum, skipped.bias, None, rs, vs, rs.stop == N)
+                    biases = _sum(dbias[vs], dbias[vs], skipped.bias, None, rs, vs, rs.stop == N)
                 sparse_dweight(
                     weights, dlogits, lists.rows, lists.counts, h[rs], dbias=biases,
                     boost=boost if rs.stop == N else None,
                 )  # fmt: skip
-    return skipped.dhidden, dweight, dbias
+    return skipped.dhidden, dweight, None if dbias is None else dbias.to(head.weight.dtype)
 
 
 def _sum(

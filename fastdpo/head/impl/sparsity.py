@@ -37,8 +37,9 @@ DENSE = 0.4
 
 
 class Chip(NamedTuple):
-    """Times of the sparse kernels on a chip, each relative to the vendor's matmul of the same cells."""
+    """Times of the kernels on a chip, each relative to the vendor's matmul of the same cells."""
 
+    forward: float
     dlogits: float
     full: float  # dhidden of full rows
     cells: float  # dhidden of other rows
@@ -46,21 +47,24 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    (8, 0): Chip(dlogits=1.3, full=1.2, cells=4.8, dweight=1.4),
-    (9, 0): Chip(dlogits=1.4, full=1.3, cells=6.5, dweight=1.5),
-    (10, 0): Chip(dlogits=2.6, full=2.4, cells=12.0, dweight=2.6),
+    (8, 0): Chip(forward=1.1, dlogits=1.3, full=1.2, cells=4.8, dweight=1.4),
+    (9, 0): Chip(forward=1.08, dlogits=1.28, full=1.23, cells=6.64, dweight=1.33),
+    (10, 0): Chip(forward=1.1, dlogits=2.6, full=2.4, cells=12.0, dweight=2.6),
 }
-"""Computed, not measured: from the tiles of the kernels' default configurations and the chips' published rates, with
-1 / 0.88 of its peak for the vendor's matmul. A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192
-operations on bfloat16 in a cycle, and gets about 47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory.
+"""Computed, not measured: those of sm_90 by `benchmarks.head_time_model` from the compiled kernels, the others by its
+formulas from the tiles of the default configurations and the chips' published rates, with 1 / 0.88 of the peak for the
+vendor's matmul. A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle,
+and gets about 47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory.
 
-- dlogits and full rows load (1 / BLOCK_N + 1 / columns) * 2 bytes of L2 for 2 operations, and a tenth is lost where
-  lists end within a block; their prologues and epilogues take 6 % (D = 4096).
-- dweight does the same, and a tile of it takes 3,700 cycles beside its steps, a third of them at a density of 0.05.
+- dlogits and full rows load (1 / BLOCK_N + 1 / columns) * 2 bytes of L2 for 2 operations, and the last block of a list
+  is half empty; a tile has a prologue and an epilogue besides.
+- dweight does the same, and a tile of it takes as long for both as for several steps.
 - A cell of another row takes 8 D bytes to update dhidden, 4 D to load dlogits once for each slice of 64 columns of
   dhidden, and 256 D / r for weight, which r rows of a range share: r is 30 to 50 at N = 8192."""
 GLUE = 0.05
-"""Time of choosing cells, lists and means of cells, relative to one matmul of all cells."""
+"""Time of choosing cells, of their lists and of what the others add, relative to one matmul of all cells: at N=8192,
+D=4096, V=128256 half a millisecond, for 50 operations of 3 microseconds (tests/head/test_device_operations.py counts
+them), one pass over weight and one over the shares, and a product with a row of weight for each tile."""
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -88,7 +92,7 @@ def relative_time(chip: Chip, density: float, full: float, trained: bool, exact_
     if trained and exact_weight:
         return dhidden
     if not trained:
-        return dhidden + chip.dlogits * density
+        return dhidden + chip.dlogits * density + chip.forward - 1  # the dense one's forward is the vendor's
     return (dhidden + (chip.dlogits + chip.dweight) * density) / 2  # the dense one may have kept its probabilities
 
 
