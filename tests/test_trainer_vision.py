@@ -147,6 +147,8 @@ def test_images_are_refused_at_construction(make: Make) -> None:
     processor = llava_processor()
     with pytest.raises(ValueError, match="'images', but processing_class has no image processor"):
         make("llava", rows(2), processor=processor.tokenizer, model=make_model("llava", processor))
+    with pytest.raises(ValueError, match="group_by_prompt=2 shares nothing between rows with images"):
+        make("llava", rows(2), group_by_prompt=2)
     from tests.helpers.trainers import tiny_llama
 
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot run these batches: its images do not become"):

@@ -37,6 +37,8 @@ class Groups(NamedTuple):
     """Positions of each group's examples, U lists."""
     families: list[int]
     """The family of each group."""
+    sizes: Numbers = np.ones((0, 2), np.int64)
+    """`[U, 2]`: what each group adds to the size of a batch, see `size_of`; empty where only examples are counted."""
 
 
 def make_groups(prompts: Sequence[Sequence[int] | Numbers], most: int) -> Groups:
@@ -171,7 +173,7 @@ def size_of(examples: Sequence[Mapping[str, Any]], layout: str) -> tuple[int, in
 
 
 def group_sizes(dataset: Dataset, groups: Groups, layout: str) -> Numbers:
-    """Return the `size_of` each group, `[U, 2]` int64."""
+    """Compute the sizes of `groups`, `[U, 2]` int64."""
     examples = list(arrays(dataset))
     return np.array([size_of([examples[i] for i in rows], layout) for rows in groups.rows], np.int64).reshape(-1, 2)
 

@@ -36,6 +36,7 @@ _WINDOW = 1024  # a window has at least this many examples, few enough for the o
 _WINDOW_BATCHES = 64  # and examples for about this many batches: its one half-empty batch is under a hundredth of them
 _UNEVEN = 1.02  # if more batches are needed, to have equally many on all processes, the budget is lowered
 _SPARE = (1.003, 1.01, 1.03)  # shares of the even budget that are tried, because batches are never quite full
+_APART = 1.1  # groups of a family are kept apart in up to so many times the batches that all rows fill, and two more
 _MAX_PLANS = 8  # different ways to make batches; later epochs repeat them, with the batches in another order
 
 
@@ -51,7 +52,7 @@ class BudgetSampler(Sampler[list[int]]):
         rank: number of this process.
         world_size: number of processes.
         longest_first: begin the first epoch with the largest batches, so that a run too large for memory fails at once.
-        groups: examples to be kept together; `sizes` are then `[U, 2]`, those of the groups.
+        groups: examples to be kept together, with the sizes that they have then.
 
     Raises:
         ValueError: `tokens_per_batch` and `batch_size` are both given or both missing, or one is not positive, or
@@ -80,7 +81,10 @@ class BudgetSampler(Sampler[list[int]]):
             raise ValueError("sizes must hold at least one example, got none")
         self.batch_size = None  # accelerate reads this; None says that the size varies
         self._sizes, self._budget, self._count, self._groups = sizes, tokens_per_batch, batch_size, groups
-        self._example_sizes = sizes if groups is None else shares(sizes, groups)
+        self._units = sizes if groups is None else groups.sizes
+        self._group_of = np.zeros(len(sizes), np.int64)  # by example
+        for u, rows in enumerate(groups.rows if groups else ()):
+            self._group_of[rows] = u
         self._seed, self._plans = seed % 2**63, max(1, min(epochs, _MAX_PLANS))
         self._rank, self._world_size, self._longest_first = rank, world_size, longest_first
         self._epoch = 0
@@ -105,12 +109,21 @@ class BudgetSampler(Sampler[list[int]]):
         batches = _split(self._fill(epoch % self._plans), self._length * self._world_size, self._groups is not None)
         rng = np.random.default_rng((self._seed, epoch, 1))
         # each step has a group of batches of similar size; the groups, and the batches in each, are in random order
-        order = np.argsort([-_rows(self._example_sizes[batch]) for batch in batches], kind="stable")
+        order = np.argsort([-self.rows(batch) for batch in batches], kind="stable")
         groups = rng.permuted(order.reshape(self._length, self._world_size), axis=1)
         turns = rng.permutation(self._length)
         if self._longest_first and epoch == 0:
             turns = np.concatenate(([0], turns[turns != 0]))
         return [batches[i] for i in groups[turns].ravel()]
+
+    def rows(self, batch: list[int]) -> int:
+        """Return the rows that a batch takes; of a group that was cut, at most those of its examples apart."""
+        own = self._sizes[batch]
+        counts = own[:, 0]
+        if self._groups is not None:
+            groups, place = np.unique(self._group_of[batch], return_inverse=True)
+            counts = np.minimum(np.bincount(place, counts).astype(np.int64), self._units[groups, 0])
+        return int(counts.sum() * own[:, 1].max())
 
     def _even_out(self, most: int) -> None:
         """Lower the budget where many batches would be halved, so that all become a little smaller instead."""
@@ -124,16 +137,16 @@ class BudgetSampler(Sampler[list[int]]):
         self._budget = given
 
     def _fill(self, plan: int) -> list[list[int]]:
-        order = np.random.default_rng((self._seed, plan, 0)).permutation(len(self._sizes))
+        order = np.random.default_rng((self._seed, plan, 0)).permutation(len(self._units))
         if self._count is not None and self._groups is not None:
             return fill(order.tolist(), self._groups, self._count)
         if self._count is not None:
             return [chunk.tolist() for chunk in np.split(order, range(self._count, len(order), self._count))]
         assert self._budget is not None
-        window = max(_WINDOW, int(_WINDOW_BATCHES * self._budget / self._sizes.prod(1).mean()))
+        window = max(_WINDOW, int(_WINDOW_BATCHES * self._budget / self._units.prod(1).mean()))
         batches = []
         for start in range(0, len(order), window):
-            batches += _first_fit(order[start : start + window], self._sizes, self._budget, self._groups)
+            batches += _first_fit(order[start : start + window], self._units, self._budget, self._groups)
         if self._groups is None:
             return batches
         return [[i for group in batch for i in self._groups.rows[group]] for batch in batches]
@@ -144,8 +157,9 @@ def _first_fit(
 ) -> list[list[int]]:
     """Pack examples or groups into batches, the largest first, each into the first batch that has room.
 
-    A batch takes one group of a family.
+    A batch takes one group of a family, unless that would need many more batches than the rows can fill.
     """
+    most = math.ceil(_APART * sizes[order].prod(1).sum() / budget) + 2
     taken: dict[int, list[int]] = defaultdict(list)  # the batches of each family
     order = order[np.lexsort((-sizes[order, 0], -sizes[order, 1]))]
     batches: list[list[int]] = []
@@ -153,7 +167,10 @@ def _first_fit(
     for i, (n, w) in zip(order.tolist(), sizes[order].tolist(), strict=True):
         room = (count[: len(batches)] + n) * width[: len(batches)] <= budget
         if groups is not None:
-            room[taken[groups.families[i]]] = False
+            others = room.copy()
+            others[taken[groups.families[i]]] = False
+            if others.any() or len(batches) < most:
+                room = others
         at = int(room.argmax()) if len(batches) else 0
         if not batches or not room[at]:
             at = len(batches)
@@ -182,18 +199,6 @@ def _split(batches: list[list[int]], count: int, in_order: bool = False) -> list
         heapq.heapreplace(heap, (-len(keep), at, keep))
         heapq.heappush(heap, (-len(rest), i, rest))
     return [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
-
-
-def shares(sizes: np.ndarray[Any, Any], groups: Groups) -> np.ndarray[Any, Any]:
-    """Return `[N, 2]` float64: what each example adds to a batch if the examples of a group share its size alike."""
-    each = np.ones((sum(map(len, groups.rows)), 2))
-    for rows, (n, width) in zip(groups.rows, sizes.tolist(), strict=True):
-        each[rows] = n / len(rows), width
-    return each
-
-
-def _rows(sizes: np.ndarray[Any, Any]) -> int:
-    return int(sizes[:, 0].sum() * sizes[:, 1].max())
 
 
 def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
@@ -270,8 +275,7 @@ def rebatch(
         )
     sizes, groups = planned_sizes(dataset, layout, group_by_prompt, tokens_per_batch)
     if tokens_per_batch is not None and rank == 0:
-        rows = shares(sizes, groups) if groups else sizes
-        _warn_of_large_examples(dataset, rows.prod(1).astype(np.int64), tokens_per_batch)
+        _warn_of_large_examples(dataset, sizes.prod(1), tokens_per_batch)
     sampler = BudgetSampler(sizes, tokens_per_batch=tokens_per_batch, rank=rank, groups=groups, **options)
     kept = set(inspect.signature(DataLoader).parameters)
     kept -= {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
@@ -287,22 +291,23 @@ def rebatch(
 def planned_sizes(
     dataset: Dataset, layout: str, group_by_prompt: int | None, tokens_per_batch: int | None
 ) -> tuple[np.ndarray[Any, Any], Groups | None]:
-    """Return the sizes and the groups of a `BudgetSampler`; a group above the budget is cut into its examples."""
+    """Return the sizes and the groups of a `BudgetSampler`; a group above the budget is halved until it fits."""
+    sizes = example_sizes(dataset, layout)
     if group_by_prompt is None:
-        return example_sizes(dataset, layout), None
+        return sizes, None
     groups = groups_of(dataset, group_by_prompt)
-    sizes = group_sizes(dataset, groups, layout)
+    units = group_sizes(dataset, groups, layout)
     while tokens_per_batch is not None:
-        large = [u for u, size in enumerate(sizes.prod(1)) if size > tokens_per_batch and len(groups.rows[u]) > 1]
+        large = [u for u, size in enumerate(units.prod(1)) if size > tokens_per_batch and len(groups.rows[u]) > 1]
         if not large:
             break
         halves = [half for u in large for half in np.array_split(groups.rows[u], 2)]
         new = Groups([half.tolist() for half in halves], [groups.families[u] for u in large for _ in range(2)])
         kept = sorted(set(range(len(groups.rows))) - set(large))
-        sizes = np.concatenate((sizes[kept], group_sizes(dataset, new, layout)))
+        units = np.concatenate((units[kept], group_sizes(dataset, new, layout)))
         rows = [groups.rows[u] for u in kept] + new.rows
         groups = Groups(rows, [groups.families[u] for u in kept] + new.families)
-    return sizes, groups
+    return sizes, groups._replace(sizes=units)
 
 
 def _warn_of_large_examples(dataset: Dataset, rows: np.ndarray[Any, Any], tokens_per_batch: int) -> None:

@@ -234,7 +234,8 @@ def tables(plan: Plan) -> str:
     stats, batches = plan.stats, plan.batches
     lengths = [(name, *_spread(values)) for name, values in stats.lengths.items()]
     what = "computed for an example" if stats.groups is None else "computed for a group of examples"
-    lengths.append((what, *_spread(stats.sizes.prod(1))))
+    sizes = stats.sizes if stats.groups is None else stats.groups.sizes
+    lengths.append((what, *_spread(sizes.prod(1))))
     counted = [
         ("rows of the dataset", f"{stats.given:,}"),
         *((f"left out: {reason}", _rows(rows)) for reason, rows in stats.dropped.items()),

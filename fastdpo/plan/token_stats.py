@@ -16,7 +16,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data.grouping import Groups, arrays, group_sizes, groups_of
 from fastdpo.data.packing import kind_of, responses_of
 from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
-from fastdpo.data.sampler import BudgetSampler, example_sizes, planned_sizes, shares
+from fastdpo.data.sampler import BudgetSampler, planned_sizes
 from fastdpo.loss.options import from_config
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -45,7 +45,7 @@ class TokenStats:
     prompts: Numbers
     """`[N]`: tokens of each example's prompt."""
     sizes: Numbers
-    """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`; `[U, 2]` if examples are grouped."""
+    """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`."""
     groups: Groups | None
     """With `group_by_prompt`, the groups of examples that batches take."""
     grouped: dict[int, int]
@@ -156,7 +156,6 @@ def token_stats(
         for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
     ]
     sizes, groups = planned_sizes(kept, layout, args.group_by_prompt, args.tokens_per_batch)
-    ungrouped = sizes if groups is None else example_sizes(kept, layout)
     per_prompt, grouped = _grouped(kept, layout)
     return TokenStats(
         given=len(dataset),
@@ -166,7 +165,7 @@ def token_stats(
         sizes=sizes,
         groups=groups,
         grouped=grouped,
-        ungrouped=int(ungrouped.prod(1).sum()),
+        ungrouped=int(sizes.prod(1).sum()),
         per_prompt=per_prompt,
         responses=_numbered(kept),
         layout=layout,
@@ -230,7 +229,6 @@ def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_bat
         world_size=processes,
         groups=stats.groups,
     )
-    sizes = stats.sizes if stats.groups is None else shares(stats.sizes, stats.groups)
     fields: dict[str, list[int]] = defaultdict(list)
     for batch in sampler.plan(0):
         lengths = [n for i in batch for n in stats.sequences[i]]
@@ -238,7 +236,7 @@ def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_bat
         of_all = [(n, n - int(stats.prompts[i])) for i in batch for n in stats.sequences[i]]
         keys = [number for i in batch for number in stats.responses[i]]
         held = of_all if stats.groups is None else list(dict(zip(keys, of_all, strict=True)).values())
-        fields["rows"].append(round(sizes[batch, 0].sum() * sizes[batch, 1].max()))
+        fields["rows"].append(sampler.rows(batch))
         fields["tokens"].append(sum(lengths))
         fields["padded"].append(len(lengths) * max(lengths))
         fields["unshared"].append(sum(lengths) - len(lengths))  # the last token of a sequence predicts nothing

@@ -123,10 +123,39 @@ def test_every_process_has_its_batches_of_each_epoch(options: dict[str, int], wo
         assert shared > len(ROWS) // 2  # of 45 pairs; random batches share a few
 
 
-def test_a_group_above_the_budget_is_cut() -> None:
-    sizes, groups = planned_sizes(DATASET, "shared", 8, 60)
+def test_a_budget_is_filled_although_all_examples_are_of_few_prompts() -> None:
+    rows = Dataset.from_list(prompt_rows([10] * 7) * 6)
+    sizes, groups = planned_sizes(rows, "shared", 4, 500)
     assert groups is not None
-    assert sizes.prod(1).max() <= 60
+    own = BudgetSampler(sizes, tokens_per_batch=500, groups=groups)
+    batches = own.plan(0)
+    assert sorted(itertools.chain(*batches)) == list(range(len(rows)))
+    assert max(map(own.rows, batches)) <= 500
+    full = groups.sizes.prod(1).sum() / 500
+    assert max(map(groups.families.count, groups.families)) > 1.5 * full  # so many batches if families were kept apart
+    assert len(batches) <= 1.1 * full + 3
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_longest_batch_is_first_although_groups_are_cut(count: int, layout: str) -> None:
+    sizes, groups = planned_sizes(DATASET, layout, 4, None)
+    own = BudgetSampler(sizes, batch_size=count, groups=groups, longest_first=True)
+    made = []
+    for batch in own.plan(0):
+        examples = [ROWS[i] for i in batch]
+        made.append(shared_prefix_batch(examples, layout=layout, across_examples=True, pad_to_multiple_of=8))
+        assert made[-1]["num_packed_tokens"] <= own.rows(batch)
+        apart = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=8)
+        assert own.rows(batch) <= apart["input_ids"].numel()
+    rows = [batch["input_ids"].numel() for batch in made]
+    assert rows[0] >= 0.85 * max(rows)  # parts of groups are known by bounds
+
+
+def test_a_group_above_the_budget_is_cut() -> None:
+    _, groups = planned_sizes(DATASET, "shared", 8, 60)
+    assert groups is not None
+    assert groups.sizes.prod(1).max() <= 60
     assert sorted(itertools.chain(*groups.rows)) == list(range(len(ROWS)))
 
 

@@ -629,7 +629,12 @@ FAULTS: dict[str, list[Fault]] = {  # by file
     ],
     "fastdpo/data/sampler.py": [
         Fault("groups-of-a-prompt", GROUPS, "a batch by tokens takes several groups of a prompt",
-              "room[taken[groups.families[i]]] = False", "pass"),
+              "others[taken[groups.families[i]]] = False", "pass"),
+        Fault("groups-apart", GROUPS, "batches of few prompts stay half empty",
+              "if others.any() or len(batches) < most:", "if most:"),
+        Fault("groups-cut", GROUPS, "a part of a group has its share of the group's rows",
+              "np.bincount(place, counts).astype(np.int64), self._units[groups, 0])",
+              "np.bincount(place), self._units[groups, 0])"),
     ],
     "fastdpo/loss/sequences.py": [
         Fault("ld-partner", PARTNERS, "the tail begins after the longer response", "[index].min(0)", "[index].max(0)"),
