@@ -130,6 +130,11 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         columns = prepare.columns_of(train_dataset, eval_dataset)
         self.collate = collator_of(columns, processing_class, unwrap(model))
         if any("images_key" in names for names in columns):
+            if args.group_by_prompt:
+                raise ValueError(
+                    f"group_by_prompt={args.group_by_prompt} can't be used with images, because prompts of equal "
+                    "tokens may have different images; leave it out"
+                )
             for each in filter(None, (model, ref_model)):
                 check_images(each)
             if args.ddp_find_unused_parameters is None:  # a batch may have no images, and then the tower is not used
