@@ -91,7 +91,8 @@ def test_a_folder_of_images_is_read_by_its_files_of_rows(home: Path, streaming: 
 
 
 def test_a_readme_beside_the_images_changes_nothing(tmp_path: Path) -> None:
-    picture(1).save(tmp_path / "1.png")
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
     row = {"prompt": "<image>?", "chosen": "a", "rejected": "b", "image": "1.png"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     (tmp_path / "README.md").write_text("# Pictures of my cat\n")
