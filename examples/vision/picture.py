@@ -65,7 +65,7 @@ def main(run: str) -> None:
             colour = GREEN if text == right else VERMILION
             place = {"ha": "center", "va": "top", "fontsize": 8, "transform": panel.transAxes}
             panel.text(0.5, -0.03 - 0.13 * i, f"{when}: {text}", color=colour, **place)
-    figure.savefig(FOLDER / "before_after.png")
+    figure.savefig(FOLDER / "before_after.png", bbox_inches="tight")  # the last captions too
     for when, said in (("before", before), ("after", after)):
         print(f"{when}: {sum(a == b for a, b in zip(said, rights, strict=True))} of {len(rights)} captions are right")
 

@@ -38,7 +38,7 @@ def test_only_the_picture_tells_which_caption_is_right() -> None:
 
 @pytest.mark.slow
 def test_a_short_run_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fifth of the training already tells most right captions from wrong ones, and the model is saved whole."""
+    """A part of the training already tells most right captions from wrong ones, and the model is saved whole."""
     monkeypatch.chdir(ROOT)
     options = ["--num_train_epochs", "3", "--eval_strategy", "steps", "--eval_steps", "66", "--report_samples", "0"]
     cli.main(["train", "examples/vision/train.yaml", "--output_dir", str(tmp_path), "--use_cpu", *options])
