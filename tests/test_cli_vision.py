@@ -90,6 +90,15 @@ def test_a_folder_of_images_is_read_by_its_files_of_rows(home: Path, streaming: 
     assert alone["train"][0]["images"] == [str(home / "data" / "train_images" / "4.png")]
 
 
+def test_a_readme_beside_the_images_changes_nothing(tmp_path: Path) -> None:
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+    row = {"prompt": "<image>?", "chosen": "a", "rejected": "b", "image": "1.png"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    (tmp_path / "README.md").write_text("# Pictures of my cat\n")
+    assert load_splits(str(tmp_path))["train"][0] == row | {"image": str(tmp_path / "1.png")}
+
+
 def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     row = {"prompt": "<image>?", "chosen": "a", "rejected": "b", "image": "../secret.png"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))

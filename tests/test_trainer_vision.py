@@ -147,12 +147,30 @@ def test_images_are_refused_at_construction(make: Make) -> None:
     processor = llava_processor()
     with pytest.raises(ValueError, match="'images', but processing_class has no image processor"):
         make("llava", rows(2), processor=processor.tokenizer, model=make_model("llava", processor))
-    with pytest.raises(ValueError, match="group_by_prompt=2 shares nothing between rows with images"):
-        make("llava", rows(2), group_by_prompt=2)
+    with pytest.raises(ValueError, match="group_by_prompt=4 can't be used with images"):
+        make("llava", rows(2), group_by_prompt=4)
     from tests.helpers.trainers import tiny_llama
 
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot run these batches: its images do not become"):
         make("llava", rows(2), model=tiny_llama(vocab_size=300))
+
+
+def test_equal_texts_with_different_images_share_nothing(make: Make) -> None:
+    """Each image of such rows passes the tower, and the loss is the mean of the rows' own losses."""
+    one = rows(1)
+    data = Dataset.from_list(
+        [one[0] | {"images": [picture(60 + i, (28, 24))]} for i in range(3)], features=one.features
+    )
+    together = make("llava", data, per_device_train_batch_size=3)
+    together.train()
+    assert together.images == 3
+    alone = []
+    for i in range(3):
+        trainer = make("llava", data.select([i]), per_device_train_batch_size=1)
+        trainer.train()
+        alone += losses(trainer)
+    assert len(set(alone)) == 3
+    assert losses(together) == pytest.approx([sum(alone) / 3], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from fastdpo.data.vision import images
 
 logger = logging.getLogger("fastdpo")
 
-RULES = 6
+RULES = 7
 """Increase it when `tokenize_row` changes: `datasets` keeps results on disk and knows a function by name alone."""
 
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation_mode")

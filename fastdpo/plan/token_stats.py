@@ -3,6 +3,7 @@
 Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastdpo.data.packing`).
 """
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def _grouped(kept: Dataset, layout: str) -> tuple[int, dict[int, int]]:
     """Return the most examples of one prompt, and the rows that groups of several sizes take."""
     prompts = Counter(example["prompt_ids"].tobytes() for example in arrays(kept.select_columns(["prompt_ids"])))
     most = max(prompts.values())
-    if most == 1 or layout == "packed":
+    if most == 1 or layout == "packed" or "images_key" in kept.column_names:  # equal tokens may be other images
         return most, {}
     sizes = [n for n in GROUP_SIZES if n // 2 < most]
     return most, {n: int(group_sizes(kept, groups_of(kept, n), layout).prod(1).sum()) for n in sizes}
@@ -188,8 +189,9 @@ def _numbered(kept: Dataset) -> list[list[int]]:
     """Number the responses of all examples, equal ones alike."""
     numbers: dict[tuple[int, int], int] = {}
     result = []
-    for example in arrays(kept):
-        prompt = hash(example["prompt_ids"].tobytes())
+    images = kept["images_key"] if "images_key" in kept.column_names else itertools.repeat(None)
+    for example, seen in zip(arrays(kept), images, strict=False):
+        prompt = hash((example["prompt_ids"].tobytes(), seen))
         keys = [(prompt, hash(np.asarray(response).tobytes())) for response in responses_of(example)]
         result.append([numbers.setdefault(key, len(numbers)) for key in keys])
     return result

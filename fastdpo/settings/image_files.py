@@ -29,7 +29,7 @@ def splits_among_images(folder: Path, files: Sequence[Path]) -> dict[str, list[s
         folder: the folder.
         files: its files of rows.
     """
-    if not files or any(file.name.startswith("metadata.") for file in files) or (folder / "README.md").exists():
+    if not files or any(file.name.startswith("metadata.") for file in files) or _has_card(folder):
         return None
     if not any(file.suffix.lower() in _SUFFIXES for file in folder.rglob("*")):
         return None
@@ -39,6 +39,12 @@ def splits_among_images(folder: Path, files: Sequence[Path]) -> dict[str, list[s
         split = next((name for name, known in _WORDS.items() if not words.isdisjoint(known)), "train")
         splits.setdefault(split, []).append(str(file))
     return splits
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether a README.md begins with settings, in which a dataset may say what its files are."""
+    card = folder / "README.md"
+    return card.exists() and card.read_text(errors="replace").startswith("---")
 
 
 def with_image_paths(splits: Mapping[str, Any], folder: Path) -> Any:

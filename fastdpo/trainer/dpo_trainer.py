@@ -132,8 +132,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         if any("images_key" in names for names in columns):
             if args.group_by_prompt:
                 raise ValueError(
-                    f"group_by_prompt={args.group_by_prompt} shares nothing between rows with images, because equal "
-                    "tokens may stand for other images; leave it out"
+                    f"group_by_prompt={args.group_by_prompt} can't be used with images, because prompts of equal "
+                    "tokens may have different images; leave it out"
                 )
             for each in filter(None, (model, ref_model)):
                 check_images(each)

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as PIL
@@ -35,6 +36,12 @@ def pair(content: Any = "what is this?", **more: Any) -> Row:
     return {"prompt": [{"role": "user", "content": content}], "chosen": said("a cat"), "rejected": said("a dog")} | more
 
 
+def jpeg(image: PIL.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "JPEG")
+    return file.getvalue()
+
+
 IMAGE = {"type": "image"}
 
 
@@ -57,6 +64,13 @@ def test_a_photo_is_read_upright(tmp_path: Path) -> None:
     file = BytesIO()
     picture(1, (24, 40)).save(file, "JPEG", exif=exif)
     assert images_of({"image": file.getvalue()})[0].size == (24, 40)
+
+
+def test_grey_of_16_bits_is_not_clipped_to_white() -> None:
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = np.asarray(images_of({"image": png(PIL.fromarray(grey))})[0])
+    assert found.dtype == np.uint8
+    assert (found == grey >> 8).all()
 
 
 def test_places_of_images(tokenise: Callable[..., Row], processor: Any) -> None:
@@ -102,6 +116,8 @@ def test_an_implicit_prompt_may_have_images(tokenise: Callable[..., Row]) -> Non
         (pair(images=["https://x.org/a.png"]), "`images` is a URL, which is not fetched: 'https://x.org/a.png'"),
         (pair(images=["none.png"]), r"`images`: FileNotFoundError: .*none\.png"),
         (pair(image=b"no image"), "`image`: UnidentifiedImageError: its bytes are no image of a known format"),
+        (pair(image=jpeg(picture(9))[:500]), "`image`: OSError: .*[Tt]runcated"),
+        (pair(image=PIL.new("F", (8, 8))), "`image` has pixels that are floats .mode 'F'.; scale them to 0 to 255"),
         (pair(image=7), "`image` must be PIL images, paths, bytes or dicts of datasets.Image, got 7"),
     ],
 )

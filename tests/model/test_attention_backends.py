@@ -337,12 +337,12 @@ def test_gathers_are_index_select_and_their_backwards_index_add(layout):
     x = torch.randn(T, 2, 3, dtype=torch.float64, requires_grad=True)
     used = torch.zeros(len(paths.grid), dtype=torch.bool)
     used[paths.grid_order] = True  # the rest is padding, without a gradient
-    own = torch.zeros(len(paths.grid), dtype=torch.bool)
-    own[paths.grid_back] = True
+    own = torch.zeros(len(paths.query_grid), dtype=torch.bool)
+    own[paths.query_back] = True
     for index, order, bounds, mask in (
         (paths.kv_index, paths.order, paths.bounds, None),
         (paths.grid, paths.grid_order, paths.bounds, used),
-        (paths.grid, paths.grid_back, None, own),
+        (paths.query_grid, paths.query_back, None, own),
     ):
         out = gather(x, index, order, bounds)
         assert torch.equal(out, x[index])
@@ -444,11 +444,32 @@ def test_one_bucket_computes_the_same(monkeypatch):
     qkv = make_qkv(batch)
     bucketed = with_gradients(attend, qkv, batch)
     assert len(paths_of(batch).shapes) > 1
-    one = lambda lengths: (((len(lengths), max(lengths)),), [i * max(lengths) for i in range(len(lengths))])  # noqa: E731
+
+    def one(lengths, own):
+        starts = [i * max(lengths) for i in range(len(lengths))]
+        firsts = [start + n - q for start, n, q in zip(starts, lengths, own, strict=True)]
+        return ((len(lengths), max(lengths)),), starts, (max(lengths),), firsts
+
     monkeypatch.setattr("fastdpo.model.attention.key_paths._own_buckets", one)
     assert len(paths_of(batch).shapes) == 1
     for a, b in zip(bucketed, with_gradients(attend, qkv, batch), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 7}, {"softcap": 3.0}, {"sliding_window": 7, "sinks": True}], ids=str
+)
+@pytest.mark.parametrize("layout", ["shared", "tree"])
+def test_a_short_branch_of_a_long_prompt_computes_its_own_queries_alone(layout, options):
+    """The prompt's queries are the trunk's; two branches of a bucket begin at different places of their paths."""
+    options = dict(options)
+    batch = shared_prefix_batch(make_pairs([(90, 0, 9, 4), (84, 3, 5, 21), (5, 0, 2, 3)]), layout=layout)
+    qkv = make_qkv(batch, sinks=options.pop("sinks", False))
+    paths = paths_of(batch)
+    assert paths.queries[0] == paths.shapes[0][1] or layout == "tree"
+    assert min(q / length for q, (_, length) in zip(paths.queries, paths.shapes, strict=True)) < 0.5
+    assert torch.equal(paths.query_grid[paths.query_back], torch.arange(len(paths.query_back)))
+    assert_exact(qkv, batch, **options)
 
 
 def test_scores_are_never_all_there_at_once(monkeypatch):

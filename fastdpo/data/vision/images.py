@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List
 from PIL import Image as PIL
@@ -120,7 +121,7 @@ def images_of(row: Mapping[str, Any]) -> list[PIL.Image]:
 
 def _open(image: Any, column: str) -> PIL.Image:
     if isinstance(image, PIL.Image):
-        return image
+        return _of_8_bits(image, column)
     source: Any = image
     if isinstance(image, Mapping):
         source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
@@ -138,11 +139,26 @@ def _open(image: Any, column: str) -> PIL.Image:
         with PIL.open(source, formats=_formats()) as opened:
             opened.load()
             upright: PIL.Image = ImageOps.exif_transpose(opened)
-            return upright
     except Exception as error:  # Pillow raises many kinds at a broken file
-        is_file = isinstance(source, (str, Path))
-        told = " ".join(str(error).split()) if is_file else "its bytes are no image of a known format"
+        told = " ".join(str(error).split())
+        if "BytesIO" in told:  # "cannot identify image file <_io.BytesIO object at ...>"
+            told = "its bytes are no image of a known format"
         raise BadRow(f"`{column}`: {type(error).__name__}: {told:.160}") from None
+    return _of_8_bits(upright, column)
+
+
+def _of_8_bits(image: PIL.Image, column: str) -> PIL.Image:
+    """Return a grey image of 16 bits in 8, because processors would clip it to white.
+
+    Raises:
+        BadRow: its pixels are 32-bit integers or floats, of which it is not known what is black and white.
+    """
+    if image.mode.startswith("I;16"):
+        return PIL.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise BadRow(f"`{column}` has pixels that are {kind} (mode {image.mode!r}); scale them to 0 to 255, mode 'L'")
+    return image
 
 
 @lru_cache

@@ -213,33 +213,49 @@ def _grid(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    query = gather(query, paths.grid, paths.grid_back, None)
+    query = gather(query, paths.query_grid, paths.query_back, None)
     key, value = (gather(x, paths.grid, paths.grid_order, paths.bounds) for x in (key, value))
+    counts = [s for s, _ in paths.shapes]
     sizes = [s * length for s, length in paths.shapes]
+    queries = query.split([s * q for s, q in zip(counts, paths.queries, strict=True)])
+    before = paths.before.split(counts)
     parts = []
-    for shape, *rows in zip(paths.shapes, *(x.split(sizes) for x in (query, key, value)), strict=True):
-        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in rows)
+    for (s, length), q_length, q, k, v, start in zip(
+        paths.shapes, paths.queries, queries, key.split(sizes), value.split(sizes), before, strict=True
+    ):
+        q = q.unflatten(0, (s, q_length)).transpose(1, 2)
+        k, v = (x.unflatten(0, (s, length)).transpose(1, 2) for x in (k, v))
+        mask = _seen_by_own_rows(start, q_length, length, window) if q_length < length else None
         if softcap is None and sinks is None:
-            out = _sdpa(q, k, v, scaling, window)
+            out = _sdpa(q, k, v, scaling, window, mask)
         else:
-            out = plain(q, k, v, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+            out = plain(q, k, v, scaling=scaling, window=window, mask=mask, softcap=softcap, sinks=sinks)
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).index_select(0, paths.grid_back)
+    return torch.cat(parts).index_select(0, paths.query_back)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _seen_by_own_rows(start: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
+    """Return `[S, 1, Q, K]`: which entries of a path its segment's own rows see, the first of which is at `start`."""
+    # the padding's queries stand at the last place, so that each sees something and no gradient is NaN
+    place = (start[:, None] + torch.arange(queries)).clamp(max=keys - 1)
+    age = place[:, :, None] - torch.arange(keys)
+    return ((age >= 0) & (age < (window or keys)))[:, None]
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, mask: Tensor | None
+) -> Tensor:
     L, groups = query.shape[2], query.shape[1] // key.shape[1]
-    band = None
-    if window and window < L:
+    if mask is None and window and window < L:
         place = torch.arange(L, device=query.device)
         age = place[:, None] - place
-        band = (age >= 0) & (age < window)
+        mask = (age >= 0) & (age < window)
     if groups > 1 and query.is_cuda:
         # the memory-efficient kernel, the best one for these shapes, does not support grouped heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=groups > 1
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
     )
 
 

@@ -46,6 +46,14 @@ class Paths(NamedTuple):
     """`[K]`: the place in the grid of each entry of `order`."""
     grid_back: Tensor
     """`[T]`: the place in the grid of each row on the path of its own segment."""
+    queries: tuple[int, ...]
+    """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
+    query_grid: Tensor
+    """The row of each query, buckets one after the other; row 0 at the padding."""
+    query_back: Tensor
+    """`[T]`: the place in `query_grid` of each row."""
+    before: Tensor
+    """`[S]`, in the order of the grid: the entries of a path before its segment's own rows."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -77,8 +85,11 @@ def key_paths(
     if seqlens_k is None:
         shapes: tuple[tuple[int, int], ...] = ((S, max_seqlen_k),)
         start = torch.arange(S, device=device) * max_seqlen_k
+    elif device.type == "cpu":
+        shapes, places, queries, firsts = _own_buckets(seqlens_k, cu_seqlens_q.diff().tolist())
+        start = torch.tensor(places)
     else:
-        shapes, places = (_own_buckets if device.type == "cpu" else _buckets)(seqlens_k)
+        shapes, places = _buckets(seqlens_k)
         start = torch.tensor(places).to(device, non_blocking=True)
     entry = torch.arange(kv_index.shape[0], device=device)
     segment = torch.searchsorted(cu_seqlens_k[1:], entry.int(), right=True)
@@ -91,26 +102,64 @@ def key_paths(
     # each path ends with its segment's own rows
     back = (start + cu_seqlens_k.diff() - cu_seqlens_q[1:])[segment] + rows[:-1]
     bounds = torch.searchsorted(by_row, rows)
-    plain = (kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return Paths(*plain, order, bounds, shapes, grid, place[order], back)
+    found = (
+        kv_index,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        order,
+        bounds,
+        shapes,
+        grid,
+        place[order],
+    )
+    before = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+    if device.type != "cpu":
+        return Paths(*found, back, tuple(length for _, length in shapes), grid, back, before)
+    first = torch.tensor(firsts)
+    query_back = (first - cu_seqlens_q[:-1])[segment] + rows[:-1]
+    sizes = [s * q for (s, _), q in zip(shapes, queries, strict=True)]
+    query_grid = kv_index.new_zeros(sum(sizes)).index_copy(0, query_back, rows[:-1])
+    return Paths(*found, back, queries, query_grid, query_back, before[first.argsort()])
 
 
-def _own_buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-    """Return buckets like `_buckets`, but choose the bucket of each segment by its own length alone.
+def _own_buckets(
+    lengths: Sequence[int], own: Sequence[int]
+) -> tuple[tuple[tuple[int, int], ...], list[int], tuple[int, ...], list[int]]:
+    """Return buckets like `_buckets`, but choose the bucket of each segment by its own lengths alone.
+
+    A branch that is short beside its path has a bucket in which only its own rows are queries: those of the prompt
+    before it are the trunk's.
 
     SDPA on the CPU sums a path in blocks that depend on its padded length. Where that depends only on the path's own
     length, the path's result is the same, bit for bit, whatever else is in the batch. This makes precomputed reference
     log-probs exact.
+
+    Returns:
+        What `_buckets` returns; then the queries of a segment of each bucket, and the place of each segment's first own
+        row among all queries.
     """
-    rounded = [-(-n // ROUNDING) * ROUNDING for n in lengths]
-    shapes, places, place = [], [0] * len(rounded), 0
-    for length in sorted(set(rounded), reverse=True):
-        members = [i for i, n in enumerate(rounded) if n == length]
+    rounded = [
+        (_round(n), _round(q) if 2 * _round(q) < _round(n) else _round(n)) for n, q in zip(lengths, own, strict=True)
+    ]
+    shapes, queries = [], []
+    places, firsts, place, first = [0] * len(rounded), [0] * len(rounded), 0, 0
+    for bucket in sorted(set(rounded), reverse=True):
+        length, count = bucket
+        members = [i for i, each in enumerate(rounded) if each == bucket]
         for i in members:
-            places[i] = place
-            place += length
+            places[i], place = place, place + length
+            # all places of a path are queries, or only those of the segment's own rows
+            firsts[i] = first + (lengths[i] - own[i] if count == length else 0)
+            first += count
         shapes.append((len(members), length))
-    return tuple(shapes), places
+        queries.append(count)
+    return tuple(shapes), places, tuple(queries), firsts
+
+
+def _round(length: int) -> int:
+    return -(-length // ROUNDING) * ROUNDING
 
 
 def _buckets(lengths: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], list[int]]:
