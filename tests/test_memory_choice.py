@@ -4,8 +4,10 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
@@ -44,6 +46,7 @@ def remembered(*_: Any, checkpointing: bool, runs_reference: bool, **__: Any) ->
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a trainer of four layers that takes two micro-batches in a step; `usable` bytes are free."""
     monkeypatch.setattr(fit, "memory_model", remembered)
+    monkeypatch.setattr(memory_choice, "gc", SimpleNamespace(collect=lambda: None))  # a second each among many tests
 
     def make(usable: int | None = 2**40, data: Any = PAIRS, **args: Any) -> Any:
         monkeypatch.setattr(memory_choice, "usable_memory", lambda trainer: usable)
@@ -90,8 +93,8 @@ def count_forwards(module: nn.Module) -> list[None]:
 
 
 def numbers(trainer: Any) -> list[dict[str, float]]:
-    """All that was logged, but for times."""
-    timed = ("runtime", "per_second", "flos", "balance")
+    """All that was logged, but for times and for what depends on how a step is divided into batches."""
+    timed = ("runtime", "per_second", "flos", "padding_saved")
     return [
         {name: value for name, value in entry.items() if not any(each in name for each in timed)}
         for entry in trainer.state.log_history
@@ -126,6 +129,7 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
         assert losses(trainer) == losses(fixed)
 
 
+@pytest.mark.slow
 def test_a_step_takes_no_more_than_the_chord(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory model run with k layers is below the straight line between none and all."""
     config = tiny_llama(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256).config
@@ -140,18 +144,16 @@ def test_a_step_takes_no_more_than_the_chord(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(LlamaForCausalLM, "activation_checkpointing_enable", enable_first)
         return memory_model(config, ratios)
 
-    steps = [step_of(first) for first in range(LAYERS + 1)]
-    whole = fit.Fit(steps[0], steps[-1], LAYERS, torch.ones(1).numpy(), 0)
+    none, half, full = step_of(0), step_of(2), step_of(LAYERS)
+    whole = fit.Fit(none, full, LAYERS, np.ones(1), 0)
     for n in (200, 3000, 50_000):
-        exact = [step.peak(n) for step in steps]
-        assert exact[0] > 1.3 * exact[-1]
-        assert exact == sorted(exact, reverse=True)
-        assert all(truth <= whole.peak(k, n) + 1 for k, truth in enumerate(exact))
-        assert whole.peak(2, n) < 1.5 * exact[2]
+        assert none.peak(n) > half.peak(n) > full.peak(n)
+        assert half.peak(n) <= whole.peak(2, n) + 1 < 1.5 * half.peak(n)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("at", [(0, 0), (0, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("where", "at"), [("forward", (0, 0)), ("backward", (0, 1)), ("forward", (2, 1)), ("backward", (2, 0))], ids=str
+)
 def test_a_lack_of_memory_is_met_by_recomputing_layers(
     where: str, at: tuple[int, int], make: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
