@@ -64,12 +64,14 @@ class MemoryChoice:
         if self._chooses_tokens and not isinstance(self._rows, Dataset):
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
         layers = [m for m in unwrap(trainer.model).modules() if isinstance(m, GradientCheckpointingLayer)]
-        usable = usable_memory(trainer)
+        usable, before = usable_memory(trainer), _rng_state()
         try:
             self._fit = trainer._agree(lambda: fit_of(trainer, self._rows, len(layers), usable))
         except ValueError as error:
             self._say_unknown(chooses_layers, str(error))
             return
+        finally:
+            _set_rng_state(before)  # the memory model makes random weights, and a run must not depend on that
         found = self._fit
         kept = trainer._earlier_tokens() if self._chooses_tokens else None
         if kept is not None:
@@ -126,7 +128,7 @@ class MemoryChoice:
         trainer, at = self._trainer, self._at
         if at >= len(self._queue):
             self._queue.append([inputs])
-        if at == 0 and not trainer.args.disable_dropout:
+        if at == 0:
             self._rng = _rng_state()
         sums, again = trainer._sums.copy(), False
         while True:
