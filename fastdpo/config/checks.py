@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from fastdpo.config.auto import AUTO
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, without_effect
 from fastdpo.model.attention.backends import BACKENDS
@@ -35,7 +36,7 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {config.max_length}")
     for name in AT_LEAST_ONE:
-        if (value := getattr(config, name)) is not None and value < 1:
+        if (value := getattr(config, name)) not in (None, AUTO) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if (most := config.group_by_prompt) is not None:
         if most < 2:
@@ -69,6 +70,15 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
     if config.logging_nan_inf_filter:
         raise ValueError(
             "logging_nan_inf_filter must be False: it would log a plausible number for a loss that is not finite"
+        )
+
+
+def check_auto(config: Any) -> None:
+    """Refuse options of checkpointing that choose layers, as `gradient_checkpointing=auto` does."""
+    if "every_n_layers" in (config.activation_checkpointing_kwargs or {}):
+        raise ValueError(
+            "gradient_checkpointing=auto chooses the layers that are recomputed, as every_n_layers of "
+            "activation_checkpointing_kwargs does; leave one of the two out"
         )
 
 

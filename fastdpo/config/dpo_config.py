@@ -18,7 +18,8 @@ from fastdpo.checks import (
     load_once_with_fsdp,
     stay_on_cpu,
 )
-from fastdpo.config import checks
+from fastdpo.config import auto, checks
+from fastdpo.config.auto import AUTO, Switch, read_switch
 from fastdpo.loss.options import from_config
 from fastdpo.settings.old_names import in_words
 
@@ -43,9 +44,13 @@ class DPOConfig(TrainingArguments):
     # Training, with other defaults than TrainingArguments
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
-    gradient_checkpointing: bool | None = field(
-        default=True,  # and not None, so that HfArgumentParser knows --no_gradient_checkpointing
-        metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower."},
+    gradient_checkpointing: bool | str | None = field(
+        default=True,
+        metadata={
+            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. `auto` recomputes "
+            "those of as few layers as the memory allows; see docs/memory.md.",
+            **{"action": Switch, "aliases": ["--no_gradient_checkpointing", "--no-gradient-checkpointing"], **SWITCH},
+        },
     )
     bf16: bool | None = field(
         default=None,
@@ -215,11 +220,12 @@ class DPOConfig(TrainingArguments):
     )
 
     # Packing, attention and the head
-    tokens_per_batch: int | None = field(
+    tokens_per_batch: int | str | None = field(
         default=None,
         metadata={
             "help": "Fill each device's batches with examples up to this many tokens, instead of a fixed "
-            "per_device_train_batch_size. Tokens that responses share count once. Unset: off."
+            "per_device_train_batch_size. Tokens that responses share count once. `auto` takes as many as fit into "
+            "the memory, up to 32768; see docs/memory.md. Unset: off."
         },
     )
     longest_first: bool = field(
@@ -311,6 +317,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        auto.resolve(self)
         settings = from_config(self)
         checks.check_reference(self, settings)
         checks.warn_of_no_effect(self, settings)
@@ -323,12 +330,14 @@ class DPOConfig(TrainingArguments):
             self.bf16 = launched == "bf16" or (launched == "no" and default)
         self.bf16 = bool(self.bf16)
         stay_on_cpu(self)
-        self._resolve_checkpointing()
         given = self.accelerator_config
         super().__post_init__()
         if launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             self.mixed_precision = "no"
         leave_checkpointing_to_fsdp(self)
+        if self.checkpointing_is_auto and self.activation_checkpointing:
+            self.gradient_checkpointing = AUTO
+            checks.check_auto(self)
         load_once_with_fsdp(self)
         check_deepspeed(self)
         if self.activation_offloading and self.device.type == "cpu":
@@ -336,11 +345,6 @@ class DPOConfig(TrainingArguments):
         check_loading(self, given)
         self.model_init_kwargs = checks.checked_init_kwargs(self.model_init_kwargs)
 
-    def _resolve_checkpointing(self) -> None:
-        """Move `gradient_checkpointing` to its name in newer transformers, which would warn of the old one."""
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = True
-        if hasattr(self, "activation_checkpointing"):
-            if getattr(self, "activation_checkpointing") is None:  # noqa: B009 - older versions lack it
-                self.activation_checkpointing = self.gradient_checkpointing
-            self.gradient_checkpointing = None
+
+# HfArgumentParser reads a word by calling the annotation, and can't call that of a bool or a text
+DPOConfig.__annotations__["gradient_checkpointing"] = read_switch

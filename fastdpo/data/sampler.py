@@ -223,19 +223,20 @@ def example_sizes(dataset: Dataset, layout: str) -> np.ndarray[Any, Any]:
     return sizes
 
 
-def planned(loader: DataLoader[Any], args: Any, layout: str) -> DataLoader[Any]:
+def planned(loader: DataLoader[Any], args: Any, layout: str, tokens_per_batch: int | None) -> DataLoader[Any]:
     """Return the loader, rebuilt by `rebatch` if a run's settings ask for other batches than the Trainer's.
 
-    These settings are `tokens_per_batch`, `longest_first` and `group_by_prompt`, which orders a stream elsewhere.
+    These settings are `tokens_per_batch`, which may have been "auto", `longest_first` and `group_by_prompt`, which
+    orders a stream elsewhere.
     """
     is_stream = not isinstance(loader.dataset, Dataset)
-    if args.tokens_per_batch is None and not args.longest_first and (args.group_by_prompt is None or is_stream):
+    if tokens_per_batch is None and not args.longest_first and (args.group_by_prompt is None or is_stream):
         return loader
     return rebatch(
         loader,
         layout=layout,
-        tokens_per_batch=args.tokens_per_batch,
-        batch_size=args.train_batch_size if args.tokens_per_batch is None else None,
+        tokens_per_batch=tokens_per_batch,
+        batch_size=args.train_batch_size if tokens_per_batch is None else None,
         seed=args.seed if args.data_seed is None else args.data_seed,
         epochs=math.ceil(args.num_train_epochs),
         rank=args.process_index,

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
+from fastdpo.config.auto import AUTO
 from fastdpo.config.checks import in_bytes
 from fastdpo.data.vision.images import has_images
 from fastdpo.loss.options import from_config
@@ -157,6 +158,7 @@ def make_plan(
         *(f"attention by {' and '.join(each.attention)}" for each in list(memory.values())[:1]),
         "reference: " + ("a copy of the weights" if has_reference else "no copy of the weights"),
         f"optimizer {getattr(args.optim, 'value', args.optim)}",
+        *(["tokens_per_batch=auto, which is chosen in training, as unset"] if args.tokens_per_batch == AUTO else []),
         *(["no activations of the part that sees the images"] if has_images(dataset) else []),
     )
     return Plan(

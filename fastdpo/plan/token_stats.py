@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
+from fastdpo.config.auto import given_tokens
 from fastdpo.data.grouping import Groups, arrays, group_sizes, groups_of
 from fastdpo.data.packing import kind_of, responses_of
 from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
@@ -156,7 +157,7 @@ def token_stats(
         [int(prompt) + n for each in several for n in each]
         for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
     ]
-    sizes, groups = planned_sizes(kept, layout, args.group_by_prompt, args.tokens_per_batch)
+    sizes, groups = planned_sizes(kept, layout, args.group_by_prompt, given_tokens(args))
     per_prompt, grouped = _grouped(kept, layout)
     return TokenStats(
         given=len(dataset),
@@ -219,10 +220,11 @@ def _lengths(dataset: Dataset) -> dict[str, list[list[int]]]:
 def epoch(stats: TokenStats, args: DPOConfig, processes: int = 1, tokens_per_batch: int | None = None) -> Batches:
     """Plan the batches of the first epoch, by `tokens_per_batch` or, if that is unset, by a number of examples.
 
-    `tokens_per_batch=None` reads the setting of `args`. Batches by tokens are those that the trainer will use; batches
-    by a number of examples differ from the trainer's, whose random order is another.
+    `tokens_per_batch=None` reads the setting of `args`, in which "auto", which is chosen in training, counts as unset.
+    Batches by tokens are those that the trainer will use; batches by a number of examples differ from the trainer's,
+    whose random order is another.
     """
-    budget = tokens_per_batch or args.tokens_per_batch
+    budget = tokens_per_batch or given_tokens(args)
     sampler = BudgetSampler(
         stats.sizes,
         tokens_per_batch=budget,

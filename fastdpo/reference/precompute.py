@@ -383,6 +383,6 @@ def options_of(args: Any) -> dict[str, Any]:
         "examples_per_batch": args.precompute_ref_batch_size,
         "disable_tqdm": bool(args.disable_tqdm),
     }
-    if tokens := args.tokens_per_batch:
+    if isinstance(tokens := args.tokens_per_batch, int):
         options["tokens_per_batch"] = max(tokens, TOKENS_PER_BATCH)  # without a backward, larger batches fit
     return options

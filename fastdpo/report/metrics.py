@@ -51,6 +51,12 @@ class RunningSums:
         self._on_device: dict[tuple[str, ...], Tensor] = {}
         self._on_host: dict[str, list[float]] = {}
 
+    def copy(self) -> "RunningSums":
+        """Return the same sums in a new object, without waiting for anything; adding to one leaves the other alone."""
+        other = RunningSums()
+        other._on_device, other._on_host = dict(self._on_device), dict(self._on_host)
+        return other
+
     def state(self) -> dict[str, Any]:
         """Return this process's sums as JSON values, from which `restore` makes them again; waits for the device."""
         return {"host": self._on_host, "device": [[names, table.tolist()] for names, table in self._on_device.items()]}

@@ -41,9 +41,7 @@ def one_line(error: BaseException) -> str | None:
             f"the disk is full{where}: free some space, or give an output_dir on another disk; save_total_limit keeps "
             "fewer checkpoints"
         )
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    ):
+    if is_out_of_memory(error):
         wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         return OUT_OF_MEMORY + (f" (tried to allocate {wanted[1]})" if wanted else "")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE):
@@ -57,6 +55,13 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError) or (isinstance(error, ValueError) and _was_raised(error.__traceback__)):
         return _flat(error)
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated, on a GPU or the CPU."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def _flat(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo import checks, sharding
 from fastdpo.config import DPOConfig
+from fastdpo.config.auto import AUTO
 from fastdpo.data import prepare
 from fastdpo.data.grouping import in_groups
 from fastdpo.data.sampler import planned
@@ -26,6 +27,7 @@ from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 from fastdpo.report import metrics
 from fastdpo.trainer.balance import add_balance, own_tokens
+from fastdpo.trainer.memory_choice import MemoryChoice
 from fastdpo.trainer.offloading import offloading
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
@@ -52,13 +54,23 @@ class PackedTrainer(Trainer):
         self._clock: float | None = None
         self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self._first_loss_is_known = False
+        self._memory: MemoryChoice | None = None  # while it trains with a setting that is auto
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
         super().__init__(**others)
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
-        return planned(super().get_train_dataloader(), self.args, self._layout)
+        loader, args = super().get_train_dataloader(), self.args
+        self._memory = (
+            MemoryChoice(self, loader) if AUTO in (args.gradient_checkpointing, args.tokens_per_batch) else None
+        )
+        tokens: Any = args.tokens_per_batch if self._memory is None else self._memory.tokens
+        return planned(loader, args, self._layout, tokens)
+
+    def _earlier_tokens(self) -> int | None:
+        """Return what `tokens_per_batch=auto` was before the checkpoint that is resumed, 0 for none; else None."""
+        return None
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Evaluate the examples of one prompt together with `group_by_prompt`, else all in their order."""
@@ -78,8 +90,10 @@ class PackedTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one micro-batch forward and backward; its activations wait on the CPU with `activation_offloading`."""
         with offloading(self.model) if self.args.activation_offloading else nullcontext():
-            loss: Tensor = super().training_step(*args, **kwargs)
-        return loss
+            if self._memory is None:
+                return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
+            run, (model, inputs, *others) = super().training_step, args
+            return self._memory.step(lambda part: run(model, part, *others, **kwargs), inputs)
 
     def compute_loss(
         self,
@@ -154,10 +168,13 @@ class PackedTrainer(Trainer):
             sums: Any = self.accelerator.reduce(torch.cat((torch.stack(totals), tokens.flatten())), reduction="sum")
             totals = StepTotals(*sums[:2])
             add_balance(self._sums, sums[2:].view_as(tokens))
-        self._of_whole_step.clear()
-        if self._settings.needs_step_context and (len(batch_samples) > 1 or self.args.world_size > 1):
-            self._of_whole_step.extend(self._exchange(batch_samples))
+        self._prepare_whole_step(batch_samples if self._memory is None else self._memory.begin(batch_samples))
         return totals
+
+    def _prepare_whole_step(self, batches: list[dict[str, Any]]) -> None:
+        self._of_whole_step.clear()
+        if self._settings.needs_step_context and (len(batches) > 1 or self.args.world_size > 1):
+            self._of_whole_step.extend(self._exchange(batches))
 
     def _exchange(self, batches: list[dict[str, Any]]) -> Iterable[tuple[Any, Tensor | None]]:
         """Run all micro-batches without gradients; return what each loss needs of the others, and ref log-probs."""

@@ -257,7 +257,15 @@ class SavingTrainer(PackedTrainer):
             "sums": self._sums.state(),
             "histograms": self.histograms,
             "place": self._place,
+            "tokens_per_batch": None if self._memory is None else self._memory.tokens or 0,
         }
+
+    def _earlier_tokens(self) -> int | None:
+        path = None if self._found is None else self._found.folder / self._window_name()
+        if path is None or not path.is_file():
+            return None
+        tokens: int | None = json.loads(path.read_bytes()).get("tokens_per_batch")
+        return tokens
 
     def _restore_window(self) -> None:
         if self._found is None or not (path := self._found.folder / self._window_name()).is_file():

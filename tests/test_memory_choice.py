@@ -1,0 +1,346 @@
+"""`gradient_checkpointing: auto` and `tokens_per_batch: auto`: a run that lacks memory computes what it would have."""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import IterableDataset
+from torch import nn
+from transformers import HfArgumentParser, LlamaForCausalLM
+
+import fastdpo
+from fastdpo.plan import fit, free_memory
+from fastdpo.plan.memory import memory_model
+from fastdpo.plan.trace import Ratios
+from fastdpo.trainer import memory_choice
+from tests.helpers.trainers import data_for, losses, make_trainer, rows, tiny_llama, weights
+
+LAYERS = 4
+AUTO: dict[str, Any] = {"gradient_checkpointing": "auto"}
+TOKENS: dict[str, Any] = {"tokens_per_batch": "auto"}
+PAIRS = rows(40, seed=7)
+
+
+@functools.cache
+def _computed(checkpointing: bool, runs_reference: bool) -> Any:
+    return memory_model(
+        tiny_llama(num_hidden_layers=LAYERS).config,
+        Ratios(1.3, 0.7, 2.0),
+        checkpointing=checkpointing,
+        runs_reference=runs_reference,
+    )
+
+
+def remembered(*_: Any, checkpointing: bool, runs_reference: bool, **__: Any) -> Any:
+    """The memory model of all runs here, which takes a second or more to compute."""
+    return _computed(checkpointing, runs_reference)
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a trainer of four layers that takes two micro-batches in a step; `usable` bytes are free."""
+    monkeypatch.setattr(fit, "memory_model", remembered)
+    monkeypatch.setattr(memory_choice, "gc", SimpleNamespace(collect=lambda: None))  # a second each among many tests
+
+    def make(usable: int | None = 2**40, data: Any = PAIRS, **args: Any) -> Any:
+        monkeypatch.setattr(memory_choice, "usable_memory", lambda trainer: usable)
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        options = {"gradient_accumulation_steps": 2, "max_steps": 3} | args
+        return make_trainer(folder, tiny_llama(num_hidden_layers=LAYERS), data=data, **options)
+
+    return make
+
+
+def fails(trainer: Any, where: str, at: tuple[int, int], enough: Callable[[Any, Any], bool]) -> list[int]:
+    """Let a micro-batch run out of memory, before its forward or after its backward, unless `enough` is saved.
+
+    Returns:
+        A list that grows with each failure.
+    """
+    compute, backward, failed, part = trainer.compute_loss, trainer.accelerator.backward, [], []
+
+    def fail(place: str) -> None:
+        here = (trainer.state.global_step, trainer._memory._at if trainer._memory else 0)
+        if place == where and here >= at and not enough(trainer, part[-1]):
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        part.append(inputs)
+        fail("forward")
+        return compute(model, inputs, *args, **kwargs)
+
+    def run_backward(loss: Any, **kwargs: Any) -> None:
+        backward(loss, **kwargs)
+        fail("backward")
+
+    trainer.compute_loss, trainer.accelerator.backward = compute_loss, run_backward
+    return failed
+
+
+def count_forwards(module: nn.Module) -> list[None]:
+    """Return a list that grows with each forward of a module in training."""
+    runs: list[None] = []
+    module.register_forward_pre_hook(lambda *_: runs.extend([None] * module.training))
+    return runs
+
+
+def numbers(trainer: Any) -> list[dict[str, float]]:
+    """All that was logged, but for times and for what depends on how a step is divided into batches."""
+    timed = ("runtime", "per_second", "flos", "padding_saved")
+    return [
+        {name: value for name, value in entry.items() if not any(each in name for each in timed)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def assert_same_run(ours: Any, fixed: Any) -> None:
+    assert len(losses(ours)) == len(losses(fixed)) == 3
+    for mine, other in zip(numbers(ours), numbers(fixed), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert (weights(ours.model) - weights(fixed.model)).abs().max() < 1e-6
+
+
+def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
+    make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed = make()
+    fixed.train()
+    probe = make(**AUTO)
+    probe.get_train_dataloader()
+    found, rows_ = probe._memory._fit, probe._memory._largest_batch
+    assert probe._memory.checkpointed == 0
+    caplog.set_level(logging.INFO, "fastdpo")
+    for k in (1, LAYERS):
+        usable = int(found.peak(k, rows_)) + 1 if k < LAYERS else 1
+        trainer = make(usable, **AUTO)
+        runs = [count_forwards(layer.mlp) for layer in trainer.model.model.layers]
+        trainer.train()
+        assert [len(each) for each in runs] == [2 * 6] * k + [6] * (LAYERS - k)
+        assert f"gradient_checkpointing=auto recomputes {k} of 4 layers; a step of at most" in caplog.text
+        assert torch.equal(weights(trainer.model), weights(fixed.model))
+        assert losses(trainer) == losses(fixed)
+
+
+@pytest.mark.slow
+def test_a_step_takes_no_more_than_the_chord(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory model run with k layers is below the straight line between none and all."""
+    config = tiny_llama(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256).config
+    enable, ratios = LlamaForCausalLM.activation_checkpointing_enable, Ratios(1.3, 0.7, 2.0)
+
+    def step_of(first: int) -> Any:
+        def enable_first(model: Any, *args: Any) -> None:
+            enable(model, *args)
+            for i, layer in enumerate(model.model.layers):
+                layer.gradient_checkpointing = i < first
+
+        monkeypatch.setattr(LlamaForCausalLM, "activation_checkpointing_enable", enable_first)
+        return memory_model(config, ratios)
+
+    none, half, full = step_of(0), step_of(2), step_of(LAYERS)
+    whole = fit.Fit(none, full, LAYERS, np.ones(1), 0)
+    for n in (200, 3000, 50_000):
+        assert none.peak(n) > half.peak(n) > full.peak(n)
+        assert half.peak(n) <= whole.peak(2, n) + 1 < 1.5 * half.peak(n)
+
+
+@pytest.mark.parametrize(
+    ("where", "at"), [("forward", (0, 0)), ("backward", (0, 1)), ("forward", (2, 1)), ("backward", (2, 0))], ids=str
+)
+def test_a_lack_of_memory_is_met_by_recomputing_layers(
+    where: str, at: tuple[int, int], make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed, ours = make(), make(**AUTO)
+    fixed.train()
+    failed = fails(ours, where, at, lambda trainer, _: trainer._memory.checkpointed == LAYERS)
+    ours.train()
+    assert len(failed) == 2  # with none recomputed, and with half of them
+    assert f"step {at[0] + 1} ran out of memory and is computed again" in caplog.text
+    assert_same_run(ours, fixed)
+
+
+def test_a_step_that_is_computed_again_has_the_same_random_numbers(make: Callable[..., Any]) -> None:
+    noise = {"neftune_noise_alpha": 5.0}
+    fixed = make(**noise)
+    fixed.train()
+    ours = make(**AUTO, **noise)  # made here, because a trainer sets the seed
+    fails(ours, "backward", (0, 1), lambda trainer, _: trainer._memory.checkpointed == LAYERS)
+    ours.train()
+    assert_same_run(ours, fixed)
+
+
+CUT = {
+    "sigmoid": ({}, "pairs"),
+    "of the whole step": ({"loss_type": "aot"}, "pairs"),
+    "unpaired": ({"loss_type": "kto"}, "unpaired"),
+    "one micro-batch": ({"loss_type": "aot", "gradient_accumulation_steps": 1}, "pairs"),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_lack_of_memory_is_met_by_cutting_batches(case: str, make: Callable[..., Any]) -> None:
+    settings, kind = CUT[case]
+    data = data_for(kind, 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "MOST_TOKENS", 192)
+        ours = make(data=data, **settings, **TOKENS)
+        failed = fails(ours, "backward", (1, 0), lambda _, part: part["num_packed_tokens"] <= 70)
+        ours.train()
+    assert ours._memory.tokens == 192
+    assert 2 <= len(failed) <= 4
+    fixed = make(data=data, tokens_per_batch=192, **settings)
+    fixed.train()
+    assert_same_run(ours, fixed)
+
+
+def test_what_cannot_be_lowered_ends_the_run_with_advice(
+    make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = make(**AUTO)
+    fails(ours, "forward", (1, 0), lambda *_: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.train()
+    said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1
+    assert "step 2 ran out of memory, and gradient_checkpointing and tokens_per_batch can't be lowered" in said[0]
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(make: Callable[..., Any]) -> None:
+    ours = make(**AUTO)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    ours.compute_loss = broken
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ours.train()
+
+
+def test_both_are_chosen_together(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "ENOUGH_TOKENS", 256)
+    probe = make(**AUTO, **TOKENS)
+    probe.get_train_dataloader()
+    assert (probe._memory.tokens, probe._memory.checkpointed) == (fit.MOST_TOKENS, 0)
+    found = probe._memory._fit
+    tight = make(int(found.peak(2, 256)) + 1, **AUTO, **TOKENS)
+    tight.get_train_dataloader()
+    assert (tight._memory.tokens, tight._memory.checkpointed) == (256, 2)
+    fixed = make(int(found.full.peak(640)) + 1, gradient_checkpointing=True, **TOKENS)
+    fixed.get_train_dataloader()
+    assert (fixed._memory.tokens, fixed._memory.checkpointed) == (640, None)
+
+
+def test_a_resumed_run_keeps_its_batches_on_a_device_with_other_memory(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "MOST_TOKENS", 128)
+    whole = make(**TOKENS, save_strategy="steps", save_steps=1)
+    whole.train()
+    monkeypatch.setattr(fit, "MOST_TOKENS", 320)
+    resumed = make(**TOKENS)
+    resumed.train(f"{whole.args.output_dir}/checkpoint-1")
+    assert resumed._memory.tokens == 128
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(3.0, LAYERS), (0.6, 0)])
+def test_the_choice_is_corrected_by_what_was_measured(
+    share: float, expected: int, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = make(**AUTO)
+    probe.get_train_dataloader()
+    found, largest = probe._memory._fit, probe._memory._largest_batch
+    ours = make(int(found.peak(2, largest)) + 1, **AUTO, max_steps=5)
+    fixed = found.full.persistent
+    monkeypatch.setattr(
+        memory_choice,
+        "measured_peak",
+        lambda _: fixed + int(share * (found.peak(2, ours._memory._largest_seen) - fixed)),
+    )
+    ours.train()
+    assert ours._memory.checkpointed == expected
+    same = make(max_steps=5)
+    same.train()
+    assert losses(ours) == losses(same)
+
+
+def test_what_the_memory_model_does_not_know_is_trained_as_before(
+    make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    unknown = make(None, **AUTO, **TOKENS)
+    unknown.train()
+    said = (
+        "gradient_checkpointing=auto recomputes all layers and tokens_per_batch=auto takes "
+        "per_device_train_batch_size=4 examples, because the memory of a step is not known: the free memory of cpu "
+        "can't be read"
+    )
+    assert said in caplog.text
+    assert all(layer.gradient_checkpointing for layer in unknown.model.model.layers)
+    stream = IterableDataset.from_generator(lambda: iter(PAIRS.to_list()))
+    streamed = make(data=stream, **AUTO)
+    streamed.train()
+    assert "the lengths of a stream are not known before" in caplog.text
+    fixed = make()
+    fixed.train()
+    assert losses(unknown) == losses(fixed)
+    with pytest.raises(ValueError, match=r"tokens_per_batch=auto needs a datasets.Dataset, .* this is a stream"):
+        make(data=stream, **TOKENS).train()
+
+
+def test_the_free_memory_of_a_container_is_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "meminfo": "MemTotal:  9000 kB\nMemAvailable:    5000 kB\n",
+        "memory.max": "4000000\n",
+        "memory.current": "1500000\n",
+        "memory.stat": "anon 3\ninactive_file 400000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    assert free_memory.available_on_cpu() == 4_000_000 - 1_100_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory.available_on_cpu() == 5000 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert free_memory.available_on_cpu() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (True, True, None)),
+        (["--gradient_checkpointing"], (True, True, None)),
+        (["--gradient_checkpointing", "auto", "--tokens_per_batch", "auto"], ("auto", True, "auto")),
+        (["--gradient-checkpointing=false", "--tokens_per_batch", "96"], (False, False, 96)),
+        (["--no_gradient_checkpointing"], (False, False, None)),
+        (["--gradient_checkpointing", "auto", "--activation_checkpointing", "false"], (False, False, None)),
+    ],
+    ids=str,
+)
+def test_the_flags_of_transformers_parser(flags: list[str], expected: tuple[Any, ...], tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--head_workspace", "268435456", *flags]
+    (config,) = HfArgumentParser((fastdpo.DPOConfig,)).parse_args_into_dataclasses(words)
+    assert (config.gradient_checkpointing, config.activation_checkpointing, config.tokens_per_batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"gradient_checkpointing": "some"}, "gradient_checkpointing must be true, false or auto, got 'some'"),
+        ({"tokens_per_batch": "many"}, "tokens_per_batch must be a number of tokens or auto, got 'many'"),
+        ({"tokens_per_batch": "0"}, "tokens_per_batch must be at least 1, got 0"),
+        (AUTO | {"activation_checkpointing_kwargs": {"every_n_layers": 2}}, "auto chooses the layers"),
+    ],
+    ids=str,
+)
+def test_other_values_are_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        fastdpo.DPOConfig(str(tmp_path), use_cpu=True, **given)
