@@ -28,7 +28,7 @@ cd "$day"
 python3 -m venv venv
 PATH="$day/venv/bin:$PATH"
 cp -r "$repository" source && rm -rf source/.venv source/build source/dist
-step 0 "build and install the wheel" pip install -v -c source/constraints.txt "source[peft]"
+step 0 "build and install the wheel" pip install -v -c source/constraints.txt "./source[peft]"
 rm -rf source
 
 step 0 "look around" fastdpo --help

@@ -124,10 +124,10 @@ def test_precomputing_runs_each_prompt_and_response_once(monkeypatch: pytest.Mon
         return dict(made[-1])
 
     monkeypatch.setattr(precompute, "shared_prefix_batch", batch)
-    expected = precompute.token_logps(DATA, model, folder=None, layout="packed", disable_tqdm=True)
+    expected = precompute.token_logps(DATA, model, folder=None, layout="packed", disable_tqdm=True, collate=batch)
     apart = sum(each["num_packed_tokens"] for each in made)
     made.clear()
-    found = precompute.token_logps(DATA, model, folder=None, disable_tqdm=True)
+    found = precompute.token_logps(DATA, model, folder=None, disable_tqdm=True, collate=batch)
     together = sum(each["num_packed_tokens"] for each in made)
     assert sum(len(each["cu_target"]) - 1 for each in made) == 24
     assert together < 0.65 * apart

@@ -265,7 +265,7 @@ class DPOConfig(TrainingArguments):
             "docs/sparse_backward.md) or auto (sparse only for the hidden states' gradient of 16-bit inputs)."
         },
     )
-    head_workspace: int | str = field(
+    head_workspace: int | str | None = field(  # None is refused; with it, HfArgumentParser reads text
         default="256MiB",
         metadata={
             "help": "Largest memory in which the fused LM head works, and largest in which it keeps probabilities of a "

@@ -145,6 +145,8 @@ def trace(model: Any, reference: Any | None, rows: int, setting: Setting) -> tup
 
 def _score(hidden: Tensor, index: Tensor, lm_head: nn.Linear, precision: Precision, live: Live) -> Tensor:
     weight = lm_head.weight.to(precision.compute)
+    if not torch.is_grad_enabled():  # an autograd function would take a trained weight for one that needs a gradient
+        weight = weight.detach()
     scores: Tensor = HeadMemory.apply(hidden.index_select(0, index).to(precision.compute), weight, live)
     return scores
 

@@ -207,7 +207,7 @@ def hopper(device_of_its_own: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def candidates(**options: bool) -> set[str]:
     hidden: Any = OnDevice()
     needs = [True, False, False, False, False]
-    return {autotune.choose_impl("auto", hidden, torch.empty(7, 4), needs, True, **options)[0] for _ in range(3)}
+    return {autotune.choose_impl("auto", hidden, torch.empty(7, 4), needs, True, 2**28, **options)[0] for _ in range(3)}
 
 
 @pytest.mark.usefixtures("hopper")

@@ -185,16 +185,17 @@ def test_a_failure_is_one_line_and_ends_nothing(
     assert trainer.model.training
 
 
-def test_where_there_is_nothing_to_generate(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_there_is_nothing_to_generate(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, "fastdpo")
     rows = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2]}])
     zero, other = (lambda: True), (lambda: False)
     for count, eval_dataset, main in ((0, rows, zero), (4, None, zero), (4, rows, other)):
-        trainer = SimpleNamespace(eval_dataset=eval_dataset, is_world_process_zero=main, is_fsdp_enabled=False)
+        trainer = SimpleNamespace(eval_dataset=eval_dataset, is_world_process_zero=main)
         assert samples.before_training(trainer, count) == []
         assert samples.after_training(trainer, []) == []
     assert not caplog.messages
-    trainer = SimpleNamespace(eval_dataset=rows, is_world_process_zero=zero, is_fsdp_enabled=True)
+    monkeypatch.setattr(samples, "is_sharded", lambda model: model == "sharded")
+    trainer = SimpleNamespace(eval_dataset=rows, is_world_process_zero=zero, model="sharded")
     assert samples.before_training(trainer, 4) == []
     assert "the model's weights are sharded" in caplog.text
 
