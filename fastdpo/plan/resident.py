@@ -11,8 +11,8 @@ The sizes are those of the shards that FSDP2, as accelerate sets it up, and Deep
 | `zero3` | sharded, in the dtype of the computation | sharded | as zero1 |
 
 With mixed precision, FSDP2 adds gradients up, and sends them, in float32; DeepSpeed does so in the dtype of the
-computation. A unit is a layer, the embedding, or the final norm with the head; FSDP2 gathers the weights of a unit at a time, and of
-the next one beside it. n processes send (n - 1) / n of what they gather or reduce, by a ring.
+computation. A unit is a layer, the embedding, or the final norm with the head; FSDP2 gathers the weights of a unit at a
+time, and of the next one beside it. n processes send (n - 1) / n of what they gather or reduce, by a ring.
 """
 
 import math
@@ -142,6 +142,7 @@ def resident(
     runs = 1 + bool(runs_reference and not reference)  # forwards of the policy
     if job.strategy == "fsdp2":
         reduced = 4 if upcasts else c  # `fastdpo.sharding.shard_policy` chooses it
+        reductions = job.micro_batches if job.syncs_each else 1
 
         def kept(w: Weight) -> float:
             return w.of_rows(n) * (4 if w.trained and upcasts else w.itemsize)
@@ -156,10 +157,7 @@ def resident(
             gradients=gradients,
             optimizer=total(states * (w.of_rows(n) if of_8_bits else kept(w)) for w in trained),
             buffers=_fsdp_buffers(policy, reference, c, reduced) if n > 1 else 0,
-            sent=round(
-                share
-                * (c * job.micro_batches * gathered + reduced * numel * (job.micro_batches if job.syncs_each else 1))
-            ),
+            sent=round(share * (c * job.micro_batches * gathered + reduced * numel * reductions)),
         )
     stage = int(job.strategy[-1])
     over = n if stage == 3 else 1
