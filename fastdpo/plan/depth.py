@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdpo.model.scoring_forward import find_head
 from fastdpo.plan.trace import PROBED_ROWS, Operation, Place, Setting, trace
 
-PERIODS = (2, 3)
+PERIODS = (3, 4)
 """Numbers of periods that are traced."""
 
 
@@ -162,10 +162,12 @@ def _continued(few: Sequence[Operation], more: Sequence[Operation], periods: int
         added = len(b) - len(a)
         first = next((i for i, group in enumerate(a) if group[0].layer >= 0), len(a))
         for i, group in enumerate(a):
-            other = b[i if i < first + added else i + added]
-            if [x[1:5] for x in group] != [y[1:5] for y in other]:
-                return []
-            found += [x._replace(alive=_line(x.alive, y.alive, periods)) for x, y in zip(group, other, strict=True)]
+            # the first two periods count from the beginning, the last two from the end; the one between counts as both
+            for j in [i] * (i < first + 2 * added) + [i + added] * (i >= first + added):
+                other = b[j]
+                if [x[1:5] for x in group] != [y[1:5] for y in other]:
+                    return []
+                found += [x._replace(alive=_line(x.alive, y.alive, periods)) for x, y in zip(group, other, strict=True)]
     return found
 
 

@@ -13,7 +13,7 @@ from fastdpo.plan.trace import Precision, Ratios
 from tests.helpers.trainers import lora
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4}
-LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=7)
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=9)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-bf16-sharded": (
         LLAMA,
@@ -22,7 +22,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     # the first layer has no gradient to hand on
     "lora-not-checkpointed": (LLAMA, {"peft_config": lora(), "has_reference": False, "checkpointing": False}),
     "two-kinds-of-layers": (
-        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=12),
+        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=16),
         {"checkpointing": False},
     ),
 }
@@ -51,9 +51,9 @@ def test_equals_the_trace_of_all_layers(config: Any, options: dict[str, Any], mo
     [
         (LLAMA, 1),
         (LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=5), None),  # tracing it whole is as fast
-        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=12), 2),
-        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=13), None),
-        (GPT2Config(vocab_size=300, n_embd=48, n_head=4, n_layer=6, bos_token_id=1, eos_token_id=1), 1),
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=16), 2),
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=17), None),
+        (GPT2Config(vocab_size=300, n_embd=48, n_head=4, n_layer=8, bos_token_id=1, eos_token_id=1), 1),
     ],
     ids=["llama", "few", "gemma", "gemma-odd", "gpt2"],
 )
