@@ -4,8 +4,7 @@
     python -m benchmarks.scaling --table    # write the tables from the traces in the repository
 
 Nothing is measured and no weights are made. What does not depend on the batch comes from the sizes of all weights
-(`fastdpo.plan.resident`). Activations come from traces of models with 2 and 3 layers (`fastdpo.plan.trace`): all layers
-are alike, so forward and backward each need the same bytes more for every further layer.
+(`fastdpo.plan.resident`), and activations from traces of a step (`fastdpo.plan.depth`).
 """
 
 import argparse
@@ -20,7 +19,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from fastdpo.model.adapters import with_adapter
-from fastdpo.plan.memory import Memory, memory_model, meta_model
+from fastdpo.plan.memory import memory_model, meta_model
 from fastdpo.plan.resident import Job, Resident, resident, units_of
 from fastdpo.plan.trace import Precision, Ratios
 
@@ -38,14 +37,12 @@ STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP
 GPUS = (1, 8, 64, 256)
 ROWS = 16384
 RATIOS = Ratios(paths=1.3, targets=0.6, grid=1.5)
-DEPTHS = (2, 3)
 GIB, GB = 2**30, 10**9
 
 
-def config_of(model: str, layers: int | None = None) -> LlamaConfig:
-    """Return the config of a model, or of one with fewer layers."""
-    shape = SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers})
-    return LlamaConfig(vocab_size=128256, num_key_value_heads=8, **shape)
+def config_of(model: str) -> LlamaConfig:
+    """Return the config of a model."""
+    return LlamaConfig(vocab_size=128256, num_key_value_heads=8, **SHAPES[model])
 
 
 def adapter_of(tuning: str) -> Any:
@@ -53,33 +50,17 @@ def adapter_of(tuning: str) -> Any:
     return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if tuning == "LoRA" else None
 
 
-def traced(model: str, tuning: str, sharded: bool) -> dict[str, list[float]]:
-    """Return the bytes of activations of a step in forward and backward, at each depth of `DEPTHS`."""
-    found: dict[str, list[float]] = {"forward": [], "backward": []}
-    for layers in DEPTHS:
-        memory = memory_model(
-            config_of(model, layers),
-            RATIOS,
-            precision=TUNINGS[tuning],
-            peft_config=adapter_of(tuning),
-            has_reference=tuning == "full",
-            job=Job("fsdp2") if sharded else Job(micro_batches=2),  # whose gradients are there from the start
-        )
-        for phase, alive in (("forward", _alive(memory, False)), ("backward", _alive(memory, True))):
-            found[phase].append(alive)
-    return found
-
-
-def _alive(memory: Memory, in_backward: bool) -> float:
-    workspace = memory.workspace(ROWS)
-    moments = [m for m in memory.timeline if m.in_backward == in_backward]
-    return max(m.fixed + m.per_row * ROWS + m.workspaces * workspace for m in moments) - memory.gradients
-
-
-def activations(trace: dict[str, list[float]], layers: int) -> float:
-    """Continue the traces to all layers."""
-    first, second = DEPTHS
-    return max(a + (layers - first) * (b - a) / (second - first) for a, b in trace.values())
+def traced(model: str, tuning: str, sharded: bool) -> float:
+    """Return the most bytes of activations at any moment of a step."""
+    memory = memory_model(
+        config_of(model),
+        RATIOS,
+        precision=TUNINGS[tuning],
+        peft_config=adapter_of(tuning),
+        has_reference=tuning == "full",
+        job=Job("fsdp2") if sharded else Job(micro_batches=2),  # whose gradients are there from the start
+    )
+    return memory.peak(ROWS) - memory.persistent - memory.gradients
 
 
 @functools.cache
@@ -110,13 +91,12 @@ def resident_of(model: str, tuning: str, strategy: str, gpus: int, *, precompute
 
 def rows_of(traces: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table of memory, in GiB, and of communication, in GB."""
-    for model, shape in SHAPES.items():
+    for model in SHAPES:
         for tuning in TUNINGS:
             for precomputed in (False, True) if tuning == "full" else (False,):
                 for strategy, name in STRATEGIES.items():
                     cells = []
-                    trace = traces[model][tuning]["whole" if strategy == "ddp" else "sharded"]
-                    needed = activations(trace, int(shape["num_hidden_layers"]))
+                    needed = traces[model][tuning]["whole" if strategy == "ddp" else "sharded"]
                     for gpus in GPUS:
                         parts = resident_of(model, tuning, strategy, gpus, precomputed=precomputed)
                         total = parts.weights + parts.reference + parts.gradients + parts.optimizer + parts.buffers

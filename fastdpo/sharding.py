@@ -46,6 +46,10 @@ def shard_policy(accelerator: Accelerator, model: Any) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
         )
+    if plugin.transformer_cls_names_to_wrap is None:  # accelerate stops at a name of a part that the model lacks
+        names = {type(module).__name__ for module in model.modules()}
+        layers = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in layers if name in names]
     plugin.set_auto_wrap_policy(model)
     if plugin.activation_checkpointing:
         fsdp2_apply_ac(accelerator, model)

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from fastdpo.commands.score import _keep_whole, score_run
 from fastdpo.reference import precompute
 from fastdpo.scoring import score
 from tests.helpers.tiny import PAIRS, make_model, stock, stock_logps
@@ -175,3 +178,14 @@ def test_text_and_plain_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     options = OPTIONS | {"tokenizer": Letters()}
     assert score(policy, reference, texts, **options) == score(policy, reference, ids, **OPTIONS)
+
+
+def test_the_command_keeps_whole_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With FSDP's settings only the first process would read the weights, and DeepSpeed would shard them."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    _keep_whole(SimpleNamespace(deepspeed_plugin=None))
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    settings = SimpleNamespace(deepspeed_plugin=object(), output_dir=str(tmp_path))
+    monkeypatch.setattr("fastdpo.commands.score.make_configs", lambda chosen: (None, settings))
+    with pytest.raises(ValueError, match="can't use DeepSpeed; leave `deepspeed` out, and start it with `torchrun`"):
+        score_run({})

@@ -194,11 +194,11 @@ def test_an_image_that_is_gone_is_named(make: Make, tmp_path: Path) -> None:
 def test_with_sharded_weights_each_row_needs_an_image(make: Make) -> None:
     """All processes gather the tower's weights together, so a batch without images would make them wait."""
     prepared = make("llava", rows(4, mixed=True)).train_dataset
-    check_all_have_images([("train", prepared.select([0, 2]))])
-    with pytest.raises(ValueError, match="train dataset: row 1 has no image, and with FSDP every row needs one"):
-        check_all_have_images([("train", prepared)])
+    check_all_have_images([("train", prepared.select([0, 2]))], "FSDP")
+    with pytest.raises(ValueError, match="train dataset: row 1 has no image, and with ZeRO-3 every row needs one"):
+        check_all_have_images([("train", prepared)], "ZeRO-3")
     with pytest.raises(ValueError, match="eval dataset is a stream with images"):
-        check_all_have_images([("eval", prepared.to_iterable_dataset())])
+        check_all_have_images([("eval", prepared.to_iterable_dataset())], "FSDP")
 
 
 @pytest.mark.slow

@@ -22,11 +22,7 @@ from tests.helpers.zero_ranks import RUNS
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parent.parent
-ALIKE = {
-    "zero3-clipped": "zero2-clipped",
-    "zero3-precomputed-given": "zero3-checkpointed",
-    "zero3-saved-lora": "zero1-saved-lora",
-}
+ALIKE = {"zero3-clipped": "zero2-clipped", "zero3-cached-saved-lora": "zero1-saved-lora"}
 """Runs that are the same in one process."""
 BOUNDS = {"adamw": 1e-4, "lora": 1e-6, "full": 1e-5}
 """Largest error of the weights, relative to the distance that training moves them."""
@@ -96,14 +92,18 @@ def test_training_with_zero_equals_that_of_one_process(name: str, folder: Path, 
     two, one = torch.load(folder / f"{name}.pt"), one_process(name)
     assert two["end"].keys() == one["end"].keys()
     moved = (flat(one["end"]) - flat(one["start"])).norm()
-    error = (flat(two["end"]) - flat(one["end"])).norm()
-    # PiSSA's factors are large beside their change, so that their rounding is too
-    kind = "adamw" if "optim" in RUNS[name] or "pissa" in name else "lora" if "lora" in RUNS[name] else "full"
+    # PiSSA's first weights are rounded in another way if a process has other threads
+    error = ((flat(two["end"]) - flat(two["start"])) - (flat(one["end"]) - flat(one["start"]))).norm()
+    # those of PiSSA and of a copied head are large beside their change, so that their rounding is too
+    is_large = "pissa" in name or "modules" in name
+    kind = "adamw" if "optim" in RUNS[name] else "lora" if "lora" in RUNS[name] and not is_large else "full"
     assert moved > 1e-3
     assert error <= BOUNDS[kind] * moved, f"{name}: {error / moved:.1e}"
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    if name != "zero3-aot":  # whose evaluation is by batches
+        assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    assert two["precomputed"] == ("precompute_ref_log_probs" in RUNS[name] or "cached" in name)
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
 
@@ -125,7 +125,7 @@ def test_a_model_that_loads_is_saved(name: str, place: str, folder: Path) -> Non
     assert all(same) if place == "model" else not any(same)  # the checkpoint is of a step before
 
 
-@pytest.mark.parametrize("name", ["zero1-saved-lora", "zero3-saved-lora"])
+@pytest.mark.parametrize("name", ["zero1-saved-lora", "zero3-cached-saved-lora"])
 def test_an_adapter_that_loads_is_saved(name: str, folder: Path) -> None:
     model = peft.PeftModel.from_pretrained(tiny_llama(), folder / name / "model", is_trainable=True)
     trained = torch.load(folder / f"{name}.pt")["end"]

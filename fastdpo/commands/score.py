@@ -1,5 +1,6 @@
 """`fastdpo score`: score the held-out rows of a run, on one process or on several."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastdpo.trainer.failing_together import failing_together
 def score_run(chosen: Mapping[str, Any]) -> None:
     """Score the rows of a run with its settings; the first process writes `scores.jsonl` and prints a summary."""
     run, args = make_configs(chosen)
+    _keep_whole(args)
     output = Path(args.output_dir) / "scores.jsonl"
     with failing_together(args):
         train_dataset, eval_dataset = load_datasets(run, args.seed)
@@ -43,3 +45,17 @@ def score_run(chosen: Mapping[str, Any]) -> None:
         rows.append(("pairs in the right order", f"{result.accuracy:.3f}"))
     print(summary_table(rows, ("scored", "")))  # noqa: T201
     print(f"scores: {output}")  # noqa: T201
+
+
+def _keep_whole(args: Any) -> None:
+    """Let each process load all weights, whatever the settings of training share.
+
+    Raises:
+        ValueError: DeepSpeed is on, which would shard or cast what is loaded.
+    """
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "fastdpo score keeps the whole model on each GPU and can't use DeepSpeed; leave `deepspeed` out, and start "
+            "it with `torchrun` or with the DDP settings of accelerate"
+        )
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # otherwise only the first process would read the weights

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
+from fastdpo.loss.sequences import sum_tokens
 
 
 class Scores(NamedTuple):
@@ -69,7 +70,7 @@ def score(
     rows, tokens = _input.flatten(0, 1).index_select(0, index), target.flatten().index_select(0, index)
     logps, stats = linear_logprobs_with_stats(rows, lin_weight, tokens, bias)
     bounds = F.pad(lengths.cumsum(0), (1, 0))
-    sums = (_sums(x, bounds) for x in (logps, stats.mean_logits))
+    sums = (sum_tokens(x, bounds) for x in (logps, stats.mean_logits))
     return Scores(index, logps, bounds, lengths.to(logps.dtype), *sums)
 
 
@@ -100,7 +101,7 @@ def score_reference(
         raise ValueError(f"ref_weight must have a row for each label, got {ref_weight.shape[0]} rows")
     with torch.no_grad():
         rows = ref_input.flatten(0, 1).index_select(0, batch.positions)
-        return _sums(linear_logprobs(rows, ref_weight, tokens, ref_bias), batch.bounds)
+        return sum_tokens(linear_logprobs(rows, ref_weight, tokens, ref_bias), batch.bounds)
 
 
 def nll_of_other_labels(
@@ -147,11 +148,6 @@ def _labelled(name: str, target: Tensor, ignore_index: int, V: int) -> Tensor:
             f"{ignore_index}"
         )
     return labelled
-
-
-def _sums(x: Tensor, bounds: Tensor) -> Tensor:
-    """Sum over the tokens of each response, `[M]` to `[R]`."""
-    return torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)  # unsafe skips checks that wait for the device
 
 
 def _check(target_name: str, target: Tensor, input_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:

@@ -64,8 +64,10 @@ def sum_responses(
 
 
 def sum_tokens(x: Tensor, bounds: Tensor) -> Tensor:
-    """Sum over the tokens of each response, `[M, ...]` to `[R, ...]`."""
-    return torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)  # unsafe skips checks that wait for the device
+    """Sum over the tokens of each response, `[M, ...]` to `[R, ...]`, in float64; the sums have the dtype of `x`."""
+    # it adds one number after the other, which would round hundreds of them too much in float32; unsafe skips checks
+    # that wait for the device
+    return torch.segment_reduce(x.double(), "sum", offsets=bounds, unsafe=True).to(x.dtype)
 
 
 def along_edges(values: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Compute how much memory a training step will take, before anything is loaded.
 
 A model with fake weights runs one step forward and backward (`fastdpo.plan.trace`), which gives the bytes alive after
-each operation i for T rows; a row is one token of the packed batch. What does not depend on the batch comes from the
+each operation i for T rows; a row is one token of the packed batch. If its layers are alike, it runs a few of them
+(`fastdpo.plan.depth`). What does not depend on the batch comes from the
 sizes of the weights (`fastdpo.plan.resident`).
 
     peak(T) = max over i of alive[i](T) + persistent bytes
@@ -25,18 +26,18 @@ from fastdpo.model.adapters import with_adapter
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.policy import auto_class
 from fastdpo.model.scoring_forward import find_head
+from fastdpo.plan.depth import traces
 from fastdpo.plan.resident import Job, quantised, resident, units_of
 from fastdpo.plan.stand_ins import NAME
 from fastdpo.plan.trace import (
-    PROBED_ROWS,
     TRACED_ROWS,
     Moment,
+    Place,
     Precision,
     Ratios,
     Setting,
     line_of,
     make_fake,
-    trace,
     upper_envelope,
 )
 
@@ -179,13 +180,9 @@ def memory_model(
     with FakeTensorMode(allow_non_fake_inputs=True):
         for each in filter(None, (model, reference)):
             make_fake(each)
-        setting = Setting(ratios, precision, accumulates, runs_reference, backends, chosen)
+        setting = Setting(ratios, precision, accumulates, runs_reference, backends, chosen, Place())
         try:
-            for sizes in (PROBED_ROWS, TRACED_ROWS):
-                (small, small_kept), (large, large_kept) = (trace(model, reference, n, setting) for n in sizes)
-                if len(small) != len(large):
-                    name = type(model).__name__
-                    raise ValueError(f"{name} does not run the same operations on batches of different sizes")
+            (small, small_kept), (large, large_kept) = traces(model, reference, TRACED_ROWS, setting)
         except (RuntimeError, NotImplementedError) as error:  # some routers and kinds of RoPE depend on values
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without the values of its weights: {why}") from error

@@ -10,8 +10,9 @@ The sizes are those of the shards that FSDP2, as accelerate sets it up, and Deep
 | `zero2` | whole, in the dtype of the computation | sharded | as zero1 |
 | `zero3` | sharded, in the dtype of the computation | sharded | as zero1 |
 
-A unit is a layer, the embedding, or the final norm with the head; FSDP2 gathers the weights of a unit at a time, and of
-the next one beside it. n processes send (n - 1) / n of what they gather or reduce, by a ring.
+With mixed precision, FSDP2 adds gradients up, and sends them, in float32; DeepSpeed does so in the dtype of the
+computation. A unit is a layer, the embedding, or the final norm with the head; FSDP2 gathers the weights of a unit at a
+time, and of the next one beside it. n processes send (n - 1) / n of what they gather or reduce, by a ring.
 """
 
 import math
@@ -114,7 +115,7 @@ def resident(
         job: how the work is divided.
         optimizer: `TrainingArguments.optim`; an unknown name counts as Adam.
         compute: dtype of the computation.
-        upcasts: mixed precision is on, so FSDP2 keeps trained weights in float32.
+        upcasts: mixed precision is on, so FSDP2 keeps trained weights and sums of gradients in float32.
         runs_reference: the reference, or the policy in its place, runs in each step.
     """
     n, c = job.processes, compute.itemsize
@@ -140,23 +141,23 @@ def resident(
         )
     runs = 1 + bool(runs_reference and not reference)  # forwards of the policy
     if job.strategy == "fsdp2":
+        reduced = 4 if upcasts else c  # `fastdpo.sharding.shard_policy` chooses it
+        reductions = job.micro_batches if job.syncs_each else 1
 
         def kept(w: Weight) -> float:
             return w.of_rows(n) * (4 if w.trained and upcasts else w.itemsize)
 
         gradients = total(map(kept, trained))
         if job.micro_batches > 1 and not job.syncs_each:  # they are added up whole, and sharded by the last backward
-            gradients = max(gradients, numel * c)
+            gradients = max(gradients, numel * reduced)
         gathered = _gathered(policy) * runs + _gathered(policy[:-1]) + (_gathered(reference[:-1]) if reference else 0)
         return Resident(
             weights=total(map(kept, [*trained, *frozen])),
             reference=total(map(kept, others)),
             gradients=gradients,
             optimizer=total(states * (w.of_rows(n) if of_8_bits else kept(w)) for w in trained),
-            buffers=_fsdp_buffers(policy, reference, c) if n > 1 else 0,
-            sent=round(
-                share * c * (job.micro_batches * gathered + numel * (job.micro_batches if job.syncs_each else 1))
-            ),
+            buffers=_fsdp_buffers(policy, reference, c, reduced) if n > 1 else 0,
+            sent=round(share * (c * job.micro_batches * gathered + reduced * numel * reductions)),
         )
     stage = int(job.strategy[-1])
     over = n if stage == 3 else 1
@@ -183,20 +184,27 @@ def _gathered(units: Units) -> int:
     return sum(w.numel for unit in units for w in unit if not w.stays_whole)
 
 
-def _fsdp_buffers(policy: Units, reference: Units, itemsize: int) -> int:
-    """Return the most bytes of gathered weights, and of whole gradients, at any moment of a step under FSDP2."""
+def _fsdp_buffers(policy: Units, reference: Units, itemsize: int, reduced: int) -> int:
+    """Return the most bytes of gathered weights, and of whole gradients, at any moment of a step under FSDP2.
+
+    Args:
+        policy: as in `resident`.
+        reference: as in `resident`.
+        itemsize: bytes of a gathered weight, and of its gradient.
+        reduced: bytes of a number of the copy of gradients that is sent.
+    """
 
     def two(units: Units) -> int:  # one that computes, and one that is gathered meanwhile
-        return max((_gathered(pair) for pair in pairwise(units)), default=_gathered(units))
+        return itemsize * max((_gathered(pair) for pair in pairwise(units)), default=_gathered(units))
 
     def whole_gradients(units: Units) -> int:  # of one unit, and its copy that is sent
-        return 2 * max((sum(w.numel for w in unit if w.trained) for unit in units), default=0)
+        return (itemsize + reduced) * max((sum(w.numel for w in unit if w.trained) for unit in units), default=0)
 
-    tail = _gathered(policy[-1:])  # it stays gathered from its forward to its backward
-    kept = _gathered(reference[-1:])  # without a backward it stays so
+    tail = itemsize * _gathered(policy[-1:])  # it stays gathered from its forward to its backward
+    kept = itemsize * _gathered(reference[-1:])  # without a backward it stays so
     forward = tail + max(two(policy[:-1]), two(reference[:-1]))
     backward = max(tail + whole_gradients(policy[-1:]), two(policy[:-1]) + whole_gradients(policy[:-1]))
-    return (kept + max(forward, backward)) * itemsize
+    return kept + max(forward, backward)
 
 
 def units_of(model: Any, stored: dict[Tensor, float] | None = None, *, shards_quantised: bool = False) -> Units:

@@ -40,6 +40,16 @@ class Ratios(NamedTuple):
     """Places of the padded grid, which attention without a variable-length kernel uses, divided by T."""
 
 
+@dataclass
+class Place:
+    """Where a traced step is."""
+
+    part: int = 0
+    """See `Operation`."""
+    layer: int = -1
+    """See `Operation`."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Dtypes of the weights and of autocast; None if autocast is off."""
@@ -53,7 +63,10 @@ class Precision:
 
 
 class Setting(NamedTuple):
-    """What all traces of a training have in common; `chosen` collects the attention backends of the layers."""
+    """What all traces of a training have in common; `chosen` collects the attention backends of the layers.
+
+    `place` says where the step is; others may set its layer.
+    """
 
     ratios: Ratios
     precision: Precision
@@ -61,6 +74,23 @@ class Setting(NamedTuple):
     runs_reference: bool
     backends: Usable
     chosen: set[str]
+    place: Place
+
+
+class Operation(NamedTuple):
+    """An operation of a traced step."""
+
+    alive: int
+    """Bytes alive after it, without the persistent ones."""
+    workspaces: int
+    """See `Moment`."""
+    in_backward: bool
+    part: int
+    """0 in the policy's forward, 1 in that of the reference, 2 in the backward."""
+    name: str
+    """What it computes, and the bytes of its results."""
+    layer: int
+    """Number of the layer that it belongs to, if layers are watched; -1 outside of them."""
 
 
 class Moment(NamedTuple):
@@ -76,18 +106,20 @@ class Moment(NamedTuple):
 class Live(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate, until they are freed."""
 
-    def __init__(self, known: Iterator[Tensor], alive: int) -> None:
+    def __init__(self, known: Iterator[Tensor], alive: int, place: Place) -> None:
         super().__init__()
-        self.alive, self.workspaces, self.in_backward = alive, 0, False
-        self.moments: list[tuple[int, int, bool]] = []
+        self.alive, self.workspaces, self.place = alive, 0, place
+        self.operations: list[Operation] = []
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        self.moments.append((self.alive, self.workspaces, self.in_backward))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self._count(tensor.untyped_storage())
+        name = f"{func} {[tensor.nbytes for tensor in made]}"
+        part, layer = self.place.part, self.place.layer
+        self.operations.append(Operation(self.alive, self.workspaces, part == 2, part, name, layer))
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -102,8 +134,8 @@ class Live(TorchDispatchMode):
         self.alive -= size
 
 
-def trace(model: Any, reference: Any | None, rows: int, setting: Setting) -> tuple[list[tuple[int, int, bool]], int]:
-    """Run a step on fake tensors; return bytes and workspaces alive after each operation, and bytes the body keeps."""
+def trace(model: Any, reference: Any | None, rows: int, setting: Setting) -> tuple[list[Operation], int]:
+    """Run a step on fake tensors; return its operations, and the bytes that the body of the model keeps."""
     ratios, precision = setting.ratios, setting.precision
     known = [x for each in (model, reference) if each is not None for x in (*each.parameters(), *each.buffers())]
     alive = 0
@@ -119,7 +151,9 @@ def trace(model: Any, reference: Any | None, rows: int, setting: Setting) -> tup
         "memory_backends": setting.backends,
         "memory_chosen": setting.chosen,
     }
-    with Live(iter(known), alive) as live:
+    place = setting.place
+    place.part, place.layer = 0, -1
+    with Live(iter(known), alive, place) as live:
         ids = torch.zeros(1, rows, dtype=torch.int64)
         index = torch.zeros(round(rows * ratios.targets), dtype=torch.int64)
 
@@ -133,14 +167,15 @@ def trace(model: Any, reference: Any | None, rows: int, setting: Setting) -> tup
             kept = live.alive
             scores = _score(hidden, index, lm_head, precision, live)
             del hidden
+            place.part = 1
             if setting.runs_reference:
                 with torch.no_grad():
                     hidden, lm_head = body(model if reference is None else reference)
                     _score(hidden, index, lm_head, precision, live)
                     del hidden
-        live.in_backward = True
+        place.part = 2
         scores.sum().backward()
-    return live.moments, kept
+    return live.operations, kept
 
 
 def _score(hidden: Tensor, index: Tensor, lm_head: nn.Linear, precision: Precision, live: Live) -> Tensor:
@@ -191,7 +226,7 @@ def _meet(a: Moment, b: Moment) -> float:
     return (a.fixed - b.fixed) / (b.per_row - a.per_row)
 
 
-def line_of(small: tuple[int, int, bool], large: tuple[int, int, bool]) -> Moment:
+def line_of(small: Operation, large: Operation) -> Moment:
     """Return the straight line through one operation's bytes in two steps."""
-    per_row = (large[0] - small[0]) / (TRACED_ROWS[1] - TRACED_ROWS[0])
-    return Moment(per_row, large[0] - per_row * TRACED_ROWS[1], *large[1:])
+    per_row = (large.alive - small.alive) / (TRACED_ROWS[1] - TRACED_ROWS[0])
+    return Moment(per_row, large.alive - per_row * TRACED_ROWS[1], large.workspaces, large.in_backward)

@@ -170,10 +170,10 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or sharding.zero_stage(args) == 3:
             named = [("train", self.train_dataset)]
             prepare.each(self.eval_dataset, lambda rows, name: named.append((name, rows)))
-            check_all_have_images(named)
+            check_all_have_images(named, "FSDP" if self.is_fsdp_enabled else "ZeRO-3")
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
             with sharding.callable_policy(self):

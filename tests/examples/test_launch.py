@@ -5,11 +5,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from fastdpo.checks import check_deepspeed
+from fastdpo.sharding import zero_stage
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
@@ -63,13 +67,32 @@ def test_the_lines_of_the_docs_replicate_the_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_is_launched(stage: int) -> None:
+def test_zero_is_launched(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
     environment = launched(f"zero{stage}.yaml", "--num_processes", "2")
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(stage)
     assert environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
     assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(stage == 3).lower()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()  # as the processes read it
+    args = SimpleNamespace(
+        deepspeed_plugin=plugin,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        max_grad_norm=0.7,
+        world_size=2,
+        bf16=True,
+        fp16=False,
+        torch_compile=False,
+        activation_offloading=False,
+    )
+    check_deepspeed(args)
+    assert zero_stage(args) == stage
+    assert plugin.deepspeed_config["gradient_clipping"] in ("auto", 0.7)
+    assert plugin.deepspeed_config["bf16"]["enabled"]
 
 
 def script(folder: Path, name: str, text: str) -> None:

@@ -21,20 +21,20 @@ PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3} 
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 SAVED = ADAMW | {"save_strategy": "steps", "save_steps": 2}
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}  # which is that of step 2
+COPIED_HEAD = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 PERSISTENT = {"stage3_param_persistence_threshold": 10**4}
 RUNS: dict[str, dict[str, Any]] = {
     "zero1-saved-lora": {"stage": 1, "lora": {}} | SAVED | BEST,
     "zero2-clipped": {"stage": 2, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2} | PRECOMPUTE,
     "zero2-saved-synced": {"stage": 2, "tied": True, "evaluate_first": True} | SAVED | SYNC,
-    "zero3-checkpointed": {"stage": 3, "given": True, "gradient_checkpointing": True},
-    "zero3-clipped": {"stage": 3, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2},
+    "zero3-aot": {"stage": 3, "given": True, "gradient_checkpointing": True, "loss_type": ["aot"]},
+    "zero3-clipped": {"stage": 3, "given": True, "max_grad_norm": 0.5, "learning_rate": 5e-2} | PRECOMPUTE,
     "zero3-synced-tied": {"stage": 3, "tied": True, "evaluate_first": True, "by_name": True} | SYNC,
-    "zero3-precomputed-given": {"stage": 3, "given": True} | PRECOMPUTE,
     "zero3-precomputed-lora": {"stage": 3, "lora": {"target_modules": ["q_proj", "lm_head"]}} | PRECOMPUTE,
-    "zero3-lora": {"stage": 3, "lora": {}, "by_name": True, "evaluate_first": True},
+    "zero3-modules-to-save": {"stage": 3, "lora": COPIED_HEAD, "by_name": True, "evaluate_first": True},
     "zero3-pissa": {"stage": 3, "lora": {"init_lora_weights": "pissa"}},
     "zero3-saved-synced": {"stage": 3, "by_name": True, "zero": PERSISTENT} | SAVED | SYNC,
-    "zero3-saved-lora": {"stage": 3, "lora": {}} | SAVED | BEST,
+    "zero3-cached-saved-lora": {"stage": 3, "lora": {}, "cache_of": "zero3-precomputed-lora"} | SAVED | BEST,
 }
 """Settings of `DPOConfig`, and those of `trainer_of`."""
 
@@ -116,6 +116,7 @@ def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) ->
     end = trained(trainer.model)
     found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
     found["eval"] = trainer.evaluate()["eval_loss"]
+    found["precomputed"] = trainer._is_precomputed
     if "saved" in name:
         trainer.save_model(str(folder / name / "model"))
     return found

@@ -262,3 +262,12 @@ def test_an_adapter_loaded_for_inference_is_named() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=re.escape("from_pretrained(..., is_trainable=True)")):
         resolve.resolve_reference(model, None)
+
+
+def test_dora_is_refused_with_zero3() -> None:
+    plain = get_peft_model(base_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapters.check_zero3(plain)
+    adapters.check_zero3(base_model())
+    plain.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=re.escape("use_dora (adapter 'second') is not supported with ZeRO-3")):
+        adapters.check_zero3(plain)

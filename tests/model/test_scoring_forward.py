@@ -406,3 +406,16 @@ def test_outputs_of_an_own_head_are_taken_for_no_namedtuple() -> None:
     assert not hasattr(outputs, "_asdict")
     assert outputs.past_key_values is None
     assert outputs.last_hidden_state is outputs[0]
+
+
+def test_an_own_head_is_refused_where_zero3_shards_it() -> None:
+    """Its logits are computed again in the backward, when ZeRO-3 has let the weights go."""
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True)
+    model = peft.get_peft_model(make_model("llama"), config)
+    patch_forward(model)
+    batch = pack()
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logps).all()
+    next(model.parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
+    with pytest.raises(ValueError, match=r"its own head computes the logits .*; with ZeRO-3, use FSDP2 or ZeRO-2"):
+        model(**batch)

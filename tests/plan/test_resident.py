@@ -41,11 +41,15 @@ def test_fsdp_rounds_rows_up_and_gathers_two_units() -> None:
     assert (found.weights, found.gradients, found.optimizer) == (4 * kept, 4 * kept, 8 * kept)
     assert found.reference == 4 * kept
     # the reference's head stays gathered; the policy's head with its gradients, or two units with those of one layer
-    assert found.buffers == 2 * (120 + max(120 + 120 + 80, 120 + 2 * 120, 120 + 80 + 2 * 120))
-    # the policy in forward and backward, but for its head, the reference but for its head, and the gradients
-    assert found.sent == round(3 / 4 * 2 * (NUMEL + (NUMEL - 120) + (NUMEL - 120) + NUMEL))
+    assert found.buffers == 2 * 120 + max(2 * (120 + 120 + 80), 2 * 120 + 6 * 120, 2 * (120 + 80) + 6 * 120)
+    # the policy in forward and backward, but for its head, the reference but for its head, and the float32 gradients
+    assert found.sent == round(3 / 4 * (2 * (NUMEL + (NUMEL - 120) + (NUMEL - 120)) + 4 * NUMEL))
+    in_16_bits = of("fsdp2", upcasts=False)
+    assert found.sent - in_16_bits.sent == round(3 / 4 * 2 * NUMEL)
+    assert found.buffers - in_16_bits.buffers == 2 * 120
     adds_up = of("fsdp2", micro_batches=3)
-    assert adds_up.gradients == max(found.gradients, 2 * NUMEL) > found.gradients
+    assert adds_up.gradients == 4 * NUMEL > found.gradients
+    assert of("fsdp2", micro_batches=3, upcasts=False).gradients == max(in_16_bits.gradients, 2 * NUMEL)
     assert of("fsdp2", micro_batches=3, syncs_each=True).gradients == found.gradients
     assert of("fsdp2", micro_batches=3, syncs_each=True).sent == 3 * found.sent > adds_up.sent > found.sent
     assert of("fsdp2", upcasts=False, policy=[[w._replace(itemsize=2) for w in unit] for unit in POLICY]).weights == (

@@ -128,11 +128,12 @@ def collator_of(columns: Iterable[Collection[str]], processor: Any, model: Any) 
     return VisionCollator(processor, model) if any("images_key" in each for each in columns) else shared_prefix_batch
 
 
-def check_all_have_images(datasets: Iterable[tuple[str, Any]]) -> None:
+def check_all_have_images(datasets: Iterable[tuple[str, Any]], sharding: str) -> None:
     """Check that each row has an image, for a model whose weights are sharded: all processes run the tower together.
 
     Args:
         datasets: name and rows of each prepared dataset.
+        sharding: what errors call the way of sharding.
 
     Raises:
         ValueError: a dataset with images has a row without one, or is a stream, of which this is not known.
@@ -141,12 +142,15 @@ def check_all_have_images(datasets: Iterable[tuple[str, Any]]) -> None:
         if "images_key" not in (rows.column_names or ()):
             continue
         if not isinstance(rows, Dataset):
-            raise ValueError(f"{name} dataset is a stream with images, which can't be used with FSDP; load it whole")
+            raise ValueError(
+                f"{name} dataset is a stream with images, which can't be used with {sharding}; load it whole"
+            )
         bare = [i for i, key in zip(rows["pair_index"], rows["images_key"], strict=True) if not key]
         if bare:
             raise ValueError(
-                f"{name} dataset: row {bare[0]} has no image, and with FSDP every row needs one, because all processes "
-                "gather the weights of the part that sees the images together; leave such rows out, or use DDP"
+                f"{name} dataset: row {bare[0]} has no image, and with {sharding} every row needs one, because all "
+                "processes gather the weights of the part that sees the images together; leave such rows out, or use "
+                "DDP"
             )
 
 
