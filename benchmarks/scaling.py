@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --table    # write the tables from the traces in the repository
 
 Nothing is measured and no weights are made. What does not depend on the batch comes from the sizes of all weights
-(`fastdpo.plan.resident`), and activations from traces of a step (`fastdpo.plan.depth`).
+(`fastdpo.plan.resident`), and activations from traces of a step (`fastdpo.plan.tracing.depth`).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from fastdpo.model.adapters import with_adapter
 from fastdpo.plan.memory import memory_model, meta_model
 from fastdpo.plan.resident import Job, Resident, resident, units_of
-from fastdpo.plan.trace import Precision, Ratios
+from fastdpo.plan.tracing.trace import Precision, Ratios
 
 ROOT = Path(__file__).parent.parent
 PAGE, TRACES = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/computed/scaling.json"

@@ -27,7 +27,7 @@ from fastdpo.model.adapted_layers import unwrap
 from fastdpo.model.attention.backends import usable
 from fastdpo.plan.memory import Memory, memory_model
 from fastdpo.plan.resident import Job
-from fastdpo.plan.trace import Precision, Ratios
+from fastdpo.plan.tracing.trace import Precision, Ratios
 
 ENOUGH_TOKENS = 8192
 """Tokens with which a device is busy; for more of them, no further layer is recomputed."""

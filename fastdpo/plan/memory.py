@@ -1,9 +1,9 @@
 """Compute how much memory a training step will take, before anything is loaded.
 
-A model with fake weights runs one step forward and backward (`fastdpo.plan.trace`), which gives the bytes alive after
-each operation i for T rows; a row is one token of the packed batch. If its layers are alike, it runs a few of them
-(`fastdpo.plan.depth`). What does not depend on the batch comes from the
-sizes of the weights (`fastdpo.plan.resident`).
+A model with fake weights runs one step forward and backward (`fastdpo.plan.tracing.trace`), which gives the bytes alive
+after each operation i for T rows; a row is one token of the packed batch. If its layers are alike, it runs a few of
+them (`fastdpo.plan.tracing.depth`). What does not depend on the batch comes from the sizes of the weights
+(`fastdpo.plan.resident`).
 
     peak(T) = max over i of alive[i](T) + persistent bytes
 
@@ -26,10 +26,10 @@ from fastdpo.model.adapters import with_adapter
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.policy import auto_class
 from fastdpo.model.scoring_forward import find_head
-from fastdpo.plan.depth import traces
 from fastdpo.plan.resident import Job, quantised, resident, units_of
-from fastdpo.plan.stand_ins import NAME
-from fastdpo.plan.trace import (
+from fastdpo.plan.tracing.depth import traces
+from fastdpo.plan.tracing.stand_ins import NAME
+from fastdpo.plan.tracing.trace import (
     TRACED_ROWS,
     Moment,
     Place,

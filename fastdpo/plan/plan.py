@@ -30,7 +30,7 @@ from fastdpo.model.policy import configs_of, disable_dropout
 from fastdpo.plan.memory import Memory, memory_model, meta_model
 from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
-from fastdpo.plan.trace import Precision, Ratios
+from fastdpo.plan.tracing.trace import Precision, Ratios
 from fastdpo.report.page import summary_table
 from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 from fastdpo.run import RunConfig, lora

@@ -1,4 +1,4 @@
-"""fastdpo.plan.depth: a step that is continued to all layers is the step of all layers."""
+"""fastdpo.plan.tracing.depth: a step that is continued to all layers is the step of all layers."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, LlamaConfig
 
-from fastdpo.plan import depth
 from fastdpo.plan.memory import memory_model, meta_model
 from fastdpo.plan.resident import Job
-from fastdpo.plan.trace import Precision, Ratios
+from fastdpo.plan.tracing import depth
+from fastdpo.plan.tracing.trace import Precision, Ratios
 from tests.helpers.trainers import lora
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4}

@@ -23,11 +23,11 @@ from fastdpo.model.attention.registered import METADATA
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.plan import memory as memory_module
 from fastdpo.plan import plan
-from fastdpo.plan import trace as trace_module
 from fastdpo.plan.memory import Memory
 from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import epoch, token_stats
-from fastdpo.plan.trace import Moment, Precision, Ratios
+from fastdpo.plan.tracing import trace as trace_module
+from fastdpo.plan.tracing.trace import Moment, Precision, Ratios
 from fastdpo.report.metrics import RunningSums, add_tokens
 from fastdpo.run import RunConfig
 from tests.helpers import tiny
@@ -238,9 +238,9 @@ def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
     batch, T, ratios = batch_of(8)
     predicted = memory_module.memory_model(CONFIG, ratios, checkpointing=checkpointing)  # in float32: the grid
     step, known = real_step(CONFIG, batch, checkpointing)
-    with trace_module.Live(iter(known), 0) as live:
+    with trace_module.Live(iter(known), 0, trace_module.Place()) as live:
         step()
-    counted = max(alive for alive, *_ in live.moments)
+    counted = max(operation.alive for operation in live.operations)
     outside = replace(predicted, workspace_per_row=0)  # the head's workspace is inside its kernel
     assert outside.peak(T) - predicted.persistent == pytest.approx(counted, rel=0.1)
 

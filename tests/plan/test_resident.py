@@ -12,7 +12,7 @@ from fastdpo.model.adapters import with_adapter
 from fastdpo.plan import plan
 from fastdpo.plan.memory import memory_model
 from fastdpo.plan.resident import BUCKET, LIVE, STRATEGIES, Job, Weight, quantised, resident, units_of
-from fastdpo.plan.trace import Precision, Ratios
+from fastdpo.plan.tracing.trace import Precision, Ratios
 from tests.helpers.trainers import lora, tiny_llama
 
 EMBEDDING, LAYER, HEAD = Weight((30, 4), 4, True), Weight((10, 8), 4, True), Weight((30, 4), 4, True)

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from fastdpo.config import DPOConfig
+from fastdpo.config.auto import read_switch
 from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.run import RunConfig
 from fastdpo.settings.fields import TRANSFORMERS, Setting, _fields, settings
@@ -35,6 +36,8 @@ def test_names_are_those_of_the_dataclasses() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_types_defaults_and_help_are_those_of_the_dataclasses(config: type) -> None:
     hints = typing.get_type_hints(config)
+    if hints.get("gradient_checkpointing") is read_switch:  # it stands in the place of a type, for HfArgumentParser
+        hints["gradient_checkpointing"] = bool | str | None
     literals = {"None": None, "True": True, "False": False}
     for field in dataclasses.fields(config):
         if not field.init:

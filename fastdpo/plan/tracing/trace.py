@@ -5,7 +5,7 @@ rows of the packed batch:
 
     alive[i](T) = fixed[i] + per_row[i] * T
 
-Attention and head are stand-ins (`fastdpo.plan.stand_ins`).
+Attention and head are stand-ins (`fastdpo.plan.tracing.stand_ins`).
 """
 
 import weakref
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fastdpo.model.adapted_layers import base_linear
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
-from fastdpo.plan.stand_ins import HeadMemory
+from fastdpo.plan.tracing.stand_ins import HeadMemory
 
 # a model that loops over tokens is refused after the small batches; the large ones would take minutes
 PROBED_ROWS = (32, 64)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdpo.model.scoring_forward import find_head
-from fastdpo.plan.trace import PROBED_ROWS, Operation, Place, Setting, trace
+from fastdpo.plan.tracing.trace import PROBED_ROWS, Operation, Place, Setting, trace
 
 PERIODS = (3, 4)
 """Numbers of periods that are traced."""
@@ -45,10 +45,10 @@ def traces(
     Not all operations are returned where layers are alike, but those after which most bytes are alive.
 
     Args:
-        model: as in `fastdpo.plan.trace.trace`.
-        reference: as in `fastdpo.plan.trace.trace`.
+        model: as in `fastdpo.plan.tracing.trace.trace`.
+        reference: as in `fastdpo.plan.tracing.trace.trace`.
         sizes: numbers of rows.
-        setting: as in `fastdpo.plan.trace.trace`.
+        setting: as in `fastdpo.plan.tracing.trace.trace`.
 
     Raises:
         ValueError: the operations depend on the number of rows.
