@@ -15,6 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports a kernel
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where accelerate imports it, warns of what it found
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns that it is not deterministic
 

@@ -12,24 +12,24 @@ import torch
 from tests.helpers import two_ranks
 
 ROOT = Path(__file__).parent.parent
+NAMES = ("sigmoid", "sft", "aot", "kto", "vision")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["sigmoid", "sft", "aot", "kto", "vision"], ["fsdp2"]], ids=["ddp", "fsdp2"])
-def test_two_ranks_equal_one(tmp_path: Path, names: list[str]) -> None:
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
     """Same loss, metrics and weights: the loss is over the examples of the optimizer step, on all ranks."""
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [*command, "tests/helpers/two_ranks.py", tmp_path / "two", result, *names],
+        [*command, "tests/helpers/two_ranks.py", tmp_path / "two", result, *NAMES],
         cwd=ROOT,
         env=environment,
         check=True,
         timeout=300,
     )
     for name, two in json.loads(result.read_text()).items():
-        settings = {} if name == "fsdp2" else two_ranks.RUNS[name]
+        settings = two_ranks.RUNS[name]
         one = two_ranks.train(str(tmp_path / "one"), two_ranks.dataset(name), per_device_train_batch_size=8, **settings)
         weights = sorted(two_ranks.policy(two_ranks.dataset(name)).named_parameters())
         start = torch.cat([p.detach().double().flatten() for _, p in weights])

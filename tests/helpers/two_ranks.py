@@ -20,7 +20,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "aot": {"loss_type": "aot"},
     "kto": {"loss_type": "kto"},
     "vision": {"per_device_eval_batch_size": 2},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
 }
 
 
@@ -91,8 +90,6 @@ def keep_fsdp_on_cpu() -> None:
 
 if __name__ == "__main__":
     names = sys.argv[3:]
-    if "fsdp2" in names:
-        keep_fsdp_on_cpu()
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     results = {name: train(sys.argv[1], dataset(name), **batch, **RUNS[name]) for name in names}
     if torch.distributed.get_rank() == 0:

@@ -15,15 +15,11 @@ from tests.helpers.trainers import lora
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=9)
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama-bf16-sharded": (
-        LLAMA,
-        {"job": Job("zero3", 8), "precision": Precision(torch.float32, torch.bfloat16)},
-    ),
     # the first layer has no gradient to hand on
     "lora-not-checkpointed": (LLAMA, {"peft_config": lora(), "has_reference": False, "checkpointing": False}),
     "two-kinds-of-layers": (
         Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=12, num_hidden_layers=16),
-        {"checkpointing": False},
+        {"checkpointing": False, "job": Job("zero3", 8), "precision": Precision(torch.float32, torch.bfloat16)},
     ),
 }
 
