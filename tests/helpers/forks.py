@@ -1,15 +1,19 @@
 """Processes forked from one that has only imported: an import of torch and transformers would cost each ten seconds."""
 
 import functools
+import gc
 import multiprocessing
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 300.0
+ROOT = Path(__file__).parents[2]
+PATIENCE = 600.0
+"""Seconds after which a process is killed; on a busy machine, a few minutes are usual."""
 
 
 @functools.cache
@@ -28,6 +32,7 @@ def start(function: Callable[..., Any], *args: Any, log: Path, **environment: st
 
 
 def _run(function: Callable[..., Any], args: Any, log: Path, environment: dict[str, str]) -> None:
+    gc.freeze()  # what is imported, through which each training would walk
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -35,6 +40,25 @@ def _run(function: Callable[..., Any], args: Any, log: Path, environment: dict[s
     os.environ.clear()
     os.environ.update(environment)
     function(*args)
+
+
+def python(*words: str, log: Path) -> int:
+    """Do what `python -m MODULE ...` or `python -c CODE` does in the root of the repository; return the exit code."""
+    process = start(_python, words, log=log)
+    process.join(PATIENCE)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def _python(words: tuple[str, ...]) -> None:
+    option, what, *arguments = words
+    os.chdir(ROOT)
+    sys.argv = [what, *arguments]
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, {"__name__": "__main__"})
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, log: Path, processes: int = 2, **environment: str) -> list[int]:
