@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from fastdpo.sharding import plain_name, whole
 from tests.helpers.trainers import make_trainer, rows, tiny_llama
@@ -52,12 +53,13 @@ def trained(model: Any) -> dict[str, Any]:
 
 
 def run(trainer: Any, *, evaluate_first: bool, resume: str | None) -> dict[str, Any]:
-    """Train, and evaluate at the end: the weights before and after, the log and the loss."""
+    """Train, and evaluate at the end: the weights before and after, how they are sharded, the log and the loss."""
     first = trainer.evaluate()["eval_loss"] if evaluate_first else None
     start = trained(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     end = trained(trainer.model)
     found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
+    found["mesh"] = {tuple(p.device_mesh.shape) for p in trainer.model.parameters() if isinstance(p, DTensor)}
     found["eval"] = trainer.evaluate()["eval_loss"]
     return found
 

@@ -36,7 +36,7 @@ def _run(function: Callable[..., Any], args: Any, log: Path, environment: dict[s
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     function(*args)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
@@ -100,7 +99,6 @@ def named(model: Any, folder: Path) -> str | None:
 def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) -> dict[str, Any]:
     trainer = trainer_of(folder, name, sharded=sharded)
     found = alike.run(trainer, evaluate_first=RUNS[name].get("evaluate_first", False), resume=resume)
-    found["mesh"] = {tuple(p.device_mesh.shape) for p in trainer.model.parameters() if isinstance(p, DTensor)}
     if RUNS[name].get("bf16"):
         batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
         with torch.no_grad(), trainer.accelerator.autocast():
