@@ -6,13 +6,14 @@ goes through Triton's JIT until the kernel is compiled for it. Nothing runs.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,28 +131,28 @@ def launch(
         impl.backward(grads, *inputs, result, Needs(hidden=True), selection)
 
 
-def compile_launches(capability: str) -> Any:
+def compile_launches() -> Any:
     """Run all cases in another process: Triton's interpreter, once chosen, cannot be left."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.test_launch", capability]
+    command = [sys.executable, "-m", "tests.kernels.test_launch"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
 
 @pytest.fixture(scope="module")
-def launches(once: Any) -> Callable[[str], dict[str, list[Launch]]]:
-    def launches(capability: str) -> dict[str, list[Launch]]:
-        found = once(f"launches-{capability}", lambda: compile_launches(capability))
-        return {name: [Launch(*each) for each in some] for name, some in found.items()}
-
-    return launches
+def launches(once: Any) -> dict[str, dict[str, list[Launch]]]:
+    found = once("launches", compile_launches)
+    return {
+        capability: {name: [Launch(*each) for each in some] for name, some in of_it.items()}
+        for capability, of_it in found.items()
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "name"), RUNS, ids="-".join)
 def test_launches(capability: str, name: str, launches: Any) -> None:
-    compiled = launches(capability)[name]
+    compiled = launches[capability][name]
     assert compiled
     for each in compiled:
         assert each.spilled_bytes == 0, each
@@ -163,11 +164,10 @@ def test_launches(capability: str, name: str, launches: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_another_number_of_rows_compiles_nothing(capability: str, launches: Any) -> None:
-    assert launches(capability)["other numbers of rows"] == []
+    assert launches[capability]["other numbers of rows"] == []
 
 
-def main() -> None:
-    (capability,) = sys.argv[1:]
+def launch_all(capability: str) -> dict[str, list[Launch]]:
     major, minor = map(int, capability.split("."))
     compiled = pretend((major, minor))
     found: dict[str, list[Launch]] = {}
@@ -179,7 +179,13 @@ def main() -> None:
     for N in (1, 17, 64, 1000):
         launch(N)
     found["other numbers of rows"] = compiled
-    json.dump(found, sys.stdout)
+    return found
+
+
+def main() -> None:
+    importlib.import_module("fastdpo.head.impl.triton")  # before the forks, for both
+    with get_context("fork").Pool(len(SHARED), maxtasksperchild=1) as pool:
+        json.dump(dict(zip(SHARED, pool.map(launch_all, SHARED, chunksize=1), strict=True)), sys.stdout)
 
 
 if __name__ == "__main__":
