@@ -254,6 +254,7 @@ class SavingTrainer(PackedTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "seconds": None if self._clock is None else time.perf_counter() - self._clock,
+            "reference_seconds": self._reference_time.since_log(),
             "sums": self._sums.state(),
             "histograms": self.histograms,
             "place": self._place,
@@ -274,6 +275,7 @@ class SavingTrainer(PackedTrainer):
         self._tr_loss += window["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = window["total_loss"], window["last_logged"]
         self._clock = None if window["seconds"] is None else time.perf_counter() - window["seconds"]
+        self._reference_time.restore(window.get("reference_seconds", 0.0))
         self._sums.restore(window["sums"], self.args.device)
         self.histograms = {
             name: [(step, metrics.Histogram(*parts)) for step, parts in kept]
