@@ -100,17 +100,21 @@ class ReferenceTime:
         steps = 0 if self.first_step is None else step - self.first_step
         if self._is_said or self.share is None or steps < (1 if ends else ENOUGH_STEPS):
             return
-        of_run, epochs = self.seconds() / steps * max_steps, round(max_steps * epoch / step, 2)
+        of_run, epochs = self.seconds() / steps * max_steps, max_steps * epoch / step
         if of_run < WORTH_SAYING or epochs <= 0:
             return
         self._is_said = True
-        runs = math.floor(1 / epochs) + 1
         logger.info(
             "reference: it takes %.0f %% of the time, about %s of this run. precompute_ref_log_probs=True would "
             "compute it once, in about %s, for all epochs and for later runs on these rows, and pays %s",
-            *(100 * self.share, _about(of_run), _about(of_run / epochs)),
-            f"in this run of {epochs:g} epochs" if runs == 1 else f"with {runs} such runs, or with a second epoch",
+            *(100 * self.share, _about(of_run), _about(of_run / epochs), when_it_pays(epochs)),
         )
+
+
+def when_it_pays(epochs: float) -> str:
+    """Return when one pass of the reference over the data costs less than those of runs of so many epochs, above 0."""
+    runs = math.floor(1 / epochs + 1e-6) + 1  # one epoch may be a little more, after rounding
+    return f"in this run of {epochs:.3g} epochs" if runs == 1 else f"with {runs} such runs, or with a second epoch"
 
 
 def _about(seconds: float) -> str:
