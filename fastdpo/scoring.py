@@ -122,12 +122,12 @@ def score(
             "exchange": exchange,
         }
 
-    scored = token_logps(dataset, model, name="policy's", **options)
+    scored = token_logps(dataset, model, name="scored", by="model", **options)
     if ref_model is not None:
-        reference = token_logps(dataset, ref_model, name="reference's", **options)
+        reference = token_logps(dataset, ref_model, name="scored", **options)
     else:
         with adapters.as_reference(model, ref_adapter_name):
-            reference = token_logps(dataset, model, name="reference's", **options)
+            reference = token_logps(dataset, model, name="scored", **options)
 
     index = dataset["pair_index"]
     results = [_row(i, ours, theirs, beta) for i, ours, theirs in zip(index, scored, reference, strict=True)]

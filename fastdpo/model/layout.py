@@ -27,7 +27,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers whose packed computation is exact."""
 
 _HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
-INSTALL = "pip install tree-recurrence"
+INSTALL = "pip install 'fastdpo[hybrid]'"
 
 
 def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
@@ -175,6 +175,18 @@ def check_sharded(model: Any, max_length: int | None) -> None:
             f"beyond {limit} tokens it reads rows one by one, and processes that share its weights have different "
             f"numbers of rows; set max_length <= {limit} (it is {max_length}), or use DDP",
         )
+
+
+def may_leave_unused(model: Any) -> bool:
+    """Return whether a batch of text may leave trainable weights of a model unused, which DDP must then look for.
+
+    They are those of a tower for images, of an expert to which no token goes, or of a layer that is dropped. DDP looks
+    for them in the graph of each step.
+    """
+    config = model.config
+    has_tower = config.get_text_config() is not config
+    has_experts = any("expert" in name and p.requires_grad for name, p in model.named_parameters())
+    return bool(has_tower or has_experts or getattr(config, "layerdrop", 0))
 
 
 def _attention_dropout(model: nn.Module) -> bool:

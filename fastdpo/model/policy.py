@@ -113,7 +113,8 @@ def load_weights(model: Any, folder: Path | str) -> None:
     loaded, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[problem])):
-            raise ValueError(f"{folder} does not hold the weights of this {type(model).__name__}: {problem} {names[:3]}")
+            name = type(model).__name__
+            raise ValueError(f"{folder} does not hold the weights of this {name}: {problem} {names[:3]}")
     model.load_state_dict(loaded.state_dict())
 
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_of_transformers_itself_needs_a_word(make: Make, tmp_path: 
     place = tmp_path / "out" / "checkpoint-4"
     (place / "fastdpo_manifest.json").unlink()
     trainer = make(**BASE, output_dir=str(tmp_path / "new"))
-    with pytest.raises(ValueError, match=r"has no fastdpo_manifest.json.*resume_changed=true uses it unchecked"):
+    with pytest.raises(ValueError, match=r"has no fastdpo_manifest.json.*resume_changed=True uses it unchecked"):
         trainer.train(resume_from_checkpoint=str(place))
     trainer.args.resume_changed = True
     trainer.train(resume_from_checkpoint=str(place))

@@ -270,7 +270,7 @@ def test_hybrids_say_how_they_could_share_prompts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     layout, reason = layout_of(make_model("mamba2"))
     assert layout == "padded"
-    assert "pip install tree-recurrence" in reason
+    assert "pip install 'fastdpo[hybrid]'" in reason
 
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba"])
