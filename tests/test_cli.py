@@ -78,6 +78,10 @@ def test_a_single_file_trains_without_a_held_out_split(
     assert (tmp_path / "out" / "model.safetensors").exists()
     common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
     assert run("precompute", QUICKSTART, *common).code == 0
+    caplog.clear()
+    models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out", "--ref_model_name_or_path")
+    assert run("score", QUICKSTART, *common, *models, tmp_path / "out").code == 0
+    assert "has no split 'test', so the split 'train' is scored" in caplog.text
     assert sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
