@@ -119,6 +119,13 @@ def test_a_resumed_run_is_the_one_that_never_stopped(make: Make, tmp_path: Path,
     assert all(torch.equal(after[n], p) for n, p in weights(resumed).items())
 
 
+def test_an_adapter_whose_modules_peft_does_not_know_needs_their_names(make: Make) -> None:
+    peft = pytest.importorskip("peft")
+    message = "^PEFT does not know which modules of a 'llava' model .* name them in target_modules .*lora_target_modules"
+    with pytest.raises(ValueError, match=message):
+        make("llava", rows(2), peft_config=peft.LoraConfig())
+
+
 def test_a_stream_is_the_dataset(make: Make) -> None:
     data = rows(4, mixed=True).select([0, 2, 1, 3])
     whole = make("llava", data)
