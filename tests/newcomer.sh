@@ -15,7 +15,7 @@ step() { # step EXPECTED_CODE TITLE COMMAND...
     shift 2
     echo "== $title"
     "$@" >"$day/out.txt" 2>&1 || code=$?
-    tail -n 4 "$day/out.txt" | cut -c1-160 || true
+    tail -n 4 "$day/out.txt" | cut -c1-160
     [[ -s "$day/out.txt" ]] || { echo "FAILED: not a word"; exit 1; }
     if grep -q "^Traceback" "$day/out.txt" || [[ $code != "$expected" ]]; then
         echo "FAILED with code $code, expected $expected:"
