@@ -112,7 +112,8 @@ def score(
             check_images(each)
         if not is_patched(each):
             patch_forward(each)
-    layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True), collate=collate)
+    layout = choose_layout(models, prefix_sharing=True, trains=False)
+    layout = checked_layout(models, [dataset[0]], layout, collate=collate)
     options = {"layout": layout, "collate": collate, "folder": cache_dir, **options}
     if processes is not None:
         options |= {

@@ -30,9 +30,9 @@ _HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv",
 INSTALL = "pip install 'fastdpo[hybrid]'"
 
 
-def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
+def choose_layout(models: Sequence[Any], prefix_sharing: bool, *, trains: bool = True) -> Layout:
     """Return the best layout that is exact on all `models`; `prefix_sharing=False` excludes those that share."""
-    found = [layout_of(model) for model in models]
+    found = [layout_of(model, trains=trains) for model in models]
     layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
     if not prefix_sharing and layout in ("shared", "tree"):
         layout, reason = "packed", "prefix_sharing=False"
@@ -44,13 +44,14 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
     return layout
 
 
-def layout_of(model: Any) -> tuple[Layout, str]:
+def layout_of(model: Any, *, trains: bool = True) -> tuple[Layout, str]:
     """Choose the best layout of a batch that is exact on a model: shared, tree, packed (nothing is shared) or padded.
 
     If the answer is "tree", this call has also made the model's recurrent layers follow trees (see `_follows_trees`).
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one. The answer depends on its dropout as set now.
+        trains: whether the batches are for training; otherwise nothing drops out.
 
     Returns:
         The layout, and the reason in words.
@@ -61,10 +62,10 @@ def layout_of(model: Any) -> tuple[Layout, str]:
     model = checked_model(model)
     if reason := only_padded(model):
         return "padded", reason
-    if _attention_dropout(model):
+    if trains and _attention_dropout(model):
         return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches support"
     recurrent = has_state(model)
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+    if trains and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         reason = "it uses dropout (disable_dropout=False), and a token computed once can have only one mask"
         return "padded" if recurrent else "packed", reason
     if recurrent:
