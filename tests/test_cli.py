@@ -79,6 +79,10 @@ def test_a_single_file_trains_without_a_held_out_split(
     assert (tmp_path / "out" / "model.safetensors").exists()
     common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
     assert run("precompute", QUICKSTART, *common).code == 0
+    caplog.clear()
+    models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out", "--ref_model_name_or_path")
+    assert run("score", QUICKSTART, *common, *models, tmp_path / "out").code == 0
+    assert "has no split 'test', so the split 'train' is scored" in caplog.text
     assert sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
@@ -100,7 +104,7 @@ def test_precompute_then_train_then_score(run: Callable[..., Any], tmp_path: Pat
     trained = (*SHORT, *common, "--precompute_ref_log_probs", "true", "--output_dir", tmp_path / "out")
     done = fastdpo("train", QUICKSTART, *trained)
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == shards, "training computed what was there"
-    assert "Reference log-probs" not in done.stderr
+    assert "Log-probs of" not in done.stderr
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
     page = (tmp_path / "out" / "report.html").read_text()
