@@ -1,13 +1,14 @@
 """Measure how time and memory grow with N, V, D, T and the number of pairs, and write the table of docs/scaling.md.
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.growth            # measure (minutes), and write all files
+    rm benchmarks/results/cpu-2-cores/growth.json                    # before it, to measure all sweeps again
     OMP_NUM_THREADS=1 python -m benchmarks.studies.growth --table    # write table and picture from the numbers
 
 Each sweep doubles one size and keeps the others. A time is the process's CPU time on one thread, the least of several
 rounds in which fastdpo and plain PyTorch take turns, so that other work on the machine matters little. The exponent is
-the slope of log time over log size by least squares, with its standard error. Floating-point operations are counted,
-and memory is the exact peak of what PyTorch's allocator handed out, inputs and gradients left out. Everything is
-forward and backward, in float32.
+the slope of log time over log size by least squares, with its standard error. The floating-point operations of matrix
+products are counted. Memory is the exact peak of what PyTorch's allocator handed out, inputs and the head's gradients
+left out. Everything is forward and backward, in float32.
 
 Shapes: N rows (tokens of responses), D hidden size, V vocabulary, T tokens of a pair.
 """
@@ -49,7 +50,7 @@ class Run(NamedTuple):
 
     call: Callable[[], object]
     gradients: int
-    """Bytes of the gradients that it returns."""
+    """Bytes of the gradients that it returns, where they are not to count."""
 
 
 def head(N: int, V: int, D: int, *, frozen: bool, workspace: int | None = None) -> dict[str, Run]:
@@ -70,7 +71,7 @@ def head(N: int, V: int, D: int, *, frozen: bool, workspace: int | None = None) 
     return {OURS: run(lambda *args: linear_logprobs(*args, **options)), PLAIN: run(peers.pytorch)}
 
 
-def step(T: int, pairs: int, *, layers: int = 2, D: int = 512, V: int = 8192) -> dict[str, Run]:
+def step(T: int, pairs: int, *, layers: int = 1, D: int = 512, V: int = 4096) -> dict[str, Run]:
     """Return the policy's part of a training step of a Llama on pairs of T tokens, half of them in the prompt."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -112,8 +113,7 @@ def step(T: int, pairs: int, *, layers: int = 2, D: int = 512, V: int = 8192) ->
         logps = logits.log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0]
         return torch.autograd.grad(loss_of((logps * scored).sum(1)), list(plain.parameters()))
 
-    gradients = sum(p.nbytes for p in plain.parameters())
-    return {OURS: Run(ours, gradients), PLAIN: Run(theirs, gradients)}
+    return {OURS: Run(ours, 0), PLAIN: Run(theirs, 0)}
 
 
 class Sweep(NamedTuple):
@@ -128,15 +128,15 @@ class Sweep(NamedTuple):
 def heads(what: str, **options: Any) -> Iterator[Sweep]:
     yield Sweep(what, "N", (1000, 2000, 4000, 8000), lambda N: head(N, 8000, 128, **options))
     yield Sweep(what, "V", (8000, 16000, 32000, 64000), lambda V: head(1000, V, 128, **options))
-    yield Sweep(what, "D", (128, 256, 512, 1024), lambda D: head(2000, 8000, D, **options))
 
 
 SWEEPS = (
     *heads("head, frozen", frozen=True),
     *heads("head, trained", frozen=False),
     *heads("head, trained, workspace of 8 MiB", frozen=False, workspace=SMALL_WORKSPACE),
-    Sweep("step", "T", (256, 512, 1024, 2048), lambda T: step(T, 1)),
-    Sweep("step", "pairs", (1, 2, 4, 8), lambda pairs: step(256, pairs)),
+    Sweep("head, frozen", "D", (128, 256, 512, 1024), lambda D: head(1000, 8000, D, frozen=True)),
+    Sweep("step", "T", (128, 256, 512, 1024), lambda T: step(T, 1)),
+    Sweep("step", "pairs", (2, 4, 8, 16), lambda pairs: step(192, pairs)),
 )
 
 
@@ -145,15 +145,11 @@ FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and attention, those inside fastdpo's ops too."""
+    """Counts the floating-point operations of matrix products but for attention's, those inside fastdpo's ops too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products, self.attention = 0, 0
-
-    @property
-    def total(self) -> int:
-        return self.products + self.attention
+        self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastdpo":
@@ -161,20 +157,17 @@ class Flops(TorchDispatchMode):
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            flops = int(formula(*args, **(kwargs or {}), out_val=out))
-            if "attention" in func.name():
-                self.attention += flops
-            else:
-                self.products += flops
+        if formula is not None and "attention" not in func.name():
+            self.products += int(formula(*args, **(kwargs or {}), out_val=out))
         return out
 
 
 def flops_of(call: Callable[[], object]) -> int:
-    """Return the floating-point operations of a call."""
+    """Return the floating-point operations of a call's matrix products."""
     with Flops() as flops:
         call()
-    return flops.total
+    products: int = flops.products
+    return products
 
 
 def peak_of(run: Run) -> int:
@@ -216,7 +209,6 @@ def measure(sweep: Sweep, rounds: int) -> dict[str, dict[str, list[float]]]:
     for size in sweep.sizes:
         runs = sweep.make(size)
         for name, run in runs.items():
-            run.call()
             found[name]["peak_bytes"].append(peak_of(run))
             found[name]["flops"].append(flops_of(run.call))
             found[name]["seconds"].append(math.inf)
@@ -237,10 +229,17 @@ def fit(sizes: list[int], values: list[float]) -> tuple[float, float]:
 
 def table(found: dict[str, Any]) -> str:
     """Return the table in Markdown."""
-    lines = [
-        "| what | grows | exponent of time | PyTorch's | exponent of operations | peak memory, MiB | PyTorch's |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = (
+        "what",
+        "grows",
+        "exponent of time",
+        "PyTorch's",
+        "of operations",
+        "time, ratio",
+        "memory, MiB",
+        "PyTorch's",
+    )
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in found["sweeps"]:
         sizes = row["sizes"]
 
@@ -253,9 +252,10 @@ def table(found: dict[str, Any]) -> str:
             return f"{first:,.0f} to {last:,.0f}"
 
         operations = fit(sizes, row[OURS]["flops"])[0]
+        ratio = max(a / b for a, b in zip(row[OURS]["seconds"], row[PLAIN]["seconds"], strict=True))
         lines.append(
             f"| {row['what']} | {row['letter']}, {sizes[0]:,} to {sizes[-1]:,} | {time_of(OURS)} | {time_of(PLAIN)} "
-            f"| {operations:.2f} | {memory_of(OURS)} | {memory_of(PLAIN)} |"
+            f"| {operations:.2f} | {ratio:.2f} | {memory_of(OURS)} | {memory_of(PLAIN)} |"
         )
     facts = found["provenance"]
     where = f"Measured on {facts['machine']}, with PyTorch {facts['torch']}, {facts['date']}."
@@ -263,14 +263,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw time and memory of the trained head against N and V, and of the step against T, on logarithmic axes."""
+    """Draw time and memory of the frozen head against N and V, and of the step against T, on logarithmic axes."""
     from matplotlib.figure import Figure
 
-    shown = [("head, trained, workspace of 8 MiB", letter) for letter in ("N", "V")] + [("step", "T")]
+    shown = [("head, frozen", letter) for letter in ("N", "V")] + [("step", "T")]
     rows = {(row["what"], row["letter"]): row for row in found["sweeps"]}
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     panels = figure.subplots(2, 3)
-    quantities = (("seconds", "seconds of CPU", 1.0), ("peak_bytes", "peak memory, MiB", MIB))
+    quantities = (("seconds", "seconds of CPU", 1.0), ("peak_bytes", "memory, MiB", MIB))
     for line, (key, label, unit) in zip(panels, quantities, strict=True):
         for panel, (what, letter) in zip(line, shown, strict=True):
             row = rows[what, letter]
@@ -310,12 +310,14 @@ def main() -> None:
         if torch.get_num_threads() > 1:
             parser.error("set OMP_NUM_THREADS=1: the time of the CPU is measured on one thread")
         keep_freed_memory()
-        sweeps = []
+        sweeps = json.loads(NUMBERS.read_text())["sweeps"] if NUMBERS.exists() else []
+        before = {(row["what"], row["letter"]) for row in sweeps}
         for sweep in SWEEPS:
-            found = measure(sweep, args.rounds)
-            sweeps.append({"what": sweep.what, "letter": sweep.letter, "sizes": sweep.sizes, **found})
-            print(sweep.what, sweep.letter, fit(list(sweep.sizes), found[OURS]["seconds"]), flush=True)
-        NUMBERS.write_text(json.dumps({"provenance": provenance(), "sweeps": sweeps}, indent=1) + "\n")
+            if (sweep.what, sweep.letter) not in before:
+                row = {"what": sweep.what, "letter": sweep.letter, "sizes": list(sweep.sizes)}
+                sweeps.append(row | measure(sweep, args.rounds))
+                NUMBERS.write_text(json.dumps({"provenance": provenance(), "sweeps": sweeps}, indent=1) + "\n")
+                print(sweep.what, sweep.letter, flush=True)
     write(json.loads(NUMBERS.read_text()))
 
 

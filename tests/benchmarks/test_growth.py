@@ -43,21 +43,13 @@ def test_the_head_grows_in_operations_but_not_in_memory(letter: str, options: di
     for name in (OURS, PLAIN):
         assert growth.fit(list(sizes), found[name]["flops"])[0] == pytest.approx(1, abs=0.05)
     assert growth.fit(list(sizes), found[PLAIN]["peak"])[0] == pytest.approx(1, abs=0.05)
-    assert max(found[OURS]["peak"]) < 1.3 * min(found[OURS]["peak"])
+    assert max(found[OURS]["peak"]) < min(1.3 * min(found[OURS]["peak"]), 1.2 * WORKSPACE)
 
 
-def test_a_step_grows_with_its_pairs_and_their_tokens_but_for_attention() -> None:
-    def slopes(letter: str, sizes: list[int]) -> tuple[float, float]:
-        products, attention = [], []
-        for size in sizes:
-            runs = growth.step(*((size, 1) if letter == "T" else (48, size)), layers=1, D=64, V=300)
-            with growth.Flops() as flops:
-                runs[OURS].call()
-            products.append(float(flops.products))
-            attention.append(float(flops.attention))
-        return growth.fit(sizes, products)[0], growth.fit(sizes, attention)[0]
+def test_a_step_grows_with_its_pairs_and_their_tokens() -> None:
+    def slope(letter: str, sizes: list[int]) -> float:
+        made = [growth.step(*((size, 1) if letter == "T" else (48, size)), layers=1, D=64, V=300) for size in sizes]
+        return growth.fit(sizes, [growth.flops_of(each[OURS].call) for each in made])[0]
 
-    assert slopes("pairs", [2, 4, 8])[0] == pytest.approx(1, abs=1e-3)
-    products, attention = slopes("T", [48, 96, 192])
-    assert products == pytest.approx(1, abs=1e-3)
-    assert attention == pytest.approx(2, abs=0.1)
+    assert slope("pairs", [2, 4, 8]) == pytest.approx(1, abs=1e-3)
+    assert slope("T", [48, 96, 192]) == pytest.approx(1, abs=1e-3)
