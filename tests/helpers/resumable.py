@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.helpers.trainers import make_trainer, rows, tiny_llama, weights
 
-TIMES = ("tokens_per_second", "runtime", "per_second")
+TIMES = ("tokens_per_second", "runtime", "per_second", "reference/share")
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 12000}
 """8 million parameters, so that a save of 120 MB takes about a second."""
 
