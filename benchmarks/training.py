@@ -1,7 +1,7 @@
 """Compare whole DPO steps of fastdpo and trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
 
-    python -m fastdpo.benchmarks.training --model llama-20m --lengths hh
-    python -m fastdpo.benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
+    fastdpo bench training --model llama-20m --lengths hh
+    fastdpo bench training --cases cpu
 
 Every variant trains the same randomly initialised model, against the same reference, on the same rows in the same
 order, with the same settings of transformers' Trainer. Variants take turns. A turn builds everything, trains a first
@@ -20,10 +20,8 @@ first was cut off. A variant that cannot run is left out and named. The exit cod
 5 if --seconds were over before all cases were measured. The benchmark needs torch, and `fastdpo[bench]` for TRL.
 """
 
-import argparse
 import functools
 import gc
-import json
 import logging
 import math
 import sys
@@ -44,8 +42,17 @@ from datasets import disable_progress_bars
 
 from fastdpo import DPOConfig
 from fastdpo.benchmarks import lengths
-from fastdpo.benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
-from fastdpo.benchmarks.peers import first_line
+from fastdpo.benchmarks.harness import (
+    DEVICE,
+    Measured,
+    Parser,
+    peak_memory,
+    provenance,
+    record,
+    results_folder,
+    rows_of,
+)
+from fastdpo.benchmarks.peers import first_line, require_trl
 from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, rows
 from fastdpo.report.page import summary_table
 
@@ -268,7 +275,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("training", __doc__)
     parser.add_argument("--cases", choices=CASES, help="run a list of cases instead of one")
     parser.add_argument("--model", choices=MODELS, default="llama-20m")
     parser.add_argument("--lengths", choices=lengths.LENGTHS, default="hh")
@@ -278,19 +285,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-prompt", type=int, default=1, help="pairs of one prompt")
     parser.add_argument("--responses", type=int, default=4, help="of one prompt, if it has several pairs")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="what to measure; all by default")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
     )
     parser.add_argument("--cpu-time", action="store_true", help="measure time of the CPU, on a machine with other work")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    if args.variants is None:
+        require_trl("fastdpo bench training", "--variants fastdpo")
+        args.variants = list(VARIANTS)
+    args.out = args.out or results_folder() / "training.jsonl"
+    print(f"results: {args.out}", flush=True)
 
     Clock.of_cpu = args.cpu_time
     where = provenance() | ({"time": "of the CPU"} if args.cpu_time else {})
-    before = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    here = [row for row in map(json.loads, before) if row["provenance"]["machine"] == where["machine"]]
+    here = [row for row in rows_of(args.out) if row["provenance"]["machine"] == where["machine"]]
     one = Case(args.model, args.lengths, args.pairs, args.steps, args.max_length, not args.no_checkpointing)
     if args.per_prompt > 1:
         one = replace(one, per_prompt=args.per_prompt, responses=args.responses)
@@ -309,12 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
         failed |= not {name for name in variants if name != "TRL"} <= {row["impl"] for row in found}
         print(f"{case}; {where}\n{table(found)}", flush=True)
-        if args.out:
-            record(args.out, found)
+        record(args.out, found)
         longest = max(longest, time.monotonic() - began)
     if failed:
         sys.exit(4)
-
-
-if __name__ == "__main__":
-    main()

@@ -98,7 +98,12 @@ def measured() -> dict[str, str]:
     """Return the tables of benchmarks.md, from the measurements that are committed."""
     from fastdpo.benchmarks import report
 
-    return {"the steps": report.steps(), "the levers": report.levers(), "the head": report.head()}
+    return {
+        "the steps": report.steps(),
+        "the levers": report.levers(),
+        "the head": report.head(),
+        "the peers": report.peers(),
+    }
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
