@@ -47,6 +47,8 @@ from fastdpo.head.op import implementation
 from fastdpo.plan.free_memory import available_on_cpu
 
 MATMUL_ROWS = 2048  # rows of the logits that torch.mm is timed with
+SIZES = {"rows": 2048, "hidden": 1024, "vocab": 64000}
+"""The sizes of a case for which none are given."""
 PATIENCE = 180.0
 """Seconds that a variant may take for its first forward and backward, compilation included."""
 
@@ -318,18 +320,20 @@ def parse(words: list[str]) -> Any:
     parser = Parser("head", __doc__)
     parser.add_argument("--cases", choices=case_lists(), help="run a list of cases instead of one")
     parser.add_argument("--model", choices=MODELS, help="the shape of a model, divided to suit this machine")
-    parser.add_argument("--rows", type=int, default=2048, help="N, completion tokens; an even number (2048)")
-    parser.add_argument("--hidden", type=int, default=1024, help="D (1024)")
-    parser.add_argument("--vocab", type=int, default=64000, help="V (64000)")
+    parser.add_argument("--rows", type=int, help="N, completion tokens; an even number (2048)")
+    parser.add_argument("--hidden", type=int, help="D (1024)")
+    parser.add_argument("--vocab", type=int, help="V (64000)")
     parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--frozen", action="store_true", help="the head is not trained")
     parser.add_argument(
         "--inputs",
-        default="peaked",
         help="peaked or flat rows (peaked by default), small-lm for those of a small language model that is trained "
         "first, or the folder or the repository of a causal LM",
     )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="whom to compare with; all by default")
+    names = ", ".join(map(repr, PEERS))
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"whom to compare with; by default all: {names}"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="timed calls of each variant (5)")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
@@ -337,8 +341,22 @@ def parse(words: list[str]) -> Any:
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse(words)
+    given = {name for name in ("model", "dtype", "frozen", "inputs", *SIZES, "smoke") if getattr(args, name)}
+    for named, fixed in (
+        ("cases", given),
+        ("model", given & {*SIZES, "smoke"}),
+        ("smoke", given & {*SIZES, "model"}),
+        ("inputs", given & {*SIZES, "model"} if args.inputs not in (None, "peaked", "flat") else set()),
+    ):
+        if getattr(args, named) and fixed:
+            flags = ", ".join(f"--{name}" for name in sorted(fixed))
+            parser.error(f"--{named} has its own settings in place of {flags}; leave out one or the other")
+    args.inputs = args.inputs or "peaked"
+    for name, size in (SIZES | {"rows": 32, "hidden": 16, "vocab": 500} if args.smoke else SIZES).items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     if args.smoke:
-        args.rows, args.hidden, args.vocab, args.repetitions = 32, 16, 500, 2
+        args.repetitions = 2
     if args.rows < 2 or args.rows % 2:
         parser.error(f"--rows {args.rows}: half of the rows are those of chosen responses, so give an even number")
     if (least := min(args.hidden, args.vocab, args.repetitions)) < 1:

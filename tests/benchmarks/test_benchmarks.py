@@ -121,6 +121,7 @@ def test_a_peer_that_fails_is_listed(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by torch.compile
 def test_all_peers(tmp_path: Path) -> None:
     """Each one computes what float64 does, or says why it can't; Liger's loss of DPO has no log-probs of tokens."""
     pytest.importorskip("trl")
@@ -132,7 +133,7 @@ def test_all_peers(tmp_path: Path) -> None:
         if "left_out" not in row:
             assert (row["errors"]["logps"] is None) == (name == "Liger DPO")
             for gradient in ("dhidden", "dweight"):
-                assert row["errors"][gradient] < 2 * eager[gradient] + 1e-6
+                assert row["errors"][gradient] < 100 * eager[gradient]  # a wrong call is off by far more
 
 
 def test_the_upstream_gradient_is_that_of_the_loss() -> None:
@@ -149,6 +150,23 @@ def test_the_upstream_gradient_is_that_of_the_loss() -> None:
     dhidden, dweight = torch.autograd.grad(logps, (hidden, weight), inputs.dlogps.double())
     torch.testing.assert_close(exact.dhidden, dhidden[exact.rows], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(exact.dweight, dweight[exact.entries], rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, folder = training.make_model("toy", "float32", seed=5), str(tmp_path / "model")
+    model.save_pretrained(folder)
+    lengths.tokenizer(200).save_pretrained(folder)
+    case = head.one_case(head.parse(["--inputs", folder]))
+    assert (case.D, case.V, case.inputs) == (32, 200, folder)
+    hidden, weight, targets = rows.model_rows(folder, 300)
+    assert (hidden.shape, weight.shape, targets.shape) == ((300, 32), (200, 32), (300,))
+    text = torch.cat([targets.new_tensor([1]), targets])[:128]  # row i predicts target i; the text begins unknown
+    logits = model(text.unsqueeze(0)).logits[0]
+    torch.testing.assert_close((hidden @ weight.T)[:128], logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit, match="1"):
+        command(["bench", "head", "--peers", "PyTorch", "--inputs", str(tmp_path / "none")])
+    line = capsys.readouterr().err.splitlines()[-1]  # below the progress bars of saving
+    assert line.startswith(f"fastdpo: --inputs: '{tmp_path / 'none'}'")
 
 
 def test_variants_take_turns_in_alternating_order() -> None:
@@ -178,6 +196,12 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
         (["head", "--rows", "33"], "--rows 33: half of the rows are those of chosen responses"),
         (["head", "--vocab", "0"], "--hidden, --vocab and --repetitions must be positive, got 0"),
         (["head", "--model", "llama-9"], "argument --model: invalid choice: 'llama-9'"),
+        (["head", "--cases=models", "--dtype=float32"], "--cases has its own settings in place of --dtype; leave out"),
+        (
+            ["head", "--model", "gpt2", "--rows", "64", "--vocab", "9"],
+            "--model has its own settings in place of --rows",
+        ),
+        (["head", "--inputs", "small-lm", "--model", "gpt2"], "--inputs has its own settings in place of --model;"),
         (["training", "--max_length", "long"], "argument --max-length: invalid int value: 'long'"),
         (["haed"], "no benchmark 'haed'; did you mean 'head'?: fastdpo bench head|training|report"),
         ([], "name a benchmark: fastdpo bench head|training|report"),
