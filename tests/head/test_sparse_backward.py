@@ -294,7 +294,9 @@ def test_a_chip_takes_the_dense_backward_where_it_is_faster(capability: tuple[in
     for gradients in (frozen, auto, sparse):
         times = [sparsity.relative_time(chip, d, 0.8 * d, 0.2 * d, *gradients) for d in (0, 0.1, 0.5, 1)]
         assert times == sorted(times)
-        assert times[0] < 1 < times[-1]
+        waits_for_cache = capability == (10, 0) and gradients == frozen  # in the forward already
+        assert (times[0] < 1) != waits_for_cache
+        assert times[-1] > 1
     share = sparsity.dense_block(chip)
     by_lists = sparsity.relative_time(chip, 0.4, 0.0, 0.4, *frozen)
     by_blocks = sparsity.relative_time(chip, 0.4, 0.4 / share, 0.0, *frozen)

@@ -52,12 +52,14 @@ class Chip(NamedTuple):
 CHIPS = {
     (8, 0): Chip(1.0, dlogits=1.04, blocks=1.06, memory=4.33, cache=1.8, weight=0.014, step=0.045, dweight=1.06),
     (9, 0): Chip(1.08, dlogits=1.28, blocks=1.24, memory=5.63, cache=4.33, weight=0.045, step=0.111, dweight=1.33),
-    (10, 0): Chip(1.1, dlogits=2.6, blocks=2.4, memory=7.76, cache=8.66, weight=0.09, step=0.25, dweight=2.6),
+    (10, 0): Chip(2.89, dlogits=3.14, blocks=3.46, memory=7.77, cache=8.66, weight=0.09, step=0.248, dweight=2.65),
 }
-"""Computed, not measured, by `python -m benchmarks.studies.head_time_model --chips` from the kernels that the compiler
-makes for each chip, and from the chips' published rates, with 1 / 0.88 of the peak for the vendor's matmul. A
-multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle, and gets about 47,
-39 and 39 bytes from L2 and 13, 20 and 29 from memory. `chip` of that module has the formula of each number."""
+"""Computed, not measured, by `python -m benchmarks.studies.head_time_model --chips` from the kernels that the
+compiler makes for each chip, and from the chips' published rates, with 1 / 0.88 of the peak for the vendor's matmul.
+A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle, and gets about
+47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory: on sm_100 these kernels, with tiles of 128 x 128, wait for
+L2, and a frozen head takes the vendor's matmuls whatever the density. `chip` of that module has the formula of each
+number."""
 GLUE = 0.05
 """Time of choosing cells, of their lists and of what the others add, relative to one matmul of all cells: at N=8192,
 D=4096, V=128256 half a millisecond, for 50 operations of 3 microseconds (tests/head/test_device_operations.py counts
