@@ -38,22 +38,34 @@ class Paths(NamedTuple):
     """`[K]`: the entries sorted by row."""
     bounds: Tensor
     """`[T + 1]`: bounds of each row's entries in `order`."""
-    shapes: tuple[tuple[int, int], ...]
-    """(segments, longest path) of each bucket of the grid."""
+    sizes: Tensor
+    """`[3 buckets]` int64, on the CPU: `shapes` and `queries`, which code that is compiled takes for data."""
     grid: Tensor
     """`[N]`: the row at each place of the grid, buckets one after the other; row 0 at the padding."""
     grid_order: Tensor
     """`[K]`: the place in the grid of each entry of `order`."""
     grid_back: Tensor
     """`[T]`: the place in the grid of each row on the path of its own segment."""
-    queries: tuple[int, ...]
-    """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
     query_grid: Tensor
     """The row of each query, buckets one after the other; row 0 at the padding."""
     query_back: Tensor
     """`[T]`: the place in `query_grid` of each row."""
     before: Tensor
     """`[S]`, in the order of the grid: the entries of a path before its segment's own rows."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(segments, longest path) of each bucket of the grid."""
+        return tuple((s, length) for s, length, _ in self._buckets())
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
+        return tuple(count for _, _, count in self._buckets())
+
+    def _buckets(self) -> list[list[int]]:
+        buckets: list[list[int]] = self.sizes.view(-1, 3).tolist()
+        return buckets
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -110,18 +122,21 @@ def key_paths(
         max_seqlen_k,
         order,
         bounds,
-        shapes,
-        grid,
-        place[order],
     )
     before = cu_seqlens_k.diff() - cu_seqlens_q.diff()
     if device.type != "cpu":
-        return Paths(*found, back, tuple(length for _, length in shapes), grid, back, before)
+        sizes = _sizes(shapes, [length for _, length in shapes])
+        return Paths(*found, sizes, grid, place[order], back, grid, back, before)
     first = torch.tensor(firsts)
     query_back = (first - cu_seqlens_q[:-1])[segment] + rows[:-1]
-    sizes = [s * q for (s, _), q in zip(shapes, queries, strict=True)]
-    query_grid = kv_index.new_zeros(sum(sizes)).index_copy(0, query_back, rows[:-1])
-    return Paths(*found, back, queries, query_grid, query_back, before[first.argsort()])
+    places_of_queries = sum(s * q for (s, _), q in zip(shapes, queries, strict=True))
+    query_grid = kv_index.new_zeros(places_of_queries).index_copy(0, query_back, rows[:-1])
+    sizes = _sizes(shapes, queries)
+    return Paths(*found, sizes, grid, place[order], back, query_grid, query_back, before[first.argsort()])
+
+
+def _sizes(shapes: Sequence[tuple[int, int]], queries: Sequence[int]) -> Tensor:
+    return torch.tensor([(*shape, count) for shape, count in zip(shapes, queries, strict=True)]).flatten()
 
 
 def _own_buckets(

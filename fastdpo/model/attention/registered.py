@@ -31,6 +31,7 @@ from fastdpo.model.attention import backends
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.attention.image_blocks import with_blocks
 from fastdpo.model.attention.key_paths import Paths, key_paths
+from fastdpo.model.attention.opaque import attend_on_grid, tensors_of
 
 logger = logging.getLogger("fastdpo")
 
@@ -174,7 +175,10 @@ def attention(
     if not torch.compiler.is_compiling():
         is_plain = softcap is not None or s_aux is not None
         _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
-    out = backends.attend(name, tree_paths, query, key, value, **options)
+    if name == "grid" and torch.compiler.is_compiling():
+        out = attend_on_grid(tree_paths, query, key, value, **options)
+    else:
+        out = backends.attend(name, tree_paths, query, key, value, **options)
     if tree_image_blocks is not None and (tree_image_blocks[0] or attention_mask is not None):
         out = with_blocks(out, query, key, value, tree_image_blocks[1], **options)
     return out[None], None
