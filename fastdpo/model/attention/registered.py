@@ -92,6 +92,12 @@ def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]
     return metadata | {"tree_paths": paths, "tree_backends": usable}
 
 
+def leave_lengths_open(layer_kwargs: dict[str, Any]) -> None:
+    """Let torch.compile make code for batches of all lengths at once, not first for the lengths of this one."""
+    for tensor in tensors_of(layer_kwargs["tree_paths"]):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
