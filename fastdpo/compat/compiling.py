@@ -21,6 +21,8 @@ FIRST_STEPS = 3
 """Steps after which the compilations so far are logged."""
 MOST_LATER = 8
 """Most graphs that may be compiled later without a warning, such as those of an evaluation."""
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes in which inductor runs what it has compiled as CUDA graphs."""
 RECOMPILE_LIMIT = 64
 """Compilations of the layers, of policy and reference, in training and evaluation, for one number of rows and for any
 other, before torch gives up compiling them; its own limit of 8 is too low for models with several kinds of layers."""
@@ -30,12 +32,18 @@ def take_over(trainer: Any) -> dict[str, Any] | None:
     """Return the options of torch.compile that were set here or with `accelerate launch`; None if it is off.
 
     From then on accelerate compiles nothing.
+
+    Raises:
+        ValueError: the layers are sharded, which has not been tested.
     """
     args = trainer.args
     plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     trainer.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return None
+    args.torch_compile = True  # for the checks of what it goes together with
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("torch_compile is not supported with DeepSpeed yet; take dynamo out of accelerate's settings")
     options: dict[str, Any] = {"backend": plugin.backend.value.lower(), "fullgraph": plugin.fullgraph}
     if plugin.mode != "default":
         options["mode"] = plugin.mode
@@ -57,6 +65,11 @@ def compile_models(trainer: Any, options: dict[str, Any]) -> None:
     if trainer.ref_model is not None:
         compile_layers(trainer.accelerator.unwrap_model(trainer.ref_model), **options)
     trainer.add_callback(_Count(f"{layers} layers of {name} (backend {options['backend']})"))
+
+
+def wants_few_lengths(options: dict[str, Any] | None) -> bool:
+    """Whether each length of a batch costs a compilation or the recording of a CUDA graph."""
+    return options is not None and (options.get("dynamic") is False or options.get("mode") in CUDA_GRAPH_MODES)
 
 
 class _Count(TrainerCallback):  # type: ignore[misc]

@@ -189,9 +189,12 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                     # examples with equal tokens may have other images
                     if self.collate is shared_prefix_batch and args.prefix_sharing and args.disable_dropout:
                         self.data_collator.keywords["across_examples"] = True
+                    if self.collate is shared_prefix_batch and compiling.wants_few_lengths(compile_options):
+                        self.data_collator.keywords["few_lengths"] = True
                 self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
         if compile_options is not None:  # after the self-check, which runs batches of many sizes
             compiling.compile_models(self, compile_options)
+            self._runs_cuda_graphs = self.args.device.type == "cuda" and compiling.wants_few_lengths(compile_options)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             settings.loss_type,

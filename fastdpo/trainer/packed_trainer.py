@@ -54,6 +54,7 @@ class PackedTrainer(Trainer):
         self._clock: float | None = None
         self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self._first_loss_is_known = False
+        self._runs_cuda_graphs = False
         self._memory: MemoryChoice | None = None  # while it trains with a setting that is auto
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
         super().__init__(**others)
@@ -107,6 +108,8 @@ class PackedTrainer(Trainer):
         if training and self._clock is None:
             self._clock = time.perf_counter()
         with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
+        if self._runs_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the results of the micro-batch before are not needed any more
         # an evaluation before training runs a policy that accelerate has not wrapped in autocast yet
         with self.accelerator.autocast():
             scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
@@ -124,7 +127,8 @@ class PackedTrainer(Trainer):
                 mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
                 dtype = mixed or next(self.model.parameters()).dtype
                 beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
-                checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, precomputed=ref_logps is None)
+                known = {"precomputed": ref_logps is None, "compiled": self.args.torch_compile}
+                checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, **known)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")

@@ -177,11 +177,12 @@ def attend(
         key, value = (gather(x, paths.kv_index, paths.order, paths.bounds) for x in (key, value))
     # here the window's left side does not count the query itself
     window_size = (window - 1 if window else -1, 0)
+    lengths = (paths.cu_seqlens_q, paths.cu_seqlens_k, *paths.longest)
     if name == "varlen":
         assert softcap is None
-        out = _varlen_attn(query, key, value, *paths[1:5], **_varlen_options(scaling, window_size))
+        out = _varlen_attn(query, key, value, *lengths, **_varlen_options(scaling, window_size))
     else:
-        out = _flash_attn(query, key, value, *paths[1:5], **_flash_options(scaling, window_size, softcap))
+        out = _flash_attn(query, key, value, *lengths, **_flash_options(scaling, window_size, softcap))
     assert isinstance(out, Tensor)  # it is a tuple only if an option asks for more
     return out
 

@@ -24,7 +24,10 @@ TOLERANCE = 1.1
 
 
 class Paths(NamedTuple):
-    """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward."""
+    """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward.
+
+    All fields are tensors, so that the lengths of a batch are no constants of code that is compiled.
+    """
 
     kv_index: Tensor
     """`[K]`: the row of each entry. Each path ends with its segment's own rows."""
@@ -32,14 +35,12 @@ class Paths(NamedTuple):
     """`[S + 1]` int32: bounds of the segments in T."""
     cu_seqlens_k: Tensor
     """`[S + 1]` int32: bounds of their paths in K."""
-    max_seqlen_q: int
-    max_seqlen_k: int
     order: Tensor
     """`[K]`: the entries sorted by row."""
     bounds: Tensor
     """`[T + 1]`: bounds of each row's entries in `order`."""
     sizes: Tensor
-    """`[3 buckets]` int64, on the CPU: `shapes` and `queries`, which code that is compiled takes for data."""
+    """`[2 + 3 buckets]` int64, on the CPU: the longest segment and path, and the lengths of `shapes` and `queries`."""
     grid: Tensor
     """`[N]`: the row at each place of the grid, buckets one after the other; row 0 at the padding."""
     grid_order: Tensor
@@ -54,6 +55,12 @@ class Paths(NamedTuple):
     """`[S]`, in the order of the grid: the entries of a path before its segment's own rows."""
 
     @property
+    def longest(self) -> tuple[int, int]:
+        """The length of the longest segment, and of the longest path."""
+        q, k = self.sizes[:2].tolist()
+        return q, k
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(segments, longest path) of each bucket of the grid."""
         return tuple((s, length) for s, length, _ in self._buckets())
@@ -64,7 +71,7 @@ class Paths(NamedTuple):
         return tuple(count for _, _, count in self._buckets())
 
     def _buckets(self) -> list[list[int]]:
-        buckets: list[list[int]] = self.sizes.view(-1, 3).tolist()
+        buckets: list[list[int]] = self.sizes[2:].view(-1, 3).tolist()
         return buckets
 
 
@@ -118,25 +125,25 @@ def key_paths(
         kv_index,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
         order,
         bounds,
     )
+    longest = (max_seqlen_q, max_seqlen_k)
     before = cu_seqlens_k.diff() - cu_seqlens_q.diff()
     if device.type != "cpu":
-        sizes = _sizes(shapes, [length for _, length in shapes])
+        sizes = _sizes(longest, shapes, [length for _, length in shapes])
         return Paths(*found, sizes, grid, place[order], back, grid, back, before)
     first = torch.tensor(firsts)
     query_back = (first - cu_seqlens_q[:-1])[segment] + rows[:-1]
     places_of_queries = sum(s * q for (s, _), q in zip(shapes, queries, strict=True))
     query_grid = kv_index.new_zeros(places_of_queries).index_copy(0, query_back, rows[:-1])
-    sizes = _sizes(shapes, queries)
+    sizes = _sizes(longest, shapes, queries)
     return Paths(*found, sizes, grid, place[order], back, query_grid, query_back, before[first.argsort()])
 
 
-def _sizes(shapes: Sequence[tuple[int, int]], queries: Sequence[int]) -> Tensor:
-    return torch.tensor([(*shape, count) for shape, count in zip(shapes, queries, strict=True)]).flatten()
+def _sizes(longest: tuple[int, int], shapes: Sequence[tuple[int, int]], queries: Sequence[int]) -> Tensor:
+    buckets = [x for shape, count in zip(shapes, queries, strict=True) for x in (*shape, count)]
+    return torch.tensor([*longest, *buckets])
 
 
 def _own_buckets(

@@ -1,8 +1,9 @@
-"""Attention on a grid as one operation that torch.compile does not look into.
+"""Attention over key paths as one operation that torch.compile does not look into.
 
-The grid of a batch has as many buckets, of such sizes, as its lengths want, so code that is compiled with them in it
-would be compiled again for almost every batch. Here they are data: the operation reads them when it runs. Its backward
-computes the attention again, because an operation can keep nothing but tensors for it.
+The lengths of a batch's segments decide the shapes in attention. Code that is compiled with them in it would be
+compiled again for almost every batch, and a CUDA graph of it recorded again. Here they are data that the operation
+reads when it runs, so the code around it depends on nothing but the number of rows. Its backward computes the
+attention again, because an operation can keep nothing but tensors for it.
 
 Shapes: T rows, H query heads, G key-value heads, D head size.
 """
@@ -17,12 +18,8 @@ from fastdpo.model.attention.backends import attend
 from fastdpo.model.attention.key_paths import Paths
 
 
-def tensors_of(paths: Paths) -> list[Tensor]:
-    """Return the tensors of the paths, which are all that a grid is made of."""
-    return [x for x in paths if isinstance(x, Tensor)]
-
-
-def attend_on_grid(
+def attend_opaquely(
+    name: str,
     paths: Paths,
     query: Tensor,
     key: Tensor,
@@ -33,59 +30,64 @@ def attend_on_grid(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend as `fastdpo.model.attention.backends.attend` does with the backend `grid`; it has the same arguments."""
-    out: Tensor = _attend(query, key, value, sinks, tensors_of(paths), scaling, window, softcap)
+    """Attend as `fastdpo.model.attention.backends.attend` does; the arguments are the same."""
+    out: Tensor = _attend(query, key, value, sinks, list(paths), name, scaling, window, softcap)
     return out
 
 
-def _on_grid(
+def _plainly(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    tensors: Sequence[Tensor],
+    paths: Sequence[Tensor],
+    name: str,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    paths = Paths(*tensors[:3], 0, 0, *tensors[3:])  # a grid reads no longest length
-    return attend("grid", paths, query, key, value, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    return attend(
+        name, Paths(*paths), query, key, value, scaling=scaling, window=window, softcap=softcap, sinks=sinks
+    ).contiguous()
 
 
-@torch.library.custom_op("fastdpo::attend_on_grid", mutates_args=())
+# a CUDA graph would repeat the lengths of the batch that it was recorded with, so torch leaves this out of it
+@torch.library.custom_op("fastdpo::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    tensors: Sequence[Tensor],
+    paths: Sequence[Tensor],
+    name: str,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    return _on_grid(query, key, value, sinks, tensors, scaling, window, softcap)
+    return _plainly(query, key, value, sinks, paths, name, scaling, window, softcap)
 
 
-@torch.library.custom_op("fastdpo::attend_on_grid_backward", mutates_args=())
+@torch.library.custom_op("fastdpo::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    tensors: Sequence[Tensor],
+    paths: Sequence[Tensor],
+    name: str,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> list[Tensor]:
     inputs = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    for part in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, part))
     # the dispatcher calls this below autograd, which is needed here
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         sinks = inputs[3] if len(inputs) > 3 else None
-        out = _on_grid(inputs[0], inputs[1], inputs[2], sinks, tensors, scaling, window, softcap)
+        out = _plainly(inputs[0], inputs[1], inputs[2], sinks, paths, name, scaling, window, softcap)
         return [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
 
 
@@ -100,16 +102,16 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | N
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, sinks, tensors, *ctx.options = inputs
+    query, key, value, sinks, paths, *ctx.options = inputs
     ctx.has_sinks = sinks is not None
-    ctx.save_for_backward(query, key, value, *([sinks] if ctx.has_sinks else []), *tensors)
+    ctx.save_for_backward(query, key, value, *([sinks] if ctx.has_sinks else []), *paths)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, *tensors = ctx.saved_tensors
-    sinks = tensors.pop(0) if ctx.has_sinks else None
-    grads = _attend_backward(grad, query, key, value, sinks, tensors, *ctx.options)
-    return (*grads[:3], grads[3] if ctx.has_sinks else None, [None] * len(tensors), None, None, None)
+    query, key, value, *paths = ctx.saved_tensors
+    sinks = paths.pop(0) if ctx.has_sinks else None
+    grads = _attend_backward(grad, query, key, value, sinks, paths, *ctx.options)
+    return (*grads[:3], grads[3] if ctx.has_sinks else None, [None] * len(paths), *[None] * len(ctx.options))
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
