@@ -8,11 +8,11 @@ import logging
 import time
 from typing import Any
 
-import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import TrainerCallback
 
 from fastdpo.model.adapted_layers import unwrap
+from fastdpo.model.layout import has_state
 from fastdpo.model.scoring_forward import compile_layers
 
 logger = logging.getLogger("fastdpo")
@@ -34,7 +34,7 @@ def take_over(trainer: Any) -> dict[str, Any] | None:
     From then on accelerate compiles nothing.
 
     Raises:
-        ValueError: the layers are sharded, which has not been tested.
+        ValueError: the layers carry a state, or DeepSpeed runs them, which has not been tested.
     """
     args = trainer.args
     plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -44,6 +44,11 @@ def take_over(trainer: Any) -> dict[str, Any] | None:
     args.torch_compile = True  # for the checks of what it goes together with
     if trainer.is_deepspeed_enabled:
         raise ValueError("torch_compile is not supported with DeepSpeed yet; take dynamo out of accelerate's settings")
+    if has_state(model := unwrap(trainer.model)):
+        raise ValueError(
+            f"torch_compile is not possible with {type(model).__name__}, whose recurrent layers would be compiled "
+            "again for almost every batch; leave it out"
+        )
     options: dict[str, Any] = {"backend": plugin.backend.value.lower(), "fullgraph": plugin.fullgraph}
     if plugin.mode != "default":
         options["mode"] = plugin.mode
@@ -72,7 +77,7 @@ def wants_few_lengths(options: dict[str, Any] | None) -> bool:
     return options is not None and (options.get("dynamic") is False or options.get("mode") in CUDA_GRAPH_MODES)
 
 
-class _Count(TrainerCallback):  # type: ignore[misc]
+class _Count(TrainerCallback):
     """Log how many graphs were compiled in the first steps, and warn once if it does not stop."""
 
     def __init__(self, what: str) -> None:

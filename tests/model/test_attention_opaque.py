@@ -50,4 +50,6 @@ def test_torch_can_trace_it(options: dict[str, Any]) -> None:
     paths, inputs = make("sinks" in options)
     sinks = inputs[3] if len(inputs) > 3 else None
     arguments = (*inputs[:3], sinks, list(paths), "grid", None, options.get("window"), None)
-    torch.library.opcheck(_attend, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        _attend, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
