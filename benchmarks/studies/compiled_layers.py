@@ -74,7 +74,7 @@ def count(batches: int = 30) -> dict[str, Any]:
             compile_layers(model, **options)
         graphs, rows, filled = [], set(), 0
         for _ in range(batches):
-            batch = make_batch(lengths, 4, 60, few=way.get("few", False))
+            batch = make_batch(lengths, 4, 250, few=way.get("few", False))
             step(called, batch)
             graphs.append(counters["stats"]["unique_graphs"])
             rows.add(batch["input_ids"].shape[1])
