@@ -91,7 +91,7 @@ if torch.cuda.is_available():
 }
 
 head_table() { # CASES SECONDS
-    while part head "$2" head.log "1 3 124 137" "$python" -m benchmarks.head --cases "$1" --out "$out/head.jsonl"
+    while part head "$2" head.log "1 3 124 137" "$python" -m fastdpo.benchmarks.head --cases "$1" --out "$out/head.jsonl"
         (($? == 3)); do # without the variant that ended the process
         :
     done
@@ -99,7 +99,7 @@ head_table() { # CASES SECONDS
 
 training_table() { # CASES SECONDS; it ends early, because a case begun in its last seconds would be cut off
     local left=$((deadline - SECONDS))
-    part training "$2" training.log "1 3 5 124 137" "$python" -m benchmarks.training --cases "$1" \
+    part training "$2" training.log "1 3 5 124 137" "$python" -m fastdpo.benchmarks.training --cases "$1" \
         --seconds "$((($2 < left ? $2 : left) - 10))" --out "$out/training.jsonl"
 }
 
@@ -113,7 +113,7 @@ else
     tests production 40 tests/kernels/test_production_tiles.py # it compiles most kernels, side by side
     head_table h200 300
     training_table gpu 110
-    part gluon 70 gluon.log "124 137" "$python" -m benchmarks.gluon_forward # it may deadlock: it has never run
+    part gluon 70 gluon.log "124 137" "$python" -m benchmarks.studies.gluon_forward # it may deadlock: it has never run
     mapfile -t marked < <(grep -rl --include="test_*.py" "mark\.gpu" tests)
     tests gpu 90 -m gpu "${marked[@]}"
     mapfile -t on_devices < <(grep -rl --include="test_*.py" "device: torch\.device" tests)

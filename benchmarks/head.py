@@ -1,7 +1,7 @@
 """Compare linear_logprobs with its peers, forward and backward: time, memory and error on the same tensors.
 
-    python -m benchmarks.head --rows 2048 --hidden 1024 --vocab 64000 --dtype float32
-    python -m benchmarks.head --cases cpu --out benchmarks/results/cpu-2-cores/head.jsonl
+    python -m fastdpo.benchmarks.head --rows 2048 --hidden 1024 --vocab 64000 --dtype float32
+    python -m fastdpo.benchmarks.head --cases cpu --out benchmarks/results/cpu-2-cores/head.jsonl
 
 Time and memory are for one forward and backward, and for a forward alone, without gradients; memory includes the
 results. Errors are against float64 on the same rounded inputs: the largest error of logps, and the relative Frobenius
@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.harness import DEVICE, Measured, measure, provenance, record
-from benchmarks.peers import Logps
+from fastdpo.benchmarks import peers
+from fastdpo.benchmarks.harness import DEVICE, Measured, measure, provenance, record
+from fastdpo.benchmarks.peers import Logps
 from fastdpo.head.impl import sparsity
 from fastdpo.head.linear_logprobs import Backward, Impl, linear_logprobs, linear_logprobs_with_stats
 from fastdpo.head.op import implementation

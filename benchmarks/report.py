@@ -1,6 +1,6 @@
 """Tables and pictures of README and docs/benchmarks.md, drawn from the measurements in benchmarks/results/.
 
-    python -m benchmarks.report
+    python -m fastdpo.benchmarks.report
 
 draws the pictures; `python -m docs.tables` writes the tables. Neither measures anything.
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 PICTURE = ROOT / "docs" / "figures" / "step.png"
 LENGTHS = {"ultrafeedback": "UltraFeedback", "hh": "HH", "tldr": "TL;DR"}

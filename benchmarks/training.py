@@ -1,7 +1,7 @@
 """Compare whole DPO steps of fastdpo and trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
 
-    python -m benchmarks.training --model llama-20m --lengths hh
-    python -m benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
+    python -m fastdpo.benchmarks.training --model llama-20m --lengths hh
+    python -m fastdpo.benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
 
 Every variant trains the same randomly initialised model, against the same reference, on the same rows in the same
 order, with the same settings of transformers' Trainer. Variants take turns. A turn builds everything, trains a first
@@ -42,11 +42,11 @@ import torch
 import transformers
 from datasets import disable_progress_bars
 
-from benchmarks import lengths
-from benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
-from benchmarks.peers import first_line
-from benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, rows
 from fastdpo import DPOConfig
+from fastdpo.benchmarks import lengths
+from fastdpo.benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
+from fastdpo.benchmarks.peers import first_line
+from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, rows
 from fastdpo.report.page import summary_table
 
 PHASES = ("body", "head", "reference", "data", "rest")

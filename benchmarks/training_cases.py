@@ -1,4 +1,4 @@
-"""The cases and the variants of `benchmarks.training`: models, lengths, pairs per prompt, and what is switched off."""
+"""The cases and the variants of whole training steps: models, lengths, pairs per prompt, and what is switched off."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 import transformers
 from datasets import Dataset
 
-from benchmarks import lengths
-from benchmarks.harness import DEVICE
 from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
+from fastdpo.benchmarks import lengths
+from fastdpo.benchmarks.harness import DEVICE
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "toy": (

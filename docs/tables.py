@@ -89,14 +89,14 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def steps() -> dict[str, str]:
     """Return the table of whole training steps, for README."""
-    from benchmarks import report
+    from fastdpo.benchmarks import report
 
     return {"the steps": report.steps()}
 
 
 def measured() -> dict[str, str]:
     """Return the tables of benchmarks.md, from the measurements that are committed."""
-    from benchmarks import report
+    from fastdpo.benchmarks import report
 
     return {"the steps": report.steps(), "the levers": report.levers(), "the head": report.head()}
 

@@ -18,7 +18,7 @@ addition or statistics, its launcher calls `linear_logprobs_forward`.
 
 This kernel has not run on a GPU yet. A mistake in its barriers would raise no error: the kernel would never end, and
 the process could not end it either. So `impl="auto"` tries it only with FASTDPO_GLUON=1 in the environment, and
-`benchmarks/gluon_forward.py` runs it under a time limit. Its source is executed without a GPU by
+`benchmarks/studies/gluon_forward.py` runs it under a time limit. Its source is executed without a GPU by
 `tests/helpers/warp_simulator.py`, with copies and matmuls that end late and in any order, because Triton's interpreter
 can't run Gluon.
 

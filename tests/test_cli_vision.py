@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.tiny_vision import llava_processor
+from benchmarks.studies.tiny_vision import llava_processor
 from fastdpo.settings.dataset_files import load_splits
 from tests.helpers.command import Run, command
 from tests.helpers.vision import make_model, picture, said

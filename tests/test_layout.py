@@ -1,12 +1,15 @@
 """The house rules that no linter knows."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fastdpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,10 +24,12 @@ FLOORS = [
     {"plan"},
     {"trainer"},
     {"commands"},
+    {"benchmarks"},
     {"cli", "__init__"},
     {"__main__"},
 ]
 SOURCES = [p for p in sorted((ROOT / "fastdpo").rglob("*.py")) if "kernels" not in p.parts]
+SOURCES = sorted({*SOURCES, *(ROOT / "fastdpo" / "benchmarks").glob("*.py")})  # behind a link
 MAX_LINES, MAX_FILES = 400, 8
 
 
@@ -51,6 +56,8 @@ def test_imports_point_down(path: Path) -> None:
     place = path.relative_to(ROOT / "fastdpo").with_suffix("").parts[0]
     floor = next(i for i, floor in enumerate(FLOORS) if place in floor)
     allowed = {below for lower in FLOORS[:floor] for below in lower} | {place}
+    if place == "benchmarks":  # which call fastdpo as its users do
+        allowed |= set(fastdpo.__all__)
     above = {name for name in fastdpo_imports(path) if place_of(name) not in allowed}
     assert not above, f"{path.relative_to(ROOT)} may not import {sorted(above)}"
 
@@ -130,6 +137,16 @@ def test_kernels_is_never_a_top_level_package() -> None:
     assert link.resolve() == ROOT / "kernels"
 
 
+def test_a_benchmark_has_one_name() -> None:
+    """Of the folder's modules in a clone, only the studies are imported as `benchmarks`, and by that name alone."""
+    assert (ROOT / "fastdpo" / "benchmarks").resolve() == ROOT / "benchmarks"
+    importlib.import_module("benchmarks.studies.balance")
+    importlib.import_module("fastdpo.benchmarks.lengths")
+    for other in ("benchmarks.lengths", "fastdpo.benchmarks.studies.balance"):
+        with pytest.raises(ImportError, match=re.escape(other.removesuffix(".balance"))):
+            importlib.import_module(other)
+
+
 IMPORTS = "import fastdpo, fastdpo.trainer, transformers.integrations.hub_kernels, transformers.models.llama"
 
 
@@ -160,14 +177,10 @@ def test_the_op_and_the_loss_need_neither_transformers_nor_triton() -> None:
 
 
 def test_dir_shows_the_public_names() -> None:
-    import fastdpo
-
     assert [name for name in dir(fastdpo) if not name.startswith("__")] == sorted(fastdpo.__all__)
 
 
 def test_everything_public_is_documented() -> None:
-    import fastdpo
-
     for name in fastdpo.__all__:
         assert len(getattr(fastdpo, name).__doc__ or "") > 60, name
 

@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 import fastdpo
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
+MAPPED = [path for folder in ("kernels", "benchmarks") for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+MODULES = [f"{path.parent.name}.{path.stem}" for path in MAPPED]
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -55,11 +56,12 @@ def build_wheel(tree: Path, out: Path) -> Path:
 
 def check_wheel(wheel: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"fastdpo/kernels/{module}.py" for module in MODULES} <= set(names)
-    assert not [name for name in names if name.startswith(("kernels/", "examples/"))]
+    assert {f"fastdpo/{module.replace('.', '/')}.py" for module in MODULES} <= set(names)
+    assert not [name for name in names if name.startswith(("kernels/", "benchmarks/", "examples/"))]
+    assert not [name for name in names if name.startswith("fastdpo/benchmarks/") and name.count("/") > 2]
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    imports = "".join(f", fastdpo.kernels.{module}" for module in MODULES)
+    imports = "".join(f", fastdpo.{module}" for module in MODULES)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); import fastdpo, fastdpo.trainer, transformers{imports}; "
         f"assert fastdpo.__file__.startswith({str(site)!r}), fastdpo.__file__"
@@ -76,13 +78,13 @@ def test_every_package_that_is_imported_is_declared() -> None:
     extras = [each for name, extra in project["optional-dependencies"].items() if name != "test" for each in extra]
     declared = {canonicalize_name(Requirement(each).name) for each in (*project["dependencies"], *extras)}
     imported = set()
-    for path in (*(ROOT / "fastdpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
+    for path in (*(ROOT / "fastdpo").rglob("*.py"), *MAPPED):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).split(".")[0])
-    imported -= {*sys.stdlib_module_names, "fastdpo"}
+    imported -= {*sys.stdlib_module_names, "fastdpo", "benchmarks"}
     assert "tqdm" in imported
     names = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "PIL": "pillow"}
     assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
@@ -133,7 +135,7 @@ def test_editable_and_plain_install(source: Path, tmp_path: Path) -> None:
             sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation",
             *options, source, cwd=tmp_path,
         )  # fmt: skip
-        imports = "".join(f", fastdpo.kernels.{module}" for module in MODULES)
+        imports = "".join(f", fastdpo.{module}" for module in MODULES)
         code = f"import fastdpo{imports}; print(fastdpo.__file__)"
         where = run(python, "-c", code, cwd=tmp_path).strip()
         assert where.startswith(str(source if options else venv)), where

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from benchmarks.tiny_vision import llava_processor
+from benchmarks.studies.tiny_vision import llava_processor
 from fastdpo.data.vision.batch import check_all_have_images
 from tests.helpers.trainers import losses
 from tests.helpers.vision import make_model, make_trainer, picture, png, rows

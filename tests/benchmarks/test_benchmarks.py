@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head, lengths, peers, training
+from fastdpo.benchmarks import head, lengths, peers, training
 from fastdpo.head.impl import sparsity
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,7 @@ HANG = """
 import os, sys
 from threading import Timer
 from time import sleep
-from benchmarks import head, lengths, peers, training
+from fastdpo.benchmarks import head, lengths, peers, training
 head.Timer = lambda seconds, fatal, args: Timer(0.5 if args[0] == "CCE" else seconds, fatal, args)
 peers.PEERS = {"CCE": lambda: lambda *_: sleep(60)}
 for _ in range(2):  # each in a fork, for the first ends its process
@@ -258,7 +258,7 @@ def test_the_gpu_suite_finds_the_tests_of_all_folders() -> None:
 
 def test_the_time_model_marks_goals_that_are_missed() -> None:
     """On made-up kernels: everything is marked as computed, a faster kernel is faster, and dense is an upper bound."""
-    from benchmarks import head_time_model as model
+    from benchmarks.studies import head_time_model as model
 
     fast = model.Kernel((128, 256, 64), 8, 200, 150_000, [80, 100, 500], 1)
     slow = fast._replace(loops=[80, 2000, 20_000])
@@ -281,7 +281,7 @@ def test_the_time_model_marks_goals_that_are_missed() -> None:
 
 def test_consumers_that_take_turns_hide_their_epilogues() -> None:
     """A tile takes its matmuls alone, as long as an epilogue is shorter than the other consumer's matmuls."""
-    from benchmarks.head_time_model import clocks_of_turns
+    from benchmarks.studies.head_time_model import clocks_of_turns
 
     steps, tiles = 16, 50
     matmuls = 2 * 500 * steps * tiles

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gluon_forward
+from benchmarks.studies import gluon_forward
 from fastdpo.kernels.linear_logprobs_forward import linear_logprobs_forward
 from fastdpo.kernels.row_lists import TILE
 

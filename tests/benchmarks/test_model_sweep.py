@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from benchmarks import model_sweep
-from benchmarks.model_sweep import Row, render, sweep, sweep_class
-from benchmarks.tiny_configs import NotBuildableError, class_names
+from benchmarks.studies import model_sweep
+from benchmarks.studies.model_sweep import Row, render, sweep, sweep_class
+from benchmarks.studies.tiny_configs import NotBuildableError, class_names
 
 EXPECTED = {
     "LlamaForCausalLM": ("shared", "fused"),

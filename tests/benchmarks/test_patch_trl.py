@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import patch_trl
+from benchmarks.studies import patch_trl
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")

@@ -4,20 +4,22 @@ import json
 
 import pytest
 
-from benchmarks import balance, scaling
+from benchmarks.studies import balance, scaling
 
 
 def test_the_page_has_the_tables_that_the_commands_write() -> None:
     page = scaling.PAGE.read_text()
-    assert scaling.table(json.loads(scaling.TRACES.read_text())) in page, "run python -m benchmarks.scaling --table"
-    assert balance.table(json.loads(balance.NUMBERS.read_text())) in page, "run python -m benchmarks.balance --table"
+    assert scaling.table(json.loads(scaling.TRACES.read_text())) in page, "python -m benchmarks.studies.scaling --table"
+    assert balance.table(json.loads(balance.NUMBERS.read_text())) in page, (
+        "python -m benchmarks.studies.balance --table"
+    )
 
 
 @pytest.mark.slow
 def test_the_traces_in_the_repository_are_those_of_the_code() -> None:
     kept = json.loads(scaling.TRACES.read_text())["8B"]["LoRA"]["sharded"]
     assert scaling.traced("8B", "LoRA", sharded=True) == pytest.approx(kept, rel=1e-3), (
-        "run python -m benchmarks.scaling"
+        "run python -m benchmarks.studies.scaling"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import sparse_report, sparse_study
+from benchmarks.studies import sparse_report, sparse_study
 from fastdpo.head.impl import sparsity
 from tests.helpers.rows import exact, make_rows
 
@@ -17,7 +17,7 @@ STUDY = json.loads((sparse_study.DOCS / "sparse_backward" / "study.json").read_t
 @pytest.mark.parametrize("name", sparse_report.TABLES)
 def test_the_document_says_what_the_data_say(name: str) -> None:
     document = DOCUMENT.read_text()
-    assert sparse_report.TABLES[name](STUDY) in document, "rerun python -m benchmarks.sparse_study"
+    assert sparse_report.TABLES[name](STUDY) in document, "rerun python -m benchmarks.studies.sparse_study"
 
 
 def test_another_study_changes_every_table() -> None:

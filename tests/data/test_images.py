@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Image, List
 from PIL import Image as PIL
 
-from benchmarks.tiny_vision import llava_processor, qwen_processor
+from benchmarks.studies.tiny_vision import llava_processor, qwen_processor
 from fastdpo.data.prepare import prepare_dataset, tokenize_row
 from fastdpo.data.vision.images import images_of
 from tests.helpers.vision import picture, png, said

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import transformers
 
-from benchmarks.tiny_vision import QWEN_TOKENS, _tokenizer
+from benchmarks.studies.tiny_vision import QWEN_TOKENS, _tokenizer
 from fastdpo.data.prepare import tokenize_row
 from fastdpo.data.vision.batch import VisionCollator
 from fastdpo.data.vision.images import images_of

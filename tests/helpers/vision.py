@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import fastdpo
-from benchmarks.tiny_vision import QWEN_TOKENS, TEXT, llava_processor, qwen_processor
+from benchmarks.studies.tiny_vision import QWEN_TOKENS, TEXT, llava_processor, qwen_processor
 
 PROCESSORS = {"llava": llava_processor, "qwen2.5-vl": qwen_processor}
 

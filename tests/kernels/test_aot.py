@@ -327,13 +327,13 @@ def test_the_table_of_the_kernels_says_what_the_compiler_made(compilations: dict
 
 @pytest.mark.slow
 def test_the_head_decides_by_what_was_compiled(compilations: dict[Job, Compiled]) -> None:
-    """The times of the kernels on sm_90 are those that `benchmarks.head_time_model` computes."""
-    from benchmarks import head_time_model as model
+    """The times of the kernels on sm_90 are those that `benchmarks.studies.head_time_model` computes."""
+    from benchmarks.studies import head_time_model as model
 
     kernels = {name: model.read(compilations[Job(kernel, 90, "bf16", v)]) for name, (kernel, v) in model.JOBS.items()}
     times = model.chip(kernels, model.HEADLINE)
     assert times == pytest.approx(sparsity.CHIPS[9, 0], rel=0.05), (
-        "set it to what python -m benchmarks.head_time_model prints"
+        "set it to what python -m benchmarks.studies.head_time_model prints"
     )
 
 

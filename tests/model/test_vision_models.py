@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tiny_vision import IMAGE, REFUSED, SHARED, TREE, MadeUpCollator, build, examples, own_logps
+from benchmarks.studies.tiny_vision import IMAGE, REFUSED, SHARED, TREE, MadeUpCollator, build, examples, own_logps
 from fastdpo.model import scoring_forward
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from benchmarks import lengths
 from fastdpo import DPOConfig, shared_prefix_batch
+from fastdpo.benchmarks import lengths
 from fastdpo.data.prepare import prepare_dataset
 from fastdpo.data.sampler import BudgetSampler, example_sizes
 from fastdpo.model.attention import backends

@@ -51,7 +51,7 @@ CHIPS = {
     (9, 0): Chip(forward=1.08, dlogits=1.28, full=1.23, cells=6.64, dweight=1.33),
     (10, 0): Chip(forward=1.1, dlogits=2.6, full=2.4, cells=12.0, dweight=2.6),
 }
-"""Computed, not measured: those of sm_90 by `benchmarks.head_time_model` from the compiled kernels, the others by its
+"""Computed, not measured: sm_90's by `benchmarks.studies.head_time_model` from the compiled kernels, the others' by its
 formulas from the tiles of the default configurations and the chips' published rates, with 1 / 0.88 of the peak for the
 vendor's matmul. A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle,
 and gets about 47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory.

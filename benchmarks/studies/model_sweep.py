@@ -1,6 +1,6 @@
 """Try a tiny model of every causal-LM class of transformers: which layout of a batch is exact on it, and how exact.
 
-    python -m benchmarks.model_sweep [CLASS ...]
+    python -m benchmarks.studies.model_sweep [CLASS ...]
 
 With no class it tries all of them and writes docs/models.md. Scores and all parameter gradients are compared, in
 float32, with each sequence alone through the class's own, unpatched forward.
@@ -21,13 +21,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.tiny_configs import VOCAB, NotBuildableError, class_names, make_tiny
+from benchmarks.studies.tiny_configs import VOCAB, NotBuildableError, class_names, make_tiny
 from fastdpo import shared_prefix_batch
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import find_head, patch_forward
 from fastdpo.model.self_check import self_check
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 LOGPS_BOUND, GRADIENT_BOUND = 5e-5, 5e-5
 SECONDS = 120
 
@@ -179,10 +179,10 @@ def render(rows: list[Row]) -> str:
     lines = [
         "# Models",
         "",
-        "`python -m benchmarks.model_sweep` generates this page. It builds a tiny model of every causal-LM class of "
-        f"transformers {transformers.__version__}{' (with tree-recurrence installed)' if tree else ''}, with random "
-        "weights, in float32 on the CPU. It compares the log-probs of a batch and the gradients of all parameters with "
-        "those of each sequence alone through the class's own forward.",
+        "`python -m benchmarks.studies.model_sweep` generates this page. It builds a tiny model of every causal-LM "
+        f"class of transformers {transformers.__version__}{' (with tree-recurrence installed)' if tree else ''}, with "
+        "random weights, in float32 on the CPU. It compares the log-probs of a batch and the gradients of all parameters "
+        "with those of each sequence alone through the class's own forward.",
         "",
         f"Of {len(rows)} classes, {count['shared']} are exact with shared prefixes. {count['tree']} more are exact "
         "with shared prefixes through tree-recurrence, and are padded without it. "

@@ -1,11 +1,11 @@
 """Compute how evenly batches divide an epoch over processes, and write the table of docs/scaling.md.
 
-    python -m benchmarks.balance            # plan the batches again (seconds), and write both files
-    python -m benchmarks.balance --table    # write the table from the numbers in the repository
+    python -m benchmarks.studies.balance            # plan the batches again (seconds), and write both files
+    python -m benchmarks.studies.balance --table    # write the table from the numbers in the repository
 
 Processes wait for each other after each micro-batch, or after each optimizer step. If a micro-batch takes time in
 proportion to its tokens, then 1 - mean / max over the processes is the share of the time that is lost, and the mean is
-over all micro-batches, weighted by their time. Lengths are drawn as `benchmarks.lengths` describes.
+over all micro-batches, weighted by their time. Lengths are drawn as `fastdpo.benchmarks.lengths` describes.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lengths import LENGTHS
+from fastdpo.benchmarks.lengths import LENGTHS
 from fastdpo.data.sampler import BudgetSampler
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE, NUMBERS = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/computed/balance.json"
-MARK = "<!-- python -m benchmarks.balance {} the table of balance -->\n"
+MARK = "<!-- python -m benchmarks.studies.balance {} the table of balance -->\n"
 
 PROFILES = ("ultrafeedback", "hh", "tldr")
 PROCESSES = (2, 8, 64, 256)

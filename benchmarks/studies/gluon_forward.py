@@ -1,6 +1,6 @@
 """Run the warp-specialised forward on a Hopper GPU: against float64 and the TMA kernel, three times, and timed.
 
-    timeout 120 python -m benchmarks.gluon_forward
+    timeout 120 python -m benchmarks.studies.gluon_forward
 
 Production tiles, ragged shapes. A kernel that is still running after PATIENCE seconds is taken for a deadlock. Nothing
 in the process can end it, so the process ends with exit code 4, and the line before says in which case. Exit code 1
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE
+from fastdpo.benchmarks.harness import DEVICE
 from fastdpo.head.autotune import GLUON_FORWARD, has_gluon
 from fastdpo.head.impl.interface import Transform
 
@@ -160,7 +160,7 @@ def say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Check all cases, then time the head's shapes."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gluon_forward", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.gluon_forward", description=__doc__)
     parser.parse_args(argv)
     if DEVICE != "cuda" or torch.version.hip or torch.cuda.get_device_capability() != (9, 0) or not has_gluon():
         say("needs a GPU of compute capability 9.0 and a Triton with Gluon")

@@ -1,7 +1,7 @@
 """Compare DPO steps on images with TRL's, and list how exact each family of vision-language models is.
 
-    python -m benchmarks.vision families
-    python -m benchmarks.vision steps [MODEL [TOKENS OF A RESPONSE]]
+    python -m benchmarks.studies.vision families
+    python -m benchmarks.studies.vision steps [MODEL [TOKENS OF A RESPONSE]]
 
 `families` compares a tiny model of each family, in float32, with its own forward on each sequence alone. `steps` trains
 a LLaVA and a Qwen2.5-VL of four layers each, with images of about 200 tokens, by fastdpo and by TRL in one process and
@@ -25,10 +25,10 @@ from datasets import Dataset, Features, List, Value, disable_progress_bars
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from benchmarks import tiny_vision as tiny
-from benchmarks.harness import peak_memory
-from benchmarks.model_sweep import worst_gradient
+from benchmarks.studies import tiny_vision as tiny
+from benchmarks.studies.model_sweep import worst_gradient
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.benchmarks.harness import peak_memory
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward
 

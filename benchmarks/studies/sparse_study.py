@@ -1,6 +1,6 @@
 """Study what a sparse backward costs in accuracy, for docs/sparse_backward.md with its tables and figures.
 
-    python -m benchmarks.sparse_study         # half an hour on 2 cores, no GPU; rewrites docs/sparse_backward*
+    python -m benchmarks.studies.sparse_study         # half an hour on 2 cores, no GPU; rewrites docs/sparse_backward*
 
 The truth is float64 on the same rounded inputs. A sweep isolates the effect of skipping cells: if E is the sparse minus
 the exact gradient of the logits, the errors of dhidden and dweight are E @ weight and E.T @ hidden. The study also
@@ -26,16 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import small_lm
-from benchmarks.harness import provenance
-from benchmarks.sparse_report import draw, fill
+from benchmarks.studies.sparse_report import draw, fill
 from fastdpo import linear_logprobs
+from fastdpo.benchmarks import small_lm
+from fastdpo.benchmarks.harness import provenance
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.op import density_key
 from tests.helpers.rows import KINDS, Exact, Rows, error, exact, make_rows
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 Table = list[dict[str, Any]]
 
 

@@ -1,7 +1,7 @@
 """Compute how long the head should take on an H200, from its compiled kernels: nothing is measured.
 
-    python -m benchmarks.head_time_model
-    python -m benchmarks.head_time_model --rows 8192 --hidden 4096 --vocab 128256
+    python -m benchmarks.studies.head_time_model
+    python -m benchmarks.studies.head_time_model --rows 8192 --hidden 4096 --vocab 128256
 
 Each Triton kernel is compiled for the chip. Its registers and shared memory say how many programs share a
 multiprocessor, and its machine code how many instructions a warp issues for a tile. A tile takes

@@ -1,7 +1,7 @@
 """Compute the memory and the communication of each GPU for large models, and write the tables of docs/scaling.md.
 
-    python -m benchmarks.scaling            # trace the models again (minutes), and write both files
-    python -m benchmarks.scaling --table    # write the tables from the traces in the repository
+    python -m benchmarks.studies.scaling            # trace the models again (minutes), and write both files
+    python -m benchmarks.studies.scaling --table    # write the tables from the traces in the repository
 
 Nothing is measured and no weights are made. What does not depend on the batch comes from the sizes of all weights
 (`fastdpo.plan.resident`), and activations from traces of a step (`fastdpo.plan.tracing.depth`).
@@ -23,9 +23,9 @@ from fastdpo.plan.memory import memory_model, meta_model
 from fastdpo.plan.resident import Job, Resident, resident, units_of
 from fastdpo.plan.tracing.trace import Precision, Ratios
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE, TRACES = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/computed/scaling.json"
-MARK = "<!-- python -m benchmarks.scaling {} the tables of memory and communication -->\n"
+MARK = "<!-- python -m benchmarks.studies.scaling {} the tables of memory and communication -->\n"
 
 SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},

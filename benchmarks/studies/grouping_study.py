@@ -1,8 +1,8 @@
 """Compare trainings with and without `group_by_prompt`, on the same pairs, over several seeds.
 
-    python -m benchmarks.grouping_study --out benchmarks/results/cpu-2-cores/grouping.json
-    python -m benchmarks.grouping_study --pairs 32 --out benchmarks/results/cpu-2-cores/grouping-32.json
-    python -m benchmarks.grouping_study --table benchmarks/results/cpu-2-cores/grouping.json
+    python -m benchmarks.studies.grouping_study --out benchmarks/results/cpu-2-cores/grouping.json
+    python -m benchmarks.studies.grouping_study --pairs 32 --out benchmarks/results/cpu-2-cores/grouping-32.json
+    python -m benchmarks.studies.grouping_study --table benchmarks/results/cpu-2-cores/grouping.json
 
 The task has four pairs of each prompt, over four responses. Each word has a worth, which no model is told; of two
 responses, the one whose words are worth more is chosen, but for one pair in ten, whose label is flipped. All runs see
@@ -24,8 +24,8 @@ import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 
-from benchmarks.harness import provenance
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.benchmarks.harness import provenance
 from fastdpo.report.page import summary_table
 
 VOCAB, PROMPTS, HELD_OUT = 96, 160, 64

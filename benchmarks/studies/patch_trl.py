@@ -1,7 +1,7 @@
 """Time and memory of a training step of TRL's trainers, without and with `fastdpo.patch_trl()`.
 
-    python -m benchmarks.patch_trl --out runs/patch_trl.jsonl
-    python -m benchmarks.patch_trl --table runs/patch_trl.jsonl
+    python -m benchmarks.studies.patch_trl --out runs/patch_trl.jsonl
+    python -m benchmarks.studies.patch_trl --table runs/patch_trl.jsonl
 
 The two take turns in one process, on the same trainer and batch, and must agree on the loss and on the norm of its
 gradient. Memory is what a step needs in addition to weights and gradients. The steps of GRPO and RLOO are measured on
@@ -22,8 +22,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastdpo
-from benchmarks import lengths
-from benchmarks.harness import Measured, milliseconds, peak_memory, provenance, record
+from fastdpo.benchmarks import lengths
+from fastdpo.benchmarks.harness import Measured, milliseconds, peak_memory, provenance, record
 
 TRAINERS = ("DPO", "KTO", "SFT", "GRPO", "RLOO")
 SAME = {"report_to": "none", "bf16": False, "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False}
