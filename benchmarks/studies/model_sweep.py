@@ -181,8 +181,8 @@ def render(rows: list[Row]) -> str:
         "",
         "`python -m benchmarks.studies.model_sweep` generates this page. It builds a tiny model of every causal-LM "
         f"class of transformers {transformers.__version__}{' (with tree-recurrence installed)' if tree else ''}, with "
-        "random weights, in float32 on the CPU. It compares the log-probs of a batch and the gradients of all parameters "
-        "with those of each sequence alone through the class's own forward.",
+        "random weights, in float32 on the CPU. It compares the log-probs of a batch and the gradients of all "
+        "parameters with those of each sequence alone through the class's own forward.",
         "",
         f"Of {len(rows)} classes, {count['shared']} are exact with shared prefixes. {count['tree']} more are exact "
         "with shared prefixes through tree-recurrence, and are padded without it. "
