@@ -1,4 +1,4 @@
-"""Make preference pairs of real English text from the docstrings of the installed torch and numpy.
+"""Make preference pairs of real English text from the docstrings of torch, numpy and peft as they are installed.
 
     python examples/smollm2/docstring_pairs.py pairs --model models/smollm2
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-PACKAGES = ("torch", "numpy")
+PACKAGES = ("torch.nn", "torch.distributions", "torch.optim", "numpy", "peft")
 MOST_OF_PROMPT, FULL = 200, 384
 """Tokens: the most of a prompt, and the fewest of each row of `full.jsonl`."""
 PAIRS = 600
