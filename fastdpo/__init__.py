@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastdpo.scoring import score
     from fastdpo.trainer import DPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DPOConfig",
     "DPOOutput",

@@ -287,8 +287,8 @@ def stay_on_cpu(args: Any) -> None:
         return
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # accelerate leaves FSDP out, so all must load the weights
     args.dataloader_pin_memory = False  # torch would warn that there is no device to copy to
-    if "LOCAL_RANK" in os.environ:  # otherwise accelerate would take each of several processes for the only one
-        args.use_cpu = True
+    # otherwise bf16 would be refused, and accelerate would take each of several processes for the only one
+    args.use_cpu = True
 
 
 def _check_device_of_deepspeed(args: Any) -> None:

@@ -36,6 +36,7 @@ THROUGHPUT = (
     ("tokens_per_second", "tokens per second", "{:,.0f}"),
     ("padding_saved", "padding avoided, share of the padded batch", "{:.1%}"),
     ("prompt_shared", "tokens shared, share of the unpadded batch", "{:.1%}"),
+    ("reference/share", "reference, share of the time", "{:.1%}"),
 )
 
 
@@ -381,6 +382,8 @@ def _print_tables(log_history: list[dict[str, float]]) -> None:
     logged = [entry for entry in log_history if "tokens_per_second" in entry]
     if logged:
         rates = [
-            (label, form.format(sum(entry[name] for entry in logged) / len(logged))) for name, label, form in THROUGHPUT
+            (label, form.format(sum(found) / len(found)))
+            for name, label, form in THROUGHPUT
+            if (found := [entry[name] for entry in logged if name in entry])
         ]
         print(summary_table(rates, ("training", "mean")))  # noqa: T201

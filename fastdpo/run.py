@@ -264,12 +264,13 @@ def load_reference(run: RunConfig, args: DPOConfig) -> Any | None:
     return policy.load_policy(run.ref_model_name_or_path, args, setting="ref_model_name_or_path")
 
 
-def load_datasets(run: RunConfig, seed: int = 0) -> tuple[Any, Any | None]:
+def load_datasets(run: RunConfig, seed: int = 0, *, without: str = "nothing is evaluated") -> tuple[Any, Any | None]:
     """Load the split to train on and the split to evaluate on, or None if the dataset lacks that one.
 
     Args:
         run: names the dataset, or the mixture of datasets.
         seed: decides which rows of a mixture are held out.
+        without: what the log says will happen if the dataset has no split to evaluate on.
 
     Raises:
         ValueError: the dataset can't be read, or has no split of a name that was set.
@@ -287,7 +288,7 @@ def load_datasets(run: RunConfig, seed: int = 0) -> tuple[Any, Any | None]:
         if split is None or split in splits:
             continue
         if setting == "dataset_test_split" and split == RunConfig.dataset_test_split:
-            logger.warning("%s has no split %r, so nothing is evaluated", run.data, split)
+            logger.warning("%s has no split %r, so %s", run.data, split, without)
             continue
         has = f"it has {', '.join(splits)}{nearest(split, splits)}"
         raise ValueError(f"{setting}: {run.data} has no split {split!r}; {has}")

@@ -112,7 +112,8 @@ def score(
             check_images(each)
         if not is_patched(each):
             patch_forward(each)
-    layout = checked_layout(models, [dataset[0]], choose_layout(models, prefix_sharing=True), collate=collate)
+    layout = choose_layout(models, prefix_sharing=True, trains=False)
+    layout = checked_layout(models, [dataset[0]], layout, collate=collate)
     options = {"layout": layout, "collate": collate, "folder": cache_dir, **options}
     if processes is not None:
         options |= {
@@ -122,12 +123,12 @@ def score(
             "exchange": exchange,
         }
 
-    scored = token_logps(dataset, model, name="policy's", **options)
+    scored = token_logps(dataset, model, name="scored", by="model", **options)
     if ref_model is not None:
-        reference = token_logps(dataset, ref_model, name="reference's", **options)
+        reference = token_logps(dataset, ref_model, name="scored", **options)
     else:
         with adapters.as_reference(model, ref_adapter_name):
-            reference = token_logps(dataset, model, name="reference's", **options)
+            reference = token_logps(dataset, model, name="scored", **options)
 
     index = dataset["pair_index"]
     results = [_row(i, ours, theirs, beta) for i, ours, theirs in zip(index, scored, reference, strict=True)]

@@ -104,7 +104,10 @@ def poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: one of them at the end would leave the other workers idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

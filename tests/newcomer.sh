@@ -58,7 +58,13 @@ step 0 "a LoRA adapter" fastdpo train "${mine[@]}" --use_peft --lora_r 8 --outpu
 step 0 "merge it" fastdpo merge runs/lora --output_dir runs/merged
 
 long=("${mine[@]}" --output_dir runs/long --num_train_epochs 40 --save_steps 5 --logging_steps 5)
-step 143 "a run that the scheduler stops" timeout --preserve-status --signal=TERM 25 fastdpo train "${long[@]}"
+stopped() { # as a scheduler does it, when the run has its first checkpoint
+    fastdpo train "${long[@]}" &
+    until compgen -G "runs/long/checkpoint-*" || ! kill -0 $!; do sleep 0.2; done
+    kill -TERM $!
+    wait $!
+}
+step 143 "a run that the scheduler stops" stopped
 step 0 "go on where it stopped" fastdpo train "${long[@]}" --resume_from_checkpoint auto
 test -f runs/long/model.safetensors
 

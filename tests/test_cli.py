@@ -40,7 +40,8 @@ def test_the_quickstart_learns_what_it_promises(tmp_path: Path) -> None:
     assert accuracy[0] == 0.5  # the policy is its own reference
     assert accuracy[-1] >= 0.9
     assert f"{accuracy[-1]:.3f}" in done.stdout
-    for words in ("held out", "reward accuracy", "tokens per second", "padding avoided", "tokens shared"):
+    training = ("tokens per second", "padding avoided", "tokens shared", "reference, share")
+    for words in ("held out", "reward accuracy", *training):
         assert words in done.stdout
     assert "step 216/216  epoch 6.00  eval   loss" in done.stderr
     assert "\r" not in done.stderr  # which is no terminal
@@ -78,6 +79,10 @@ def test_a_single_file_trains_without_a_held_out_split(
     assert (tmp_path / "out" / "model.safetensors").exists()
     common = ("--output_dir", tmp_path / "none", "--dataset_name", data, "--reference_cache_dir", tmp_path / "cache")
     assert run("precompute", QUICKSTART, *common).code == 0
+    caplog.clear()
+    models = ("--config_name", "null", "--model_name_or_path", tmp_path / "out", "--ref_model_name_or_path")
+    assert run("score", QUICKSTART, *common, *models, tmp_path / "out").code == 0
+    assert "has no split 'test', so the split 'train' is scored" in caplog.text
     assert sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
@@ -99,7 +104,7 @@ def test_precompute_then_train_then_score(run: Callable[..., Any], tmp_path: Pat
     trained = (*SHORT, *common, "--precompute_ref_log_probs", "true", "--output_dir", tmp_path / "out")
     done = fastdpo("train", QUICKSTART, *trained)
     assert sorted((tmp_path / "cache").rglob("*.safetensors")) == shards, "training computed what was there"
-    assert "Reference log-probs" not in done.stderr
+    assert "Log-probs of" not in done.stderr
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
     page = (tmp_path / "out" / "report.html").read_text()

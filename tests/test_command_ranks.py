@@ -1,9 +1,6 @@
 """Two processes divide the work of commands, the rows of a stream and the weights; they write and say things once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastdpo.model.adapters import with_adapter
 from fastdpo.plan.resident import Job, resident, units_of
 from tests.helpers import command_ranks
+from tests.helpers.forks import run_ranks
 from tests.helpers.trainers import lora, tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -41,17 +39,7 @@ def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_all(folder: Path) -> str:
     make_inputs(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "tests/helpers/command_ranks.py", str(folder)],
-        cwd=ROOT,
-        env=environment | {"HF_HOME": str(folder / "home")},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    (folder / "stderr").write_text(done.stderr)
+    run_ranks(command_ranks.main, folder, log=folder / "log")
     return str(folder)
 
 
@@ -140,6 +128,6 @@ def test_fsdp_keeps_the_bytes_that_a_plan_computes(tuning: str, folder: Path) ->
 
 @pytest.mark.slow
 def test_a_failing_process_ends_the_command_with_its_message(folder: Path) -> None:
-    said = (folder / "stderr").read_text()
+    said = (folder / "log").read_text()
     assert "process 1 failed: FloatingPointError: row 3 of this process is not finite; this process ends too" in said
     assert not (folder / "failed" / "scores.jsonl").exists()

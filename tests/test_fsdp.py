@@ -2,24 +2,17 @@
 
 import functools
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from tests.helpers import fsdp_ranks
-from tests.helpers.fsdp_ranks import RUNS
-from tests.helpers.trainers import tiny_llama
-
-ROOT = Path(__file__).parent.parent
-
+from tests.helpers.alike import assert_adapter_loads, assert_alike, assert_resumed_alike, flat
+from tests.helpers.forks import run_ranks
+from tests.helpers.fsdp_ranks import OF_FOUR, RUNS
 
 ALIKE = {
     "copy-tied": "precomputed-tied",
@@ -45,17 +38,8 @@ def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_all(folder: Path) -> str:
-    script = ["tests/helpers/fsdp_ranks.py", str(folder)]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    for words in ([*script, "--fork", str(port)], [*torchrun, *script]):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True
-        )
-    (folder / "stderr").write_text(done.stderr)
+    run_ranks(fsdp_ranks.save_runs, folder, OF_FOUR, log=folder / "log", processes=4)
+    run_ranks(fsdp_ranks.main, folder, log=folder / "log")
     return str(folder)
 
 
@@ -70,24 +54,12 @@ def one_process(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda name: train(ALIKE.get(name, name))
 
 
-def flat(weights: dict[str, Any]) -> torch.Tensor:
-    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_sharded_training_equals_that_of_one_process(name: str, folder: Path, one_process: Any) -> None:
     two, one = torch.load(folder / f"{name}.pt"), one_process(name)
-    assert two["end"].keys() == one["end"].keys()
-    moved = (flat(one["end"]) - flat(one["start"])).norm()
-    error = (flat(two["end"]) - flat(one["end"])).norm()
     bound = RUNS[name].get("bound", 1e-4 if RUNS[name].get("optim") else 1e-6 if "lora" in RUNS[name] else 1e-5)
-    assert moved > 1e-3
-    assert error <= bound * moved, f"{name}: {error / moved:.1e}"
-    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    if name != "aot":  # whose evaluation is by batches
-        assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    assert_alike(two, one, bound, name)
     assert two["mesh"] == (set() if name.startswith("ddp") else {(2, 2)} if name == "saved-hsdp" else {(2,)})
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
@@ -106,9 +78,7 @@ def test_in_16_bits_shards_lose_no_more_than_one_process(folder: Path, one_proce
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if "saved" in name])
 def test_a_resumed_sharded_run_ends_as_the_uninterrupted_one(name: str, folder: Path) -> None:
-    found = torch.load(folder / f"{name}.pt")
-    assert found["end"]
-    assert all(torch.equal(found["resumed"][key], weight) for key, weight in found["end"].items())
+    assert_resumed_alike(torch.load(folder / f"{name}.pt"))
 
 
 @pytest.mark.slow
@@ -122,17 +92,13 @@ def test_both_kinds_of_checkpoints_end_with_a_model_that_loads(name: str, folder
 
 @pytest.mark.slow
 def test_an_adapter_trained_with_fsdp_loads(folder: Path) -> None:
-    model = peft.PeftModel.from_pretrained(tiny_llama(), folder / "saved-lora" / "model", is_trainable=True)
-    trained = torch.load(folder / "saved-lora.pt")["end"]
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert found.keys() == trained.keys()
-    assert all(torch.equal(trained[name], weight) for name, weight in found.items())
+    assert_adapter_loads(folder, "saved-lora")
 
 
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others_with_its_message(folder: Path) -> None:
     said = "process 1 failed: FileNotFoundError: row 5 of this process's data is gone; this process ends too"
-    assert said in (folder / "stderr").read_text()
+    assert said in (folder / "log").read_text()
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def count_forwards(module: nn.Module) -> list[None]:
 
 def numbers(trainer: Any) -> list[dict[str, float]]:
     """All that was logged, but for times and for what depends on how a step is divided into batches."""
-    timed = ("runtime", "per_second", "flos", "padding_saved")
+    timed = ("runtime", "per_second", "flos", "padding_saved", "reference/share")
     return [
         {name: value for name, value in entry.items() if not any(each in name for each in timed)}
         for entry in trainer.state.log_history

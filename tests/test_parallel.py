@@ -1,9 +1,6 @@
 """Whatever runs the model, its gradients are the same: DDP, FSDP2, LoRA, checkpointing, torch.compile."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +9,22 @@ import torch
 
 from fastdpo.data.packing import shared_prefix_batch
 from fastdpo.model.scoring_forward import patch_forward
+from tests.helpers import parallel_ranks
+from tests.helpers.forks import run_ranks
 from tests.helpers.parallel_ranks import CASES
 from tests.helpers.tiny import PAIRS, assert_same_gradients, gradients, make_model, make_pairs, stock, stock_logps
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def errors(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of all cases, by two processes that run them one after the other."""
-    return once("parallel", lambda: run_cases(tmp_path_factory.mktemp("parallel") / "errors.json"))
+    return once("parallel", lambda: run_cases(tmp_path_factory.mktemp("parallel")))
 
 
-def run_cases(result: Path) -> Any:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*command, "tests/helpers/parallel_ranks.py", result], cwd=ROOT, env=environment, check=True, timeout=300
-    )
-    return json.loads(result.read_text())
+def run_cases(folder: Path) -> Any:
+    log = folder / "log"
+    assert run_ranks(parallel_ranks.main, folder / "errors.json", log=log) == [0, 0], log.read_text()
+    return json.loads((folder / "errors.json").read_text())
 
 
 @pytest.mark.slow

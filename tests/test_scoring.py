@@ -81,14 +81,18 @@ def test_equal_models_tie() -> None:
     assert result.accuracy == 0.5
 
 
-def test_an_adapter_switched_off_is_the_reference() -> None:
-    policy = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]))
+def test_an_adapter_switched_off_is_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    """Its dropout has no effect on scores, so that prompts are shared."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], lora_dropout=0.3)
+    policy = get_peft_model(make_model("llama"), config)
     reference = make_model("llama")
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.add_(0.1)
-    alone = score(policy, None, PAIRS, **OPTIONS)
+    with caplog.at_level("INFO", logger="fastdpo"):
+        alone = score(policy, None, PAIRS, **OPTIONS)
+    assert "what an example's responses share, such as the prompt, is computed once" in caplog.text
     given = score(policy, reference, PAIRS, **OPTIONS)
     assert alone == given
     assert any(abs(row["rewards"][0]) > 1e-3 for row in alone.rows)

@@ -101,6 +101,31 @@ def test_lora_with_a_frozen_tower_and_evaluation(make: Make) -> None:
     assert trainer.args.ddp_find_unused_parameters
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_is_the_one_that_never_stopped(make: Make, tmp_path: Path, adapter: bool) -> None:
+    """Its weights lie in the checkpoint under names that the model does not use."""
+    options: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "own_reference": False}
+    options |= {"per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    if adapter:
+        peft = pytest.importorskip("peft")
+        options["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], lora_dropout=0.1)
+    through, resumed = (make("llava", rows(5, mixed=True), **options) for _ in range(2))
+    start = weights(through)
+    through.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert losses(resumed) == losses(through)
+    after = weights(through)
+    assert not all(torch.equal(after[n], start[n]) for n in after)
+    assert all(torch.equal(after[n], p) for n, p in weights(resumed).items())
+
+
+def test_an_adapter_whose_modules_peft_does_not_know_needs_their_names(make: Make) -> None:
+    peft = pytest.importorskip("peft")
+    message = "^PEFT does not know which modules .* 'llava' .* name them in target_modules .*lora_target_modules"
+    with pytest.raises(ValueError, match=message):
+        make("llava", rows(2), peft_config=peft.LoraConfig())
+
+
 def test_a_stream_is_the_dataset(make: Make) -> None:
     data = rows(4, mixed=True).select([0, 2, 1, 3])
     whole = make("llava", data)

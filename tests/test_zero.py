@@ -3,25 +3,22 @@
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from tests.helpers import zero_ranks
+from tests.helpers.alike import assert_adapter_loads, assert_alike, assert_resumed_alike
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.forks import run_ranks
 from tests.helpers.trainers import tiny_llama
 from tests.helpers.zero_ranks import RUNS
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
-ROOT = Path(__file__).parent.parent
 ALIKE = {"zero3-clipped": "zero2-clipped", "zero3-cached-saved-lora": "zero1-saved-lora"}
 """Runs that are the same in one process."""
 BOUNDS = {"adamw": 1e-4, "lora": 1e-6, "full": 1e-5}
@@ -36,17 +33,7 @@ def folder(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_all(folder: Path) -> str:
     prepare(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "tests/helpers/zero_ranks.py", str(folder)],
-        cwd=ROOT,
-        env=environment,
-        timeout=400,
-        capture_output=True,
-        text=True,
-    )
-    (folder / "stderr").write_text(done.stderr)
+    run_ranks(zero_ranks.main, folder, log=folder / "log")
     return str(folder)
 
 
@@ -83,26 +70,14 @@ def one_process(once: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda name: train(ALIKE.get(name, name))
 
 
-def flat(weights: dict[str, Any]) -> torch.Tensor:
-    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
-
-
 @pytest.mark.parametrize("name", list(RUNS))
 def test_training_with_zero_equals_that_of_one_process(name: str, folder: Path, one_process: Any) -> None:
     two, one = torch.load(folder / f"{name}.pt"), one_process(name)
-    assert two["end"].keys() == one["end"].keys()
-    moved = (flat(one["end"]) - flat(one["start"])).norm()
-    # PiSSA's first weights are rounded in another way if a process has other threads
-    error = ((flat(two["end"]) - flat(two["start"])) - (flat(one["end"]) - flat(one["start"]))).norm()
     # those of PiSSA and of a copied head are large beside their change, so that their rounding is too
     is_large = "pissa" in name or "modules" in name
     kind = "adamw" if "optim" in RUNS[name] else "lora" if "lora" in RUNS[name] and not is_large else "full"
-    assert moved > 1e-3
-    assert error <= BOUNDS[kind] * moved, f"{name}: {error / moved:.1e}"
-    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (two, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    if name != "zero3-aot":  # whose evaluation is by batches
-        assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    # PiSSA's first weights are rounded in another way if a process has other threads
+    assert_alike(two, one, BOUNDS[kind], name, from_start="pissa" in name)
     assert two["precomputed"] == ("precompute_ref_log_probs" in RUNS[name] or "cached" in name)
     if RUNS[name].get("evaluate_first"):
         assert two["first"] == pytest.approx(math.log(2), rel=1e-6)
@@ -110,9 +85,7 @@ def test_training_with_zero_equals_that_of_one_process(name: str, folder: Path, 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "saved" in name])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name: str, folder: Path) -> None:
-    found = torch.load(folder / f"{name}.pt")
-    assert found["end"]
-    assert all(torch.equal(found["resumed"][key], weight) for key, weight in found["end"].items())
+    assert_resumed_alike(torch.load(folder / f"{name}.pt"))
 
 
 @pytest.mark.parametrize("name", ["zero2-saved-synced", "zero3-saved-synced"])
@@ -127,11 +100,7 @@ def test_a_model_that_loads_is_saved(name: str, place: str, folder: Path) -> Non
 
 @pytest.mark.parametrize("name", ["zero1-saved-lora", "zero3-cached-saved-lora"])
 def test_an_adapter_that_loads_is_saved(name: str, folder: Path) -> None:
-    model = peft.PeftModel.from_pretrained(tiny_llama(), folder / name / "model", is_trainable=True)
-    trained = torch.load(folder / f"{name}.pt")["end"]
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert found.keys() == trained.keys()
-    assert all(torch.equal(trained[name], weight) for name, weight in found.items())
+    assert_adapter_loads(folder, name)
 
 
 @pytest.mark.parametrize("name", ["zero2-clipped", "zero3-clipped"])

@@ -24,24 +24,28 @@ PAGE, NUMBERS = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/computed/ba
 MARK = "<!-- python -m benchmarks.studies.balance {} the table of balance -->\n"
 
 PROFILES = ("ultrafeedback", "hh", "tldr")
-PROCESSES = (2, 8, 64, 256)
-PAIRS, MAX_LENGTH, ACCUMULATION = 60_000, 2048, 4
+PROCESSES = (2, 8, 64, 256, 1024)
+PAIRS, MAX_LENGTH, ACCUMULATION = 240_000, 2048, 4
 WAYS = {
     "random": "`per_device_train_batch_size=8`, in random order",
     "budget": "`tokens_per_batch=16384`",
 }
 
 
-def sizes_of(profile: str, pairs: int = PAIRS, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Return the tokens that are computed for each pair, as `fastdpo.data.sampler.example_sizes` does."""
+def lengths_of(profile: str, pairs: int, seed: int = 0) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return the tokens of prompts, chosen and rejected responses, `[pairs]` each."""
     rng, lengths = np.random.default_rng(seed), LENGTHS[profile]
 
     def draw(median: float, spread: float, most: Any) -> np.ndarray[Any, Any]:
         return np.clip(np.rint(rng.lognormal(np.log(median), spread, pairs)), 1, most).astype(np.int64)
 
     prompt = draw(lengths.prompt, lengths.prompt_spread, 3 * MAX_LENGTH // 4)
-    chosen, rejected = (draw(lengths.response, lengths.response_spread, MAX_LENGTH - prompt) for _ in range(2))
-    return np.stack([prompt + chosen + rejected - 1, np.ones(pairs, np.int64)], 1)
+    return prompt, *(draw(lengths.response, lengths.response_spread, MAX_LENGTH - prompt) for _ in range(2))
+
+
+def sizes_of(profile: str, pairs: int = PAIRS, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Return the tokens that are computed for each pair, as `fastdpo.data.sampler.example_sizes` does."""
+    return np.stack([sum(lengths_of(profile, pairs, seed)) - 1, np.ones(pairs, np.int64)], 1)
 
 
 def rows_of(way: str, sizes: np.ndarray[Any, Any], processes: int) -> np.ndarray[Any, Any]:

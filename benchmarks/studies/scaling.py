@@ -34,7 +34,7 @@ SHAPES = {
 """Of Llama 3."""
 TUNINGS = {"full": Precision(torch.float32, torch.bfloat16), "LoRA": Precision(torch.bfloat16, torch.bfloat16)}
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
-GPUS = (1, 8, 64, 256)
+GPUS = (1, 8, 64, 256, 1024)
 ROWS = 16384
 RATIOS = Ratios(paths=1.3, targets=0.6, grid=1.5)
 GIB, GB = 2**30, 10**9

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.studies.rows import KINDS, Exact, Rows, error, exact, make_rows
 from benchmarks.studies.sparse_report import draw, fill
 from fastdpo import linear_logprobs
 from fastdpo.benchmarks import small_lm
@@ -33,7 +34,6 @@ from fastdpo.benchmarks.harness import provenance
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.op import density_key
-from tests.helpers.rows import KINDS, Exact, Rows, error, exact, make_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 Table = list[dict[str, Any]]

@@ -103,11 +103,11 @@ def check_new_run(folder: Path, *, overwrite: bool) -> None:
     if not overwrite and old:
         raise ValueError(
             f"output_dir {str(folder)!r} has checkpoints of an earlier run, up to step {next(iter(old))}: continue it "
-            "with resume_from_checkpoint=auto, or give another output_dir; overwrite_output_dir=true removes the "
+            "with resume_from_checkpoint=auto, or give another output_dir; overwrite_output_dir=True removes the "
             "checkpoints and starts from the beginning"
         )
     if not overwrite and results:
         raise ValueError(
             f"output_dir {str(folder)!r} has the results of an earlier run ({', '.join(results)}): give another "
-            "output_dir, or replace them with overwrite_output_dir=true"
+            "output_dir, or replace them with overwrite_output_dir=True"
         )

@@ -68,7 +68,7 @@ def begin(
     if not changed and not all((path / name).exists() for name in needed):
         raise ValueError(
             f"{path} has no state of the optimizer, as with save_only_model: training would go on with a new "
-            "optimizer; resume_changed=true allows that"
+            "optimizer; resume_changed=True allows that"
         )
     return _compared(folder, path, then, now, changed=changed)
 
@@ -84,7 +84,7 @@ def _named(path: Path, *, changed: bool) -> dict[str, Any]:
         other = next(good_checkpoints(path.absolute().parent), None)
         hint = f"; the newest undamaged checkpoint beside it is {str(other[0])!r}" if other else ""
         if not (path / MANIFEST).exists() and (path / STATE).is_file():
-            hint += "; resume_changed=true uses it unchecked"
+            hint += "; resume_changed=True uses it unchecked"
         raise ValueError(f"{path} can't be resumed from: {damage}{hint}") from damage
 
 
@@ -94,7 +94,7 @@ def _compared(folder: Path, path: Path, then: dict[str, Any], now: Mapping[str, 
         also = f"; also different: {'; '.join(from_now_on)}" if from_now_on else ""
         raise ValueError(
             f"{path} belongs to another run: {'; '.join(others)}{also}. Set this back, or give another output_dir to "
-            "start from the beginning; resume_changed=true continues with the new values"
+            "start from the beginning; resume_changed=True continues with the new values"
         )
     step = json.loads((path / STATE).read_bytes())["global_step"]
     write.set_aside(folder, after=step)

@@ -20,7 +20,8 @@ def score_run(chosen: Mapping[str, Any]) -> None:
     _keep_whole(args)
     output = Path(args.output_dir) / "scores.jsonl"
     with failing_together(args):
-        train_dataset, eval_dataset = load_datasets(run, args.seed)
+        instead = f"the split {run.dataset_train_split!r} is scored"
+        train_dataset, eval_dataset = load_datasets(run, args.seed, without=instead)
         model, tokenizer = load_model(run, args, train_dataset)
         output.parent.mkdir(parents=True, exist_ok=True)
         options = options_of(args)  # the precision and batch size of training

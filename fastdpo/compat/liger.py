@@ -29,7 +29,7 @@ def prepare(args: DPOConfig) -> None:
     if not args.use_liger_kernel:
         return
     if not is_liger_kernel_available():
-        raise ImportError("use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel")
+        raise ImportError("use_liger_kernel=True needs the package liger-kernel: pip install 'fastdpo[liger]'")
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("use_liger_kernel=True needs a GPU, because Liger's kernels do not run on a CPU; leave it out")
     config = dict(args.liger_kernel_config or {})

@@ -14,7 +14,7 @@ from transformers import ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.config import DPOConfig
-from fastdpo.settings.old_names import OLD_NAMES, known_only
+from fastdpo.settings.old_names import OLD_NAMES, known_only, shown
 
 logger = logging.getLogger("fastdpo")
 
@@ -150,7 +150,7 @@ def _config(model: Any, args: Any) -> DPOConfig:
             continue
         elif trl:
             instead = OLD_NAMES.get(field.name, "leave it out")
-            raise ValueError(f"{field.name}={value!r} of trl.DPOConfig is not supported: {instead}")
+            raise ValueError(f"{field.name}={shown(value)} of trl.DPOConfig is not supported: {instead}")
         else:
             unread.append(field.name)
     del values["logging_nan_inf_filter"]  # on by default in transformers, and must be off here

@@ -166,11 +166,23 @@ def add_adapter(model: Any, config: Any, *, keeps_reference: bool) -> Any:
 
 
 def with_adapter(model: Any, config: Any) -> Any:
-    """Return the model in PEFT's wrapper with a new adapter, unchecked."""
+    """Return the model in PEFT's wrapper with a new adapter, unchecked.
+
+    Raises:
+        ValueError: the config names no modules, and PEFT has no choice of its own for this model.
+    """
     from peft import get_peft_model
 
-    with peft_is_older():
-        return get_peft_model(model, config)
+    try:
+        with peft_is_older():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        if "specify `target_modules`" not in str(error):
+            raise
+        raise ValueError(
+            f"PEFT does not know which modules of a {model.config.model_type!r} model should get an adapter: name them "
+            "in target_modules (lora_target_modules on the command line), or set it to all-linear"
+        ) from error
 
 
 @contextmanager

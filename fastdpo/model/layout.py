@@ -27,12 +27,12 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers whose packed computation is exact."""
 
 _HYBRID_TYPES = LAYER_TYPES | {"attention", "linear_attention", "mamba", "conv", "mlp", "moe"}
-INSTALL = "pip install tree-recurrence"
+INSTALL = "pip install 'fastdpo[hybrid]'"
 
 
-def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
+def choose_layout(models: Sequence[Any], prefix_sharing: bool, *, trains: bool = True) -> Layout:
     """Return the best layout that is exact on all `models`; `prefix_sharing=False` excludes those that share."""
-    found = [layout_of(model) for model in models]
+    found = [layout_of(model, trains=trains) for model in models]
     layout, reason = max(found, key=lambda choice: LAYOUTS.index(choice[0]))
     if not prefix_sharing and layout in ("shared", "tree"):
         layout, reason = "packed", "prefix_sharing=False"
@@ -44,13 +44,14 @@ def choose_layout(models: Sequence[Any], prefix_sharing: bool) -> Layout:
     return layout
 
 
-def layout_of(model: Any) -> tuple[Layout, str]:
+def layout_of(model: Any, *, trains: bool = True) -> tuple[Layout, str]:
     """Choose the best layout of a batch that is exact on a model: shared, tree, packed (nothing is shared) or padded.
 
     If the answer is "tree", this call has also made the model's recurrent layers follow trees (see `_follows_trees`).
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one. The answer depends on its dropout as set now.
+        trains: whether the batches are for training; otherwise nothing drops out.
 
     Returns:
         The layout, and the reason in words.
@@ -61,10 +62,10 @@ def layout_of(model: Any) -> tuple[Layout, str]:
     model = checked_model(model)
     if reason := only_padded(model):
         return "padded", reason
-    if _attention_dropout(model):
+    if trains and _attention_dropout(model):
         return "padded", "it drops out attention weights (disable_dropout=False), which only padded batches support"
     recurrent = has_state(model)
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+    if trains and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         reason = "it uses dropout (disable_dropout=False), and a token computed once can have only one mask"
         return "padded" if recurrent else "packed", reason
     if recurrent:
@@ -175,6 +176,18 @@ def check_sharded(model: Any, max_length: int | None) -> None:
             f"beyond {limit} tokens it reads rows one by one, and processes that share its weights have different "
             f"numbers of rows; set max_length <= {limit} (it is {max_length}), or use DDP",
         )
+
+
+def may_leave_unused(model: Any) -> bool:
+    """Return whether a batch of text may leave trainable weights of a model unused, which DDP must then look for.
+
+    They are those of a tower for images, of an expert to which no token goes, or of a layer that is dropped. DDP looks
+    for them in the graph of each step.
+    """
+    config = model.config
+    has_tower = config.get_text_config() is not config
+    has_experts = any("expert" in name and p.requires_grad for name, p in model.named_parameters())
+    return bool(has_tower or has_experts or getattr(config, "layerdrop", 0))
 
 
 def _attention_dropout(model: nn.Module) -> bool:

@@ -1,10 +1,12 @@
 """Load the policy and its tokenizer, or build a policy with random weights, and switch off its dropout."""
 
+import functools
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -91,6 +93,29 @@ def _from_pretrained(model: str, args: Any) -> Any:
         files = {name: options[name] for name in _OF_FILES if name in options}
         config = AutoConfig.from_pretrained(config or model, **files)
     return auto_class(config).from_pretrained(model, **options)
+
+
+def load_weights(model: Any, folder: Path | str) -> None:
+    """Read the weights of a checkpoint into a model, in place and exactly.
+
+    transformers saves some models, such as LLaVA and Mixtral, under names or in shapes that differ from those of their
+    parameters, and its Trainer, which compares names, leaves such a model as it is. `from_pretrained` converts them.
+
+    Args:
+        model: a `PreTrainedModel` without an adapter.
+        folder: where `save_pretrained` wrote a model of the same class.
+
+    Raises:
+        ValueError: the folder's weights are not those of this model.
+    """
+    # the widest dtype holds the weights of all others exactly
+    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    loaded, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[problem])):
+            name = type(model).__name__
+            raise ValueError(f"{folder} does not hold the weights of this {name}: {problem} {names[:3]}")
+    model.load_state_dict(loaded.state_dict())
 
 
 def auto_class(config: Any) -> Any:

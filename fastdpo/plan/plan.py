@@ -31,6 +31,7 @@ from fastdpo.plan.memory import Memory, memory_model, meta_model
 from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import Batches, TokenStats, epoch, token_stats
 from fastdpo.plan.tracing.trace import Precision, Ratios
+from fastdpo.reference.share import when_it_pays
 from fastdpo.report.page import summary_table
 from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 from fastdpo.run import RunConfig, lora
@@ -66,6 +67,11 @@ class Plan:
     """GiB of the GPU planned for; None if there is none."""
     job: Job
     """How the work is divided over GPUs."""
+    epochs: float
+    """Epochs of the run."""
+    reference_share: float | None
+    """Share of a step's multiplications that precomputing the reference would save; None if it can't be precomputed, or
+    is already."""
 
     @property
     def fits(self) -> dict[bool, int]:
@@ -161,15 +167,22 @@ def make_plan(
         *(["tokens_per_batch=auto, which is chosen in training, as unset"] if args.tokens_per_batch == AUTO else []),
         *(["no activations of the part that sees the images"] if has_images(dataset) else []),
     )
+    steps = -(-len(batches.rows) // (processes * args.gradient_accumulation_steps))
+    checkpointing = bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))
+    # passes through the model: the reference's and the policy's forward, and a backward that recomputes the forward
+    # with checkpointing, and without an adapter needs gradients of the weights too
+    passes = 2 + (1 if adapter else 2) + checkpointing
     return Plan(
         stats=stats,
         batches=batches,
-        steps=-(-len(batches.rows) // (processes * args.gradient_accumulation_steps)),
+        steps=steps,
         memory=memory,
-        checkpointing=bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing)),
+        checkpointing=checkpointing,
         assumed=assumed,
         gpu_memory=gpu_memory,
         job=job,
+        epochs=args.max_steps / steps if args.max_steps > 0 else args.num_train_epochs,
+        reference_share=1 / passes if runs_reference and not args.sync_ref_model else None,
     )
 
 
@@ -258,7 +271,7 @@ def tables(plan: Plan) -> str:
         summary_table(counted, ("data (counted)", "")),
     ]
     if not plan.memory:
-        return "\n".join([*shown, "memory: not computed, because batches are padded"])
+        return "\n".join([*shown, "memory: not computed, because batches are padded", *_reference_advice(plan)])
     on, off = plan.memory[True], plan.memory[False]
     constant = [
         ("weights", on.weights),
@@ -286,6 +299,7 @@ def tables(plan: Plan) -> str:
             f"memory assumes: {'; '.join(plan.assumed)}; the config has gradient checkpointing "
             f"{'on' if plan.checkpointing else 'off'}",
             *_head_advice(on, largest),
+            *_reference_advice(plan),
             *([f"fits: {RESERVED / GIB:.0f} GiB and {FRAGMENTED:.0%} of the rest are kept free"] if plan.fits else []),
         ]
     )
@@ -303,6 +317,16 @@ def _head_advice(memory: Memory, rows: int) -> list[str]:
         f"batch, and the backward computes the others again; head_workspace={larger} holds all of them, for "
         f"{_size(needed - memory.head_workspace)} more memory and {(1 - kept) / (4 - kept):.0%} fewer multiplications "
         "in the head if its backward is exact (not with a soft-cap)"
+    ]
+
+
+def _reference_advice(plan: Plan) -> list[str]:
+    """Say what precomputing the reference saves and when that pays, if it is possible."""
+    if plan.reference_share is None or plan.epochs <= 0:
+        return []
+    return [
+        f"reference: about {plan.reference_share:.0%} of the multiplications of a step; `fastdpo precompute` computes "
+        f"it once for all epochs and for later runs on these rows, and pays {when_it_pays(plan.epochs)}"
     ]
 
 

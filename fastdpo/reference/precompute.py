@@ -97,6 +97,7 @@ def token_logps(
     examples_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     name: str = "train",
+    by: str = "reference",
     process_index: int = 0,
     num_processes: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
@@ -116,6 +117,7 @@ def token_logps(
         examples_per_batch: number of examples in a batch, instead of `tokens_per_batch`.
         autocast: the dtype of autocast in training; None if it is off.
         name: what errors and the progress bar call the dataset.
+        by: what they call the model.
         process_index: number of this process among those that share the work.
         num_processes: number of processes that share the work. Each computes its share, and reads the others from
             `folder`, or gets them by `exchange` if they are not there.
@@ -135,7 +137,7 @@ def token_logps(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name} dataset is {type(dataset).__name__}: reference log-probs can be precomputed for a "
+            f"{name} dataset is {type(dataset).__name__}: {by} log-probs can be precomputed for a "
             "datasets.Dataset only; set precompute_ref_log_probs=False, or load it without streaming"
         )
     for what, number in (("tokens_per_batch", tokens_per_batch), ("precompute_ref_batch_size", examples_per_batch)):
@@ -145,7 +147,7 @@ def token_logps(
     if not is_patched(model):
         patch_forward(model)
     items = list(_items(dataset))
-    options: dict[str, Any] = {"layout": layout, "autocast": autocast, "collate": collate}
+    options: dict[str, Any] = {"layout": layout, "autocast": autocast, "collate": collate, "by": by}
     if "images_key" in dataset.column_names:
         options["images"] = dataset.select_columns([c for c in KEPT if c in dataset.column_names])
     with evaluating(model):
@@ -301,7 +303,7 @@ def _fill(
     total = sum(len(response) for batch in batches for item in batch for response in item.responses)
     unsaved: dict[bytes, Logps] = {}
     waiting = 0
-    description = f"Reference log-probs of {name} dataset"
+    description = f"Log-probs of the {name} dataset under the {options['by']}"
     with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=disable_tqdm or None) as bar:
         for batch in batches:
             scored = score_batch(model, batch, name, **options)
@@ -324,6 +326,7 @@ def score_batch(
     *,
     layout: str,
     autocast: torch.dtype | None,
+    by: str = "reference",
     collate: Collate = shared_prefix_batch,
     images: Dataset | None = None,
 ) -> dict[bytes, Logps]:
@@ -346,7 +349,7 @@ def score_batch(
             values = logps[bounds[responses[k]] : bounds[responses[k] + 1]]
             if not np.isfinite(values).all():
                 raise FloatingPointError(
-                    f"{name} dataset: row {row}: the reference gives response {number} a log-prob that is not finite; "
+                    f"{name} dataset: row {row}: the {by} gives response {number} a log-prob that is not finite; "
                     "its weights may not be finite, or it overflows in fp16 (use bf16)"
                 )
             scored[key] = values

@@ -52,7 +52,7 @@ PACKAGES = {
     "deepspeed": "pip install 'fastdpo[deepspeed]'",
     "flash_attn": "pip install 'fastdpo[flash]'",
     "tree_recurrence": "pip install 'fastdpo[hybrid]'",
-    "liger_kernel": "pip install liger-kernel",
+    "liger_kernel": "pip install 'fastdpo[liger]'",
     "bitsandbytes": "pip install bitsandbytes",
     "comet_ml": "pip install comet-ml",
 }

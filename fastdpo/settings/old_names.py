@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -67,8 +68,16 @@ def known_only(owner: str, given: Mapping[str, Any], known: Collection[str]) -> 
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"{owner} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if given[name] is not None:
-            raise ValueError(f"{owner} does not take {name}={given[name]!r}: {OLD_NAMES[name]}")
+            raise ValueError(f"{owner} does not take {name}={shown(given[name])}: {OLD_NAMES[name]}")
     return {name: value for name, value in given.items() if name in known}
+
+
+def shown(value: Any) -> str:
+    """Return what a message of one line says of a user's value: a function's name, an object's type, or plain data."""
+    if name := getattr(value, "__qualname__", None):
+        return "a lambda" if name.endswith("<lambda>") else str(name)
+    plain = value is None or isinstance(value, (str, int, float, list, tuple, set, dict))
+    return reprlib.repr(value) if plain else f"a {type(value).__name__}"
 
 
 def in_words(cls: type[T]) -> type[T]:

@@ -31,7 +31,7 @@ from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
 from fastdpo.model.adapted_layers import adapted_modules, unwrap
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout
+from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout, may_leave_unused
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
 from fastdpo.model.scoring_forward import patch_forward
@@ -129,7 +129,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             )
         columns = prepare.columns_of(train_dataset, eval_dataset)
         self.collate = collator_of(columns, processing_class, unwrap(model))
-        if any("images_key" in names for names in columns):
+        has_pictures = any("images_key" in names for names in columns)
+        if has_pictures:
             if args.group_by_prompt:
                 raise ValueError(
                     f"group_by_prompt={args.group_by_prompt} can't be used with images, because prompts of equal "
@@ -137,8 +138,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                 )
             for each in filter(None, (model, ref_model)):
                 check_images(each)
-            if args.ddp_find_unused_parameters is None:  # a batch may have no images, and then the tower is not used
-                args.ddp_find_unused_parameters = True
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = has_pictures or may_leave_unused(unwrap(model))
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
         # before the models are patched, for a copy of the policy must not share its patch

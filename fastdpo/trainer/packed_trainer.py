@@ -25,6 +25,7 @@ from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
 from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
 from fastdpo.model.scoring_forward import TokenScores, evaluating
+from fastdpo.reference.share import ReferenceTime
 from fastdpo.report import metrics
 from fastdpo.trainer.balance import add_balance, own_tokens
 from fastdpo.trainer.memory_choice import MemoryChoice
@@ -52,6 +53,7 @@ class PackedTrainer(Trainer):
         self._sums = metrics.RunningSums()
         self._guard = checks.NonFiniteGuard()
         self._clock: float | None = None
+        self._reference_time = ReferenceTime(others["args"].device)
         self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self._first_loss_is_known = False
         self._memory: MemoryChoice | None = None  # while it trains with a setting that is auto
@@ -62,6 +64,7 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
         loader, args = super().get_train_dataloader(), self.args
+        self._reference_time = ReferenceTime(args.device)
         self._memory = (
             MemoryChoice(self, loader) if AUTO in (args.gradient_checkpointing, args.tokens_per_batch) else None
         )
@@ -104,8 +107,6 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """Return what this micro-batch adds to the loss, which is a mean over the whole optimizer step."""
         training = self.model.training
-        if training and self._clock is None:
-            self._clock = time.perf_counter()
         with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
         # an evaluation before training runs a policy that accelerate has not wrapped in autocast yet
         with self.accelerator.autocast():
@@ -142,7 +143,8 @@ class PackedTrainer(Trainer):
         """Return the reference's log-probs `[M]`; None if the objective reads none or the batch has them."""
         if not self._settings.needs_reference or not {"ref_logps", "ref_token_logps"}.isdisjoint(inputs):
             return None
-        with torch.no_grad(), self.accelerator.autocast():
+        measured = self._reference_time.measured(self.state.global_step)
+        with measured, torch.no_grad(), self.accelerator.autocast():
             if self.ref_model is not None:
                 scores: TokenScores = self.ref_model(**inputs)
                 return scores.logps
@@ -162,6 +164,8 @@ class PackedTrainer(Trainer):
         """
         if not batch_samples:
             return None
+        if self._clock is None:
+            self._clock = time.perf_counter()
         totals = step_totals(batch_samples)
         if self.args.world_size > 1:
             tokens = own_tokens(batch_samples, self.args)
@@ -212,17 +216,24 @@ class PackedTrainer(Trainer):
         """Add the metrics since the last log to a record of training, and to the record that ends the run."""
         if "loss" in logs or ("train_loss" in logs and self._sums):
             now = time.perf_counter()
+            seconds = self._clock and now - self._clock
             numbers, histograms = metrics.training_logs(
-                self._sums,
-                self.accelerator,
-                seconds=self._clock and now - self._clock,
-                log_history=self.state.log_history,
+                self._sums, self.accelerator, seconds=seconds, log_history=self.state.log_history
             )
-            self._guard.check_now()  # waits for nothing: the metrics have just been read
-            logs.update(numbers)
+            # the metrics have just been read, so these two wait for nothing
+            self._guard.check_now()
+            logs.update(numbers, **self._reference_time.log(seconds or 0.0))
             self._keep_histograms(histograms)
             self._clock = now
         super().log(logs, start_time)
+        self._advise(ends="train_loss" in logs)
+
+    def _advise(self, *, ends: bool) -> None:
+        """Say once when precomputing the reference would pay, where it can be precomputed."""
+        state = self.state
+        if self.args.sync_ref_model or not isinstance(self.train_dataset, Dataset) or not state.is_world_process_zero:
+            return
+        self._reference_time.advise(state.global_step, state.epoch or 0.0, state.max_steps, ends=ends)
 
     def _keep_histograms(self, histograms: dict[str, metrics.Histogram], prefix: str = "") -> None:
         """Keep the first and the last histogram of each name, for the report."""
@@ -243,6 +254,7 @@ class PackedTrainer(Trainer):
         """Evaluate with means over all examples, so that a smaller last batch counts less than a full one."""
         started = time.perf_counter()
         training_sums, self._sums = self._sums, metrics.RunningSums()
+        reference_time, self._reference_time = self._reference_time, ReferenceTime(self.args.device)
         logged = metrics.tokens_logged(self.state.log_history) if self.is_world_process_zero() else 0.0
         self._sums.add_numbers("num_tokens", logged + training_sums.tokens())  # of training so far, as in TRL's records
         with sharding.callable_policy(self):
@@ -252,7 +264,7 @@ class PackedTrainer(Trainer):
             numbers["loss"] += self._aux_coef * numbers["aux_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
         self._keep_histograms(histograms, f"{metric_key_prefix}_")
-        self._sums = training_sums
+        self._sums, self._reference_time = training_sums, reference_time
         if self._clock is not None:  # tokens_per_second does not count the time of an evaluation
             self._clock += time.perf_counter() - started
         return output

@@ -24,6 +24,7 @@ from fastdpo.checkpoint import lock, preempt, resume, write
 from fastdpo.checkpoint.identity import identity
 from fastdpo.checkpoint.manifest import STATE, Damaged, verify, write_manifest
 from fastdpo.model import adapters
+from fastdpo.model.policy import load_weights
 from fastdpo.reference.sync import SyncReference
 from fastdpo.report import metrics
 from fastdpo.settings.config_file import MANIFEST
@@ -240,7 +241,8 @@ class SavingTrainer(PackedTrainer):
                 f"load_best_model_at_end: the best checkpoint {best} is damaged: {damage}. The last checkpoint is "
                 f"{best.with_name(f'checkpoint-{self._saved_step}')}."
             ) from damage
-        super()._load_best_model()
+        if self.is_deepspeed_enabled or not self._load_plain(best):
+            super()._load_best_model()
 
     # The sums since the last log
 
@@ -254,6 +256,7 @@ class SavingTrainer(PackedTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "seconds": None if self._clock is None else time.perf_counter() - self._clock,
+            "reference_seconds": self._reference_time.since_log(),
             "sums": self._sums.state(),
             "histograms": self.histograms,
             "place": self._place,
@@ -274,6 +277,7 @@ class SavingTrainer(PackedTrainer):
         self._tr_loss += window["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = window["total_loss"], window["last_logged"]
         self._clock = None if window["seconds"] is None else time.perf_counter() - window["seconds"]
+        self._reference_time.restore(window.get("reference_seconds", 0.0))
         self._sums.restore(window["sums"], self.args.device)
         self.histograms = {
             name: [(step, metrics.Histogram(*parts)) for step, parts in kept]
@@ -290,6 +294,17 @@ class SavingTrainer(PackedTrainer):
         super().log(logs, start_time)
 
     # Resume
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_plain(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_plain(self, folder: Path) -> bool:
+        """Load the weights of a checkpoint that `save_pretrained` wrote, and return whether it is one."""
+        is_plain = not self.is_fsdp_enabled and not adapters.is_peft_model(self.model)
+        if is_plain:
+            load_weights(self.model, folder)
+        return is_plain
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of the next step; none if a run is resumed that has made all its steps."""

@@ -16,6 +16,7 @@ import torch
 
 from fastdpo.benchmarks import head, lengths, peers, training
 from fastdpo.head.impl import sparsity
+from tests.helpers import forks
 
 ROOT = Path(__file__).parents[2]
 PROVENANCE = {"machine", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "commit", "date"}
@@ -280,16 +281,30 @@ def test_matmul_is_timed_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
     head.matmul(head.make_inputs(head.Case(12, 16, 50)))
 
 
+NOTING = """#!/usr/bin/env bash
+printf '%s\\0' "$@" $'\\1' >>"$CALLS"
+echo Python was called
+"""
+
+
 @pytest.mark.slow
 def test_gpu_suite(tmp_path: Path) -> None:
-    environment = os.environ | {"SUITE_SIZE": "smoke", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    """The script runs with a Python that only notes its calls; these are then made in processes that cost less."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(NOTING)
+    python.chmod(0o755)
+    environment = os.environ | {"SUITE_SIZE": "smoke", "PYTHON": str(python), "CALLS": str(calls)}
     environment |= {"BUDGET": "5000"}  # a busy machine is no reason to leave a part out
     call = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "out"]
     first = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("status", "probe.log", "tests.log", "head.log", "head.jsonl", "training.log", "training.jsonl")
-    }
+    logs = [tmp_path / "out" / f"{name}.log" for name in ("probe", "head", "training", "tests")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"status", *(log.name for log in logs)}
+    assert {log.read_text() for log in logs} == {"Python was called\n"}
+    commands = [each.split("\0")[:-1] for each in calls.read_text().split("\1\0")[:-1]]
+    for words, log in zip(commands, logs, strict=True):
+        assert forks.python(*words, log=log) == 0, log.read_text()
+    assert {path.name for path in (tmp_path / "out").glob("*.jsonl")} == {"head.jsonl", "training.jsonl"}
     assert " passed" in (tmp_path / "out" / "tests.log").read_text()
     assert [line.split()[:2] for line in (tmp_path / "out" / "status").read_text().splitlines()] == [
         ["probe", "0"],

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.studies import sparse_report, sparse_study
+from benchmarks.studies.rows import exact, make_rows
 from fastdpo.head.impl import sparsity
-from tests.helpers.rows import exact, make_rows
 
 DOCUMENT = sparse_study.DOCS / "sparse_backward.md"
 STUDY = json.loads((sparse_study.DOCS / "sparse_backward" / "study.json").read_text())

@@ -194,7 +194,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 )
 def test_a_folder_with_results_is_not_trained_into(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir() if name == "checkpoint-3" else (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"an earlier run.*overwrite_output_dir=true"):
+    with pytest.raises(ValueError, match=r"an earlier run.*overwrite_output_dir=True"):
         lock.prepare_new_run(tmp_path, overwrite=False)
     lock.prepare_new_run(tmp_path, overwrite=True)
     assert not (tmp_path / "checkpoint-3").exists()

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fastdpo.checkpoint import lock
 from fastdpo.checkpoint.manifest import checkpoints
 from fastdpo.checkpoint.preempt import Preempted
+from fastdpo.model.policy import load_weights
 from fastdpo.settings.config_file import MANIFEST
 from fastdpo.trainer import saving
 from tests.helpers.resumable import records
-from tests.helpers.trainers import lora, rows, tiny_llama, weights
+from tests.helpers.tiny import make_model
+from tests.helpers.trainers import VOCAB, lora, rows, tiny_llama, weights
 
 Make = Callable[..., Any]
 BASE: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "logging_steps": 3, "data": rows(20)}
@@ -88,6 +91,31 @@ def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> 
     assert_same(resumed, through)
 
 
+def test_a_model_that_is_saved_under_other_names_resumes(make: Make, tmp_path: Path) -> None:
+    """A mixture of experts is saved expert by expert; the best checkpoint, which is not the last, is loaded, too."""
+    settings = BASE | {"eval_dataset": rows(4, 9), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-2}
+
+    def trainer() -> Any:
+        return make(make_model("qwen2-moe", vocab_size=VOCAB), **settings)
+
+    through, start = trainer(), weights(trainer().model)
+    through.train()
+    assert through.state.best_global_step < 6
+    assert not torch.equal(weights(through.model), start)
+    saved = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
+    assert not set(saved) <= set(through.model.state_dict())
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(resumed, through)
+
+
+def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not hold the weights of this LlamaModel: unexpected_keys \['lm_head"):
+        load_weights(tiny_llama().model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("step", "settings"),
     [
@@ -140,7 +168,7 @@ def test_a_checkpoint_of_transformers_itself_needs_a_word(make: Make, tmp_path: 
     place = tmp_path / "out" / "checkpoint-4"
     (place / "fastdpo_manifest.json").unlink()
     trainer = make(**BASE, output_dir=str(tmp_path / "new"))
-    with pytest.raises(ValueError, match=r"has no fastdpo_manifest.json.*resume_changed=true uses it unchecked"):
+    with pytest.raises(ValueError, match=r"has no fastdpo_manifest.json.*resume_changed=True uses it unchecked"):
         trainer.train(resume_from_checkpoint=str(place))
     trainer.args.resume_changed = True
     trainer.train(resume_from_checkpoint=str(place))

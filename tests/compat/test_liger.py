@@ -132,7 +132,7 @@ def test_without_the_package_the_command_is_given(
 ) -> None:
     """Before a model is loaded."""
     monkeypatch.setattr(liger, "is_liger_kernel_available", lambda: False)
-    with pytest.raises(ImportError, match=r"^use_liger_kernel=True needs .*: pip install liger-kernel$"):
+    with pytest.raises(ImportError, match=r"^use_liger_kernel=True needs .*: pip install 'fastdpo\[liger\]'$"):
         make("no/such/model", use_liger_kernel=True)
 
 

@@ -222,6 +222,13 @@ def test_an_old_argument_is_named(name: str, message: str) -> None:
         resolve("model", None, None, **{name: 1})
 
 
+def test_a_function_or_an_object_is_not_printed_whole() -> None:
+    values = [lambda: None, print, tiny_llama(), {"a": 1}]
+    for value, said in zip(values, ("a lambda", "print", "a LlamaForCausalLM", "{'a': 1}"), strict=True):
+        with pytest.raises(ValueError, match="^DPOTrainer does not take model_init=" + re.escape(f"{said}: pass the ")):
+            resolve("model", None, None, model_init=value)
+
+
 @pytest.mark.parametrize("name", OLD_NAMES)
 def test_an_old_setting_is_named(name: str) -> None:
     assert DPOConfig(use_cpu=True, **{name: None}) is not None

@@ -3,9 +3,6 @@
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,8 @@ from torch.utils.data import DataLoader
 from fastdpo.data import sampler
 from fastdpo.data.packing import LAYOUTS, shared_prefix_batch
 from fastdpo.data.sampler import BudgetSampler, example_sizes, rebatch
+from tests.helpers import sampler_ranks
+from tests.helpers.forks import run_ranks
 from tests.helpers.sampler_ranks import PAIRS, rows, train
 
 TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
@@ -243,15 +242,8 @@ def test_a_resumed_run_sees_what_the_whole_run_would(tmp_path, stop_at):
 
 @pytest.mark.slow
 def test_two_ranks_share_an_epoch_and_resume(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*command, "-m", "tests.helpers.sampler_ranks", tmp_path, "6"],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=300,
-    )
+    log = tmp_path / "log"
+    assert run_ranks(sampler_ranks.main, tmp_path, 6, log=log) == [0, 0], log.read_text()
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert len({len(whole["seen"]) for whole, _, _ in ranks}) == 1
     assert epochs_of([whole for whole, _, _ in ranks]) == [list(range(PAIRS))] * 2

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.studies.rows import KINDS, Exact, Rows, error, exact, make_rows
 from fastdpo.head import eager, op
 from fastdpo.head import linear_logprobs as linear_logprobs_module
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.linear_logprobs import linear_logprobs, linear_logprobs_with_stats
-from tests.helpers.rows import KINDS, Exact, Rows, error, exact, make_rows
 
 N, D, V = 192, 256, 16384 + 40  # the last cell is ragged
 

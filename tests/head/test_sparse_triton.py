@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.studies.rows import error, make_rows
 from fastdpo.head.impl import cells, sparsity, tiles
 from fastdpo.head.impl import torch as torch_impl
 from fastdpo.head.impl import triton as impl
@@ -14,7 +15,6 @@ from fastdpo.kernels import kept_probs, row_lists, sparse_dhidden, sparse_dlogit
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
 from fastdpo.kernels import linear_logprobs_forward as forward_kernel
 from fastdpo.kernels.logits_tile import Config
-from tests.helpers.rows import error, make_rows
 
 T = 16
 N, D, V, R = 50, 40, 205, 3  # ragged in every dimension

@@ -1,8 +1,5 @@
 """A vocabulary shared by ranks: as one process computes it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +7,9 @@ import pytest
 import torch
 
 from fastdpo.head.linear_logprobs import linear_logprobs
+from tests.helpers import forks, vocab_ranks
 from tests.helpers.vocab_ranks import D, N, R, V, bounds
 
-ROOT = Path(__file__).parent.parent.parent
 CASES: dict[str, dict[str, Any]] = {
     "float64": {"dtype": torch.float64},
     "transform": {"dtype": torch.float64, "logit_scale": 1.7, "softcap": 5.0, "temperature": 0.6},
@@ -48,11 +45,8 @@ def ranks(once: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
 
 def run_ranks(out: Path) -> Path:
     torch.save({**make_inputs(), "cases": CASES}, out / "inputs.pt")
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m"]
-    command = [sys.executable, *command, "tests.helpers.vocab_ranks", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
+    log = out / "log"
+    assert forks.run_ranks(vocab_ranks.main, out, log=log, processes=RANKS) == [0] * RANKS, log.read_text()
     return out
 
 

@@ -1,15 +1,15 @@
-"""Run by test_command_ranks.py under torchrun: how two processes divide commands, streams and weights, to files."""
+"""Run by test_command_ranks.py in two processes: how they divide commands, streams and weights, to files."""
 
 import contextlib
 import functools
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
@@ -19,8 +19,6 @@ from fastdpo.reference import precompute
 from fastdpo.sharding import local, reshard
 from tests.helpers.trainers import lora, make_trainer, rows, tiny_llama
 from tests.helpers.two_ranks import keep_fsdp_on_cpu
-
-RANK = int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -122,6 +120,8 @@ def fails(*_: Any, **__: Any) -> Any:
 
 
 def main(folder: Path) -> None:
+    rank = os.environ["RANK"]
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # so that nothing was mapped before
     common = ("--config_name", "null", "--dataset_name", folder / "data.jsonl", "--use_cpu", "--report_to", "none")
     models = (*common, "--model_name_or_path", folder / "policy")
     both = ("score", *models, "--ref_model_name_or_path", folder / "reference", "--tokens_per_batch", 300)
@@ -129,17 +129,13 @@ def main(folder: Path) -> None:
         "score": run(*both, "--output_dir", folder / "scores"),
         "plan": run("plan", *models, "--output_dir", folder / "plan"),
         # each process has a disk of its own, as on several machines
-        "precompute": run("precompute", *models, "--reference_cache_dir", folder / f"{RANK}", "--output_dir", folder),
+        "precompute": run("precompute", *models, "--reference_cache_dir", folder / rank, "--output_dir", folder),
     }
     results["stream"] = {"whole": stream(folder), "resumed": stream(folder, resume=True)}
     keep_fsdp_on_cpu()
     torch.distributed.barrier()
     results["fsdp2"] = {"full": sharded(folder), "lora": sharded(folder, peft_config=lora())}
-    (folder / f"rank{RANK}.json").write_text(json.dumps(results))
-    if RANK == 1:
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    if rank == "1":
         precompute.score_batch = fails
     run(*both, "--output_dir", folder / "failed")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

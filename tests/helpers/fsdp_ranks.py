@@ -1,27 +1,22 @@
-"""Run by test_fsdp.py under torchrun: training runs on two processes, most with FSDP2, results to a folder."""
+"""Run by test_fsdp.py in several processes: training runs, most with FSDP2, results to a folder."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpo.model import body_and_head
-from fastdpo.sharding import plain_name, whole
-from tests.helpers.trainers import make_trainer, rows, tiny_llama
+from tests.helpers import alike
+from tests.helpers.alike import ADAMW, PRECOMPUTE, SYNC
+from tests.helpers.trainers import make_trainer, tiny_llama
 from tests.helpers.two_ranks import keep_fsdp_on_cpu
 
 FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
-ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 RAM_EFFICIENT = {"cpu_ram_efficient_loading": True}  # only the first process reads the weights
 CHECKPOINTED = {"activation_checkpointing": True}
 SAVED = ADAMW | SYNC | {"save_strategy": "steps", "save_steps": 2}
@@ -41,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"init_lora_weights": "pissa"}, "bound": 1e-5},  # it trains large weights, whose rounding counts
     "modules-to-save": {"lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "bound": 1e-5},
     "aot": {"given": True, "loss_type": ["aot"]},
-    "partial": {"given": True, "rows": 28, "max_steps": -1, "num_train_epochs": 1},  # the last step has half the pairs
+    "partial": {"given": True, "pairs": 28, "max_steps": -1, "num_train_epochs": 1},  # the last step has half the pairs
     "no-wrap": {"given": True, "fsdp": {"auto_wrap_policy": "NO_WRAP"}},
     "gathered-lora": {"lora": {}, "fsdp": {"reshard_after_forward": False}},
     "by-name-tied": {"tied": True, "by_name": True, "fsdp": RAM_EFFICIENT},
@@ -54,17 +49,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "saved-lora": ADAMW | {"lora": {}, "save_strategy": "steps", "save_steps": 2},
     "saved-hsdp": SAVED | {"replicas": 2},
 }
-"""Settings of `DPOConfig`, and those of `trainer_of`."""
+"""Settings of `DPOConfig` and of `trainer_of`."""
 OF_FOUR = ["saved-hsdp"]
 """Runs on four processes, two times two that share the weights."""
 
 
 def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
-    """The trainer of a run: three steps of eight pairs."""
-    settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
-    tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
-    fsdp, cache_of = settings.pop("fsdp", {}), settings.pop("cache_of", name)
-    by_name, of_model = settings.pop("by_name", False), {"tie_word_embeddings": tied}
+    settings = {"cache_of": name, "lora": None} | alike.DEFAULTS | RUNS[name]
+    tied, given, by_name = (settings.pop(flag, False) for flag in ("tied", "given", "by_name"))
+    fsdp, of_model = settings.pop("fsdp", {}), {"tie_word_embeddings": tied}
     if "logit_scale" in settings:  # which Llama's code ignores, so that the name misleads: its own head is used
         of_model["logit_scale"] = settings.pop("logit_scale")
     for other in ("evaluate_first", "bound"):
@@ -81,27 +74,10 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
             os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch` sets it
     else:
         settings["per_device_train_batch_size"] = 8
-    model, reference = tiny_llama(**of_model), None
-    if given:
-        reference = tiny_llama(**of_model)
-        with torch.no_grad():
-            reference.lm_head.weight.mul_(1.05)
+    model, reference = tiny_llama(**of_model), alike.reference_of(**of_model) if given else None
     if by_name:
         model, reference = (named(each, folder / name / f"start-{i}") for i, each in enumerate((model, reference)))
-    return make_trainer(
-        folder / name,
-        model=model,
-        ref_model=reference,
-        peft_config=None
-        if lora is None
-        else peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora),
-        data=rows(settings.pop("rows", 32)),
-        eval_dataset=rows(7, seed=5),
-        reference_cache_dir=str(folder / "cache" / cache_of),
-        self_check="error",
-        train_sampling_strategy="sequential",
-        **{"max_steps": 3} | settings,
-    )
+    return alike.trainer_of(folder, name, model, reference, **settings)
 
 
 def named(model: Any, folder: Path) -> str | None:
@@ -120,21 +96,9 @@ def named(model: Any, folder: Path) -> str | None:
     return str(folder)
 
 
-def trained(model: Any) -> dict[str, Any]:
-    """The whole weights that a trainer trains."""
-    parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: whole(p).clone() for name, p in sorted(parameters.items())}
-
-
 def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) -> dict[str, Any]:
     trainer = trainer_of(folder, name, sharded=sharded)
-    first = trainer.evaluate()["eval_loss"] if RUNS[name].get("evaluate_first") else None
-    start = trained(trainer.model)
-    trainer.train(resume_from_checkpoint=resume)
-    end = trained(trainer.model)
-    found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
-    found["mesh"] = {tuple(p.device_mesh.shape) for p in trainer.model.parameters() if isinstance(p, DTensor)}
-    found["eval"] = trainer.evaluate()["eval_loss"]
+    found = alike.run(trainer, evaluate_first=RUNS[name].get("evaluate_first", False), resume=resume)
     if RUNS[name].get("bf16"):
         batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
         with torch.no_grad(), trainer.accelerator.autocast():
@@ -166,41 +130,13 @@ class FailsInOne(TrainerCallback):
 
 def save_runs(folder: Path, names: list[str]) -> None:
     keep_fsdp_on_cpu()
-    for name in names:
-        found = run(folder, name, sharded=True)
-        if "saved" in name:
-            checkpoint = folder / name / "out" / "checkpoint-2"
-            found["resumed"] = run(folder, name, sharded=True, resume=str(checkpoint))["end"]
-        if dist.get_rank() == 0:
-            torch.save(found, folder / f"{name}.pt")
+    alike.save_runs(run, folder, names)
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """Under torchrun: train all runs of two processes, and fail in one."""
-    save_runs(folder, names)
+def main(folder: Path) -> None:
+    """Train all runs of two processes, and fail in one."""
+    save_runs(folder, [name for name in RUNS if name not in OF_FOUR])
     (folder / "refused").write_text(refused(folder))
     trainer = trainer_of(folder, "clipped", sharded=True)
     trainer.add_callback(FailsInOne())
     trainer.train(resume_from_checkpoint=False)
-
-
-def fork(folder: Path, port: str) -> None:
-    """Train the runs of four processes; they are forked, because an import in each of them would take longer."""
-    os.environ.update(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT=port)
-    children = []
-    for rank in range(4):
-        if (child := os.fork()) == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            save_runs(folder, OF_FOUR)
-            dist.destroy_process_group()
-            os._exit(0)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    if sys.argv[2:3] == ["--fork"]:
-        fork(Path(sys.argv[1]), sys.argv[3])
-    else:
-        main(Path(sys.argv[1]), sys.argv[2:] or [name for name in RUNS if name not in OF_FOUR])

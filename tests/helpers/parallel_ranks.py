@@ -1,11 +1,11 @@
-"""Run by test_parallel.py under torchrun: gradients on two processes against those on one, results to a file.
+"""Run by test_parallel.py in two processes: gradients on both against those on one, results to a file.
 
 Every process computes the truth itself, with the whole batch and no wrapper; then the wrapped model with its half.
 """
 
 import json
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -127,7 +127,7 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     return {n: float((actual[n] - g).abs().max() / g.abs().max()) for n, g in expected.items()}
 
 
-def main(result: str) -> None:
+def main(result: Path) -> None:
     dist.init_process_group("gloo")
     rank, half = dist.get_rank(), len(PAIRS) // 2
     errors: dict[str, Any] = {}
@@ -137,10 +137,4 @@ def main(result: str) -> None:
         # gradients are averaged over the processes
         errors[name] = worst(gradients(model, PAIRS[rank * half : (rank + 1) * half], dist.get_world_size()), expected)
     if rank == 0:
-        with open(result, "w") as file:
-            json.dump(errors, file)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        result.write_text(json.dumps(errors))

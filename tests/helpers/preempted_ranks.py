@@ -1,9 +1,8 @@
-"""Run by a test under torchrun: one of two processes gets a signal in the middle of a run."""
+"""Run by a test in two processes: one of two processes gets a signal in the middle of a run."""
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,3 @@ def main(folder: Path) -> None:
             (folder / "left").write_text(" ".join(os.listdir(folder / "stopped" / "out")))
         run(folder / "stopped")
         raise
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,13 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.trainers import make_trainer, rows, tiny_llama, weights
 
-TIMES = ("tokens_per_second", "runtime", "per_second")
+TIMES = ("tokens_per_second", "runtime", "per_second", "reference/share")
 LARGE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 12000}
 """8 million parameters, so that a save of 120 MB takes about a second."""
 
@@ -59,16 +58,3 @@ def hash_of(model: Any) -> str:
     for parameter in model.parameters():
         found.update(parameter.detach().numpy().tobytes())
     return found.hexdigest()
-
-
-def train_quietly(folder: Path, large: bool) -> None:
-    """`train` with all output to a log in the folder."""
-    descriptor = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    train(folder, large=large)
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
-"""Run by test_sampler.py, alone and under torchrun: the examples a Trainer trains on, in order, to a file."""
+"""Run by test_sampler.py, alone and in two processes: the examples a Trainer trains on, in order, to a file."""
 
 import json
 import os
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,12 +93,9 @@ def train(output_dir: str, options: dict[str, Any], stop_at: int = 0, resume: bo
     return {"seen": model.seen, "steps": trainer.state.global_step, "max_steps": trainer.state.max_steps}
 
 
-if __name__ == "__main__":
-    folder, stop_at = sys.argv[1], int(sys.argv[2])
+def main(folder: Path, stop_at: int) -> None:
     options = {"tokens_per_batch": 64}
     results = [train(f"{folder}/whole", options)]
     results.append(train(f"{folder}/cut", options, stop_at=stop_at))
     results.append(train(f"{folder}/cut", options, resume=True))
-    with open(f"{folder}/rank{os.environ['RANK']}.json", "w") as file:
-        json.dump(results, file)
-    torch.distributed.destroy_process_group()
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -1,7 +1,6 @@
-"""Run by test_ddp.py under torchrun: training runs on two processes, results to a file."""
+"""Run by test_ddp.py in two processes: training runs, results to a file."""
 
-import json
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def policy(data: Dataset) -> Any:
     return vision.make_model("llava", vision.llava_processor()) if "images" in data.column_names else tiny_llama()
 
 
-def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
+def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, Any]:
     """Two optimizer steps against a reference that is another model; the log and the final weights."""
     model, reference = policy(data), policy(data)
     with torch.no_grad():
@@ -38,7 +37,7 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
         ref_model=None if settings.get("reference_free") else reference,
         args=fastdpo.DPOConfig(
             output_dir=output_dir,
-            learning_rate=1e-2,
+            learning_rate=1e-1,
             optim="sgd",  # Adam would hide a wrong scale of the gradients
             lr_scheduler_type="constant",
             max_steps=2,
@@ -61,7 +60,7 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, object]:
     found = {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for _, p in sorted(found.items())]
     log = trainer.state.log_history
-    return {"log": log, "eval": metrics, "weights": torch.cat([p.double().flatten() for p in weights]).tolist()}
+    return {"log": log, "eval": metrics, "weights": torch.cat([p.double().flatten() for p in weights])}
 
 
 def dataset(name: str) -> Dataset:
@@ -88,11 +87,8 @@ def keep_fsdp_on_cpu() -> None:
     dpo_config.stay_on_cpu = lambda args: None  # which lets all processes load the weights
 
 
-if __name__ == "__main__":
-    names = sys.argv[3:]
+def main(folder: Path) -> None:
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    results = {name: train(sys.argv[1], dataset(name), **batch, **RUNS[name]) for name in names}
+    results = {name: train(str(folder / "two"), dataset(name), **batch, **RUNS[name]) for name in RUNS}
     if torch.distributed.get_rank() == 0:
-        with open(sys.argv[2], "w") as file:
-            json.dump(results, file)
-    torch.distributed.destroy_process_group()
+        torch.save(results, folder / "two.pt")

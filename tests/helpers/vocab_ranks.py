@@ -1,7 +1,5 @@
-"""One rank of a vocabulary-parallel head; run by test_vocab_parallel.py under torchrun."""
+"""One rank of a vocabulary-parallel head; run by test_vocab_parallel.py."""
 
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -45,10 +43,3 @@ def main(out: Path) -> None:
         results["refusal"] = str(error)
     torch.save(results, out / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # without the end of Python, in which a thread of gloo's may still run and abort the process
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(Path(sys.argv[1]))

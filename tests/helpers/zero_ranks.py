@@ -1,24 +1,20 @@
-"""Run by test_zero.py under torchrun: training runs on two processes with DeepSpeed's ZeRO, results to a folder."""
+"""Run by test_zero.py in two processes: training runs with DeepSpeed's ZeRO, results to a folder."""
 
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 
 from fastdpo import cli
-from fastdpo.model import body_and_head
-from fastdpo.sharding import is_sharded, whole
-from tests.helpers.trainers import make_trainer, rows, tiny_llama
+from fastdpo.sharding import is_sharded
+from tests.helpers import alike
+from tests.helpers.alike import ADAMW, PRECOMPUTE, SYNC, trained
+from tests.helpers.trainers import tiny_llama
 
-SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-PRECOMPUTE = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}  # 2 and 1 batches of seven rows
-ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
 SAVED = ADAMW | {"save_strategy": "steps", "save_steps": 2}
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}  # which is that of step 2
 COPIED_HEAD = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
@@ -36,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3-saved-synced": {"stage": 3, "by_name": True, "zero": PERSISTENT} | SAVED | SYNC,
     "zero3-cached-saved-lora": {"stage": 3, "lora": {}, "cache_of": "zero3-precomputed-lora"} | SAVED | BEST,
 }
-"""Settings of `DPOConfig`, and those of `trainer_of`."""
+"""Settings of `DPOConfig` and of `trainer_of`."""
 
 
 def let_deepspeed_run_on_cpu() -> None:
@@ -65,13 +61,10 @@ def config_of_deepspeed(stage: int, **zero: Any) -> dict[str, Any]:
 
 
 def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
-    """The trainer of a run: three steps of eight pairs."""
-    settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0} | RUNS[name]
-    tied, given, lora = settings.pop("tied", False), settings.pop("given", False), settings.pop("lora", None)
-    stage, zero, cache_of = settings.pop("stage"), settings.pop("zero", {}), settings.pop("cache_of", name)
-    by_name = settings.pop("by_name", False)
+    settings = {"cache_of": name, "lora": None} | alike.DEFAULTS | RUNS[name]
+    tied, given, by_name = (settings.pop(flag, False) for flag in ("tied", "given", "by_name"))
+    stage, zero = settings.pop("stage"), settings.pop("zero", {})
     settings.pop("evaluate_first", None)
-    body_and_head.CHUNK_BYTES = settings.pop("chunk_bytes", 2**27)
     model: Any = tiny_llama(tie_word_embeddings=tied)
     if sharded:
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": False}
@@ -80,42 +73,14 @@ def trainer_of(folder: Path, name: str, *, sharded: bool) -> Any:
             model = str(folder / f"start-{tied}")
     else:
         settings["per_device_train_batch_size"] = 8
-    reference = None
-    if given:
-        reference = tiny_llama()
-        with torch.no_grad():
-            reference.lm_head.weight.mul_(1.05)
-    return make_trainer(
-        folder / name,
-        model=model,
-        ref_model=reference,
-        peft_config=None
-        if lora is None
-        else peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora),
-        data=rows(32),
-        eval_dataset=rows(7, seed=5),
-        reference_cache_dir=str(folder / "cache" / cache_of),
-        self_check="error",
-        train_sampling_strategy="sequential",
-        **{"max_steps": 3} | settings,
-    )
-
-
-def trained(model: Any) -> dict[str, Any]:
-    """The whole weights that a trainer trains."""
-    return {name: whole(p).clone() for name, p in sorted(model.named_parameters()) if p.requires_grad}
+    return alike.trainer_of(folder, name, model, alike.reference_of() if given else None, **settings)
 
 
 def run(folder: Path, name: str, *, sharded: bool, resume: str | None = None) -> dict[str, Any]:
     trainer = trainer_of(folder, name, sharded=sharded)
     if sharded:
         assert is_sharded(trainer.model) == (RUNS[name]["stage"] == 3)
-    first = trainer.evaluate()["eval_loss"] if RUNS[name].get("evaluate_first") else None
-    start = trained(trainer.model)
-    trainer.train(resume_from_checkpoint=resume)
-    end = trained(trainer.model)
-    found = {"start": start, "end": end, "log": trainer.state.log_history, "first": first}
-    found["eval"] = trainer.evaluate()["eval_loss"]
+    found = alike.run(trainer, evaluate_first=RUNS[name].get("evaluate_first", False), resume=resume)
     found["precomputed"] = trainer._is_precomputed
     if "saved" in name:
         trainer.save_model(str(folder / name / "model"))
@@ -156,23 +121,12 @@ def by_launcher(folder: Path) -> None:
     cli.main(["train", str(folder / "launched.yaml")])
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path) -> None:
     let_deepspeed_run_on_cpu()
-    is_first = os.environ["RANK"] == "0"
-    for name in names:
-        found = run(folder, name, sharded=True)
-        if "saved" in name:
-            checkpoint = folder / name / "out" / "checkpoint-2"
-            found["resumed"] = run(folder, name, sharded=True, resume=str(checkpoint))["end"]
-        if is_first:
-            torch.save(found, folder / f"{name}.pt")
+    alike.save_runs(run, folder, list(RUNS))
     for name in ("zero2-clipped", "zero3-clipped"):
         found = poisoned(folder / "poisoned", name)
-        if is_first:
+        if torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"poisoned-{name}.pt")
     cli.main(["train", str(folder / "in_file.yaml")])
     by_launcher(folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(RUNS))

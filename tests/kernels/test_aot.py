@@ -372,7 +372,8 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
 
 def main() -> None:
     jobs = {"--oldest": OLDEST_JOBS, "--newest": TESTED}.get(sys.argv[-1], JOBS)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    importlib.import_module("triton.backends.compiler")  # before the fork, for all processes
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         results = zip(jobs, pool.map(compile_kernel, jobs), strict=True)
         if "--json" in sys.argv:
             json.dump(list(results), sys.stdout)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.studies.rows import make_rows
 from fastdpo import linear_logprobs
 from fastdpo.head import eager
 from fastdpo.kernels import linear_logprobs_backward as backward_kernel
@@ -14,7 +15,6 @@ from fastdpo.kernels import sparse_dhidden, sparse_dlogits, sparse_dweight
 from fastdpo.kernels.linear_logprobs_forward_tma import aligned
 from fastdpo.kernels.logits_tile import FALLBACK
 from tests.helpers.head_inputs import relative_error
-from tests.helpers.rows import make_rows
 
 SHAPES = [
     pytest.param((130, 72, 705), id="ragged"),

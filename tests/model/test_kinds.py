@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from fastdpo.model.layout import check_sharded, layout_of
+from benchmarks.studies import tiny_vision
+from fastdpo.model.layout import check_sharded, layout_of, may_leave_unused
 from fastdpo.model.scoring_forward import find_head, patch_forward
 from tests.helpers.packed import make_adapted, pack, score
 from tests.helpers.tiny import (
@@ -270,7 +271,7 @@ def test_hybrids_say_how_they_could_share_prompts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     layout, reason = layout_of(make_model("mamba2"))
     assert layout == "padded"
-    assert "pip install tree-recurrence" in reason
+    assert "pip install 'fastdpo[hybrid]'" in reason
 
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba"])
@@ -299,3 +300,11 @@ def test_hybrids_are_exact_padded(family, monkeypatch):
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_router_with_a_balancing_loss_shares(asks):
     assert layout_of(make_model("mixtral", output_router_logits=asks, router_aux_loss_coef=0.1))[0] == "shared"
+
+
+def test_ddp_looks_for_unused_weights_where_there_may_be_some():
+    """Of experts, and of a tower for images, which text does not reach."""
+    assert [may_leave_unused(make_model(family)) for family in ("llama", "opt", "mixtral")] == [False, False, True]
+    sees = tiny_vision.SHARED["llava"]().model
+    assert may_leave_unused(sees)
+    assert not may_leave_unused(sees.model.language_model)

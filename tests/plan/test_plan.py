@@ -1,6 +1,7 @@
 """A plan says beforehand what a run then does: its tokens, its batches, its memory."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,34 @@ def test_a_larger_workspace_is_advised_where_probabilities_do_not_fit() -> None:
     assert plan._head_advice(replace(memory, timeline=(Moment(7.0, 100.0, 1),)), 8000) == [], "a frozen head keeps none"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "about 20% of the multiplications of a step; .* pays in this run of 3 epochs"),
+        ({"gradient_checkpointing": False, "max_steps": 1}, "about 25% .* pays with 5 such runs, or with a second"),
+        ({"use_peft": True, "num_train_epochs": 1}, "about 25% .* pays with 2 such runs, or with a second epoch"),
+        ({"precompute_ref_log_probs": True}, None),
+        ({"sync_ref_model": True}, None),
+        ({"loss_type": "simpo", "beta": 2.0}, None),
+    ],
+    ids=["full", "part-of-an-epoch", "lora", "precomputed", "TR-DPO", "simpo"],
+)
+def test_a_plan_says_when_precomputing_the_reference_pays(
+    options: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    """Full fine-tuning takes the reference's forward, the policy's twice with checkpointing, and two for gradients."""
+    # its batches are padded, so that no memory is computed, which would take seconds
+    LlamaConfig(**CONFIG.to_dict() | {"attention_dropout": 0.1}).save_pretrained(tmp_path)
+    options, uses_peft = dict(options), "use_peft" in options
+    options.pop("use_peft", None)
+    args = settings(tmp_path, per_device_train_batch_size=1, disable_dropout=False, **options)
+    run = RunConfig(dataset_name="unused", config_name=str(tmp_path), use_peft=uses_peft)
+    text = plan.tables(plan.make_plan(run, args, Dataset.from_list(ROWS[:4]), TOKENIZER))
+    said = [line for line in text.splitlines() if line.startswith("reference:")]
+    assert len(said) == (expected is not None)
+    assert all(re.search(str(expected), line) for line in said), said
+
+
 def test_envelope_loses_no_maximum() -> None:
     rng = np.random.default_rng(0)
     moments = {Moment(*rng.integers(0, 50, 2).astype(float).tolist(), int(rng.integers(3))) for _ in range(300)}
@@ -425,6 +454,7 @@ def test_plan_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         "memory (computed, not measured)",
         "largest tokens_per_batch in 4 GiB",
         "bfloat16",
+        "`fastdpo precompute` computes it once",
     ):
         assert fact in text
     for on, rows in made.fits.items():

@@ -6,7 +6,6 @@ a second.
 
 import functools
 import json
-import multiprocessing
 import random
 import signal
 import tempfile
@@ -15,24 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.resumable import train_quietly
+from tests.helpers import forks
+from tests.helpers.forks import PATIENCE
+from tests.helpers.resumable import train
 
 KILLS = 20
-PATIENCE = 300.0
-
-
-@functools.cache
-def context() -> Any:
-    """Threads of this process might hold locks in a fork, so processes are forked from one that has only imported."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.helpers.resumable"])
-    return found
 
 
 def start(folder: Path, large: bool) -> Any:
-    process = context().Process(target=train_quietly, args=(folder, large))
-    process.start()
-    return process
+    return forks.start(functools.partial(train, folder, large=large), log=folder / "log")
 
 
 def finish(folder: Path, large: bool) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def test_dtypes_are_those_of_torch() -> None:
 PACKAGES = [
     ({"use_peft": True}, "peft", "use_peft needs the package peft: pip install 'fastdpo[peft]'"),
     ({"dataset_name": "rows.jsonl.zst"}, "zstandard", "needs the package zstandard: pip install zstandard"),
-    ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
+    ({"use_liger_kernel": True}, "liger_kernel", r"pip install 'fastdpo\[liger\]'"),
     ({"attention_backend": "flash"}, "flash_attn", r"pip install 'fastdpo\[flash\]'"),
     ({"optim": "paged_lion_8bit"}, "bitsandbytes", "optim='paged_lion_8bit' needs the package bitsandbytes"),
     ({"report_to": ["tensorboard", "wandb"]}, "wandb", "report_to='wandb' needs the package wandb: pip install wandb"),

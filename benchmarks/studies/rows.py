@@ -1,4 +1,4 @@
-"""Rows of an LM head like those that training sees, for tests of what a sparse backward costs."""
+"""Rows of an LM head like those that training sees, for studies and tests of what a sparse backward costs."""
 
 import math
 from typing import NamedTuple
