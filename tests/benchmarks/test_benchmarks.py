@@ -273,7 +273,8 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert len(row["times_ms"]) == 2
         assert row["pairs_per_second"] == pytest.approx(1e3 * case.pairs * case.steps / row["ms"])
         assert set(row["split_ms"]) == set(training.PHASES)
-        assert all(row["split_ms"][phase] > 0 for phase in ("body", "head", "reference", "rest"))
+        assert all(row["split_ms"][phase] > 0 for phase in ("body", "head", "rest"))
+        assert (row["split_ms"]["reference"] > 0) == ("cached reference" not in row["impl"])
         assert sum(row["split_ms"].values()) * case.steps == pytest.approx(row["ms"])
         # all of them compute the same: on the first step's rows, with two models that differ
         assert row["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
@@ -284,6 +285,57 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     training.main(call)
     assert f"{case}: measured before" in capsys.readouterr().out
     assert out.read_text() == before
+
+
+def test_a_token_budget_is_compared_by_pairs() -> None:
+    """fastdpo's batches hold other pairs than TRL's, and both go once over the same rows."""
+    case = training.Case("toy", "toy", pairs=2, steps=4, max_length=32, tokens=160)
+    ours, trl = (training.turn(case, training.VARIANTS[name]) for name in ("fastdpo, no graphs", "TRL"))
+    assert (trl.steps, trl.pairs) == (4, 8)
+    assert 1 <= ours.steps < trl.steps
+    assert 2 <= ours.pairs <= 10 - 2  # the first batch does not count, and holds more than TRL's
+    [row, _] = training.run(case, {name: training.VARIANTS[name] for name in ("fastdpo, no graphs", "TRL")}, 1)
+    assert row["pairs_per_second"] == pytest.approx(1e3 * ours.pairs / row["ms"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model and its tokenizer, and a file of pairs."""
+    made = tmp_path_factory.mktemp("model")
+    training.make_model("toy", "float32", 0).save_pretrained(made)
+    lengths.tokenizer(200).save_pretrained(made)
+    rows = lengths.pairs("toy", 7, 200, 32)
+    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-r", "2"]], ids=["full", "LoRA"])
+def test_training_a_real_model(options: list[str], folder: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "out.jsonl", ["fastdpo", "fastdpo, cached reference, checkpointing auto", "TRL"]
+    call = ["--model", str(folder), "--pairs-file", str(folder / "pairs.jsonl"), "--pairs", "2", "--steps", "2"]
+    training.main(
+        [*call, "--max-length", "32", "--repetitions", "1", "--variants", *names, "--out", str(out), *options]
+    )
+    rows = lines_of(out)
+    assert [row["impl"] for row in rows] == names
+    for row in rows:
+        assert (row["model"], row["lengths"]) == (folder.name, "pairs")
+        assert ("lora_r" in row) == bool(options)
+        # of the second step, because a policy that is its own reference begins with ln 2
+        assert row["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(rows[-1]["grad_norm"], rel=1e-3)
+    assert rows[0]["loss"] != pytest.approx(0.693147, abs=1e-6)
+    with pytest.raises(ValueError, match="has 7 rows, and 8 are needed: choose fewer --steps or --pairs"):
+        training.rows(training.Case(str(folder), str(folder / "pairs.jsonl"), pairs=2, steps=3))
+
+
+@pytest.mark.parametrize(
+    "call", [["--model", "lama-20m"], ["--model", "{folder}"], ["--pairs-file", "{folder}/pairs.jsonl"]], ids=" ".join
+)
+def test_a_model_and_its_data_go_together(call: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        training.main([word.format(folder=folder) for word in call])
+    assert "--model must be one of toy, llama-20m" in capsys.readouterr().err
 
 
 def test_training_without_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +366,13 @@ def test_lengths_are_those_of_the_tokenizer() -> None:
         assert 1 <= rejected <= 16 - prompt
     sizes = [len(row["prompt"].split()) for row in lengths.pairs("hh", 4001, 100, 10**6)]
     assert sorted(sizes)[2000] == pytest.approx(lengths.LENGTHS["hh"].prompt, rel=0.1)
+
+
+@pytest.mark.parametrize("name", lengths.PUBLISHED)
+def test_lengths_have_the_published_medians(name: str) -> None:
+    whole, ratio = lengths.PUBLISHED[name]
+    assert lengths.LENGTHS[name].prompt == pytest.approx(whole * ratio / (ratio + 2), abs=1)
+    assert lengths.LENGTHS[name].response == pytest.approx(whole / (ratio + 2), abs=1)
 
 
 HANG = """
