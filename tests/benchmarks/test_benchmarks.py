@@ -482,8 +482,8 @@ def test_the_time_model_marks_goals_that_are_missed() -> None:
     assert model.kept_share(shape, 2**20) == 0
     assert model.kept_share(shape, 2**30) == 1
     for made in (kernels, slow_kernels):
-        times = model.chip(made, shape)
-        found = [model.steps(made, shape, times, d, 0.7 * d, 0.3 * d) for d in (0.02, 0.2, 0.4, 1.0)]
+        times = model.chip(made, model.HEADLINE)
+        found = [model.steps(made, model.HEADLINE, times, d, 0.7 * d, 0.3 * d) for d in (0.02, 0.2, 0.4, 1.0)]
         for name, dense in found[-1].items():
             assert [step[name] for step in found] == sorted(step[name] for step in found)
             assert found[0][name] < dense or made is slow_kernels
