@@ -89,15 +89,15 @@ def test_head_without_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "fastdpo torch, exact" in printed
 
 
-@pytest.mark.parametrize("benchmark", ["head", "training"])
+@pytest.mark.parametrize("which", ["head", "training"])
 def test_without_trl_an_error_comes_first(
-    benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hide(monkeypatch, "trl")
     with pytest.raises(SystemExit, match="1"):
-        command(["bench", benchmark])
+        command(["bench", which])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"fastdpo: fastdpo bench {benchmark} compares with TRL, which is not installed: pip install")
+    assert line.startswith(f"fastdpo: fastdpo bench {which} compares with TRL, which is not installed: pip install")
     assert not list(tmp_path.iterdir())
 
 
