@@ -90,8 +90,15 @@ if torch.cuda.is_available():
 '
 }
 
+peers=() variants=() # all of them; without TRL, which cannot be left out unless others are named
+if ! "$python" -c "import trl" 2>/dev/null; then
+    peers=(--peers PyTorch "PyTorch, compiled" "PyTorch, chunked" Liger "Liger DPO" CCE)
+    variants=(--variants fastdpo "fastdpo, no sharing" "fastdpo, no packing" "fastdpo, no fused head")
+fi
+
 head_table() { # CASES SECONDS
-    while part head "$2" head.log "1 3 124 137" "$python" -m fastdpo.benchmarks.head --cases "$1" --out "$out/head.jsonl"
+    while part head "$2" head.log "1 3 124 137" "$python" -m fastdpo bench head --cases "$1" --out "$out/head.jsonl" \
+        "${peers[@]}"
         (($? == 3)); do # without the variant that ended the process
         :
     done
@@ -99,8 +106,8 @@ head_table() { # CASES SECONDS
 
 training_table() { # CASES SECONDS; it ends early, because a case begun in its last seconds would be cut off
     local left=$((deadline - SECONDS))
-    part training "$2" training.log "1 3 5 124 137" "$python" -m fastdpo.benchmarks.training --cases "$1" \
-        --seconds "$((($2 < left ? $2 : left) - 10))" --out "$out/training.jsonl"
+    part training "$2" training.log "1 3 5 124 137" "$python" -m fastdpo bench training --cases "$1" \
+        --seconds "$((($2 < left ? $2 : left) - 10))" --out "$out/training.jsonl" "${variants[@]}"
 }
 
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then
@@ -111,7 +118,7 @@ if [[ ${SUITE_SIZE:-full} == smoke ]]; then
 else
     probe
     tests production 40 tests/kernels/test_production_tiles.py # it compiles most kernels, side by side
-    head_table h200 300
+    head_table models 300
     training_table gpu 110
     part gluon 70 gluon.log "124 137" "$python" -m benchmarks.studies.gluon_forward # it may deadlock: it has never run
     mapfile -t marked < <(grep -rl --include="test_*.py" "mark\.gpu" tests)

@@ -1,12 +1,15 @@
 """Measure time, peak memory and provenance, in the same way for every benchmark.
 
-Variants take turns within each repetition, so a busy or throttled machine slows all of them alike, and a ratio is the
-median of per-repetition ratios. Memory is measured in a separate call, after a warm-up and before the timed calls.
+Variants take turns within each repetition, in alternating order, so a busy or throttled machine slows all of them
+alike, and a ratio is the median of per-repetition ratios. Memory is measured in a separate call, after a warm-up and
+before the timed calls.
 """
 
+import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -16,13 +19,17 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from fastdpo import __version__
 from fastdpo.commands.doctor import head_check
+from fastdpo.settings.config_file import UsageError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).resolve().parents[1]
+"""The clone of the repository, if this is one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Measured:
     def min_ms(self) -> float:
         return min(self.times)
 
+    @property
+    def spread(self) -> float:
+        """Return the range of the times, relative to their median."""
+        return (max(self.times) - min(self.times)) / self.ms
+
     def ratio_to(self, other: "Measured") -> float:
         """Return the time relative to that of `other`, which was measured in the same run."""
         return median(a / b for a, b in zip(self.times, other.times, strict=True))
@@ -54,9 +66,9 @@ def measure(variants: Mapping[str, Callable[[], object]], repetitions: int = 5) 
         fn()  # compile, fill caches
         peaks[name] = peak_memory(fn)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repetitions):
-        for name, fn in variants.items():
-            times[name].append(milliseconds(fn))
+    for repetition in range(repetitions):
+        for name in reversed(list(variants)) if repetition % 2 else variants:
+            times[name].append(milliseconds(variants[name]))
     return {name: Measured(times[name], peaks[name]) for name in variants}
 
 
@@ -72,9 +84,14 @@ def milliseconds(fn: Callable[[], object]) -> float:
 
 
 def peak_memory(fn: Callable[[], object]) -> float:
-    """Return the MiB that a call needs at its worst moment, see `fastdpo.commands.doctor.head_check.peak_memory`."""
+    """Return the MiB that a call needs at its worst moment, see `fastdpo.commands.doctor.head_check.peak_memory`.
+
+    Raises:
+        OSError: this machine can't tell.
+    """
     peak = head_check.peak_memory(fn, torch.device(DEVICE))
-    assert peak is not None, "memory can't be measured on this device"
+    if peak is None:
+        raise OSError("the benchmarks measure memory, which works on CUDA and on the CPU of Linux, but not here")
     return peak
 
 
@@ -83,13 +100,16 @@ def provenance() -> dict[str, str]:
     if DEVICE == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
         machine = f"{model}, {torch.get_num_threads()} threads"
     commit = os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD") or "none"
     return {
         "machine": machine,
+        "fastdpo": __version__,
         "torch": torch.__version__,
+        "transformers": _version("transformers"),
         "triton": _version("triton"),
         "trl": _version("trl"),
         "liger-kernel": _version("liger-kernel"),
@@ -107,9 +127,10 @@ def _version(package: str) -> str:
 
 
 def _git(*args: str) -> str:
-    if shutil.which("git") is None:
+    """Return what git says about the clone; nothing in an installed package, which may lie in another repository."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
         return ""
-    return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def record(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -117,3 +138,39 @@ def record(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that `record` wrote; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def results_folder() -> Path:
+    """Return the folder of this machine's results: in benchmarks/results/ of a clone, else in bench-results/."""
+    name = f"cpu-{os.cpu_count()}-cores" if DEVICE == "cpu" else torch.cuda.get_device_name()
+    parent = Path("benchmarks", "results")
+    return (parent if parent.is_dir() else Path("bench-results")) / re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line of the command line's, and whose flags may be written with underscores."""
+
+    def __init__(self, command: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"fastdpo bench {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """Return the arguments; a flag is the same with `_` as with `-`."""
+        return self.parse_args([_dashed(word) if word.startswith("--") else word for word in words])
+
+
+def _dashed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value

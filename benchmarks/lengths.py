@@ -1,11 +1,11 @@
 """Preference pairs of random words whose lengths are distributed like those of well-known datasets.
 
-Medians come from the table in https://arxiv.org/abs/2410.20305, which gives the length of an example L = P + C + R
-(prompt, chosen, rejected) and the ratio r = P / mean(C, R): the prompt has L r / (r + 2) tokens and a response
-L / (r + 2). Lengths are log-normal, and those of the two responses independent. The standard deviations are
-assumptions, chosen so that means and the share of padding come out as published statistics suggest. `shp`, posts with
-comments as in SHP, is an assumption altogether. Real responses to
-one prompt sometimes begin alike; these do so only by chance, which puts prefix sharing at a disadvantage.
+Medians are published: `PUBLISHED` holds the length of an example L = P + C + R (prompt, chosen, rejected) and the ratio
+r = P / mean(C, R), from which the prompt has L r / (r + 2) tokens and a response L / (r + 2). Lengths are log-normal,
+and those of the two responses independent. The standard deviations are assumptions, chosen so that means and the share
+of padding come out as published statistics suggest. `shp`, posts with comments as in SHP, is an assumption altogether.
+Real responses to one prompt sometimes begin alike; these do so only by chance, which puts prefix sharing at a
+disadvantage.
 """
 
 import math
@@ -28,10 +28,23 @@ class Lengths:
     response_spread: float
 
 
+PUBLISHED = {
+    "ultrafeedback": (409, 0.42),
+    "hh": (186, 2.15),
+    "tldr": (416, 11.14),
+    "helpsteer": (775, 6.34),
+    "metamath": (872, 3.91),
+}
+"""Medians of L, in tokens, and of r, by the README of https://github.com/frankxwang/dpo-prefix-sharing, the code of
+Wang and Hegde (https://arxiv.org/abs/2410.20305). HelpSteer is the one in allenai/tulu-2.5-preference-data, MetaMath is
+abacusai/MetaMath_DPO_FewShot."""
+
 LENGTHS = {
     "ultrafeedback": Lengths(71, 169, 1.21, 0.96),
     "hh": Lengths(96, 45, 0.79, 0.9),
     "tldr": Lengths(353, 32, 0.35, 0.15),
+    "helpsteer": Lengths(589, 93, 0.74, 0.77),
+    "metamath": Lengths(577, 148, 0.3, 0.5),
     "shp": Lengths(180, 70, 0.8, 0.8),
     "toy": Lengths(8, 5, 0.5, 0.5),
 }

@@ -1,84 +1,157 @@
-"""Tables and pictures of README and docs/benchmarks.md, drawn from the measurements in benchmarks/results/.
+"""Tables and pictures of what the benchmarks have measured. Nothing is measured here.
 
-    python -m fastdpo.benchmarks.report
+    fastdpo bench report                                        # of this machine's results
+    fastdpo bench report benchmarks/results/cpu-2-cores --docs  # renews README and docs/ of a clone
 
-draws the pictures; `python -m docs.tables` writes the tables. Neither measures anything.
+Without --docs, report.md and its pictures are written beside the results, and the tables are printed too.
 """
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from fastdpo.benchmarks import harness
+from fastdpo.benchmarks.harness import ROOT, Parser, results_folder
+
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
-PICTURE = ROOT / "docs" / "figures" / "step.png"
+"""The results that README and docs/ show."""
 LENGTHS = {"ultrafeedback": "UltraFeedback", "hh": "HH", "tldr": "TL;DR"}
-HEADS = {"fastdpo torch, auto": "**fastdpo**", "TRL": "TRL 1.16", "PyTorch": "PyTorch with `[N, V]` logits"}
-"""The variants of the head that are shown; of float32, whose `auto` is exact, the exact one."""
+KEYS = ("impl", "lengths", "model", "shape", "dtype", "frozen", "inputs")
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
+def rows_of(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Return the measurements of one file, of each variant the newest."""
-    newest = {}
-    for line in (RESULTS / name).read_text().splitlines():
-        row = json.loads(line)
-        newest[json.dumps([row.get(key) for key in ("impl", "lengths", "shape", "dtype", "frozen", "flat")])] = row
-    return list(newest.values())
+    newest = {json.dumps([row.get(key) for key in KEYS]): row for row in harness.rows_of(folder / name)}
+    return [row for row in newest.values() if "fatal" not in row]
 
 
 def machine(rows: list[dict[str, Any]]) -> str:
     """Return where and when measurements were made, in a sentence."""
     facts = [row["provenance"] for row in rows]
     dates = sorted({fact["date"] for fact in facts})
+    machines = " and ".join(dict.fromkeys(fact["machine"] for fact in facts))
     versions = f"PyTorch {facts[0]['torch']}, TRL {facts[0]['trl']}"
-    return f"Measured on {facts[0]['machine']}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    return f"Measured on {machines}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
-def steps() -> str:
+def steps(folder: Path = RESULTS) -> str:
     """Return the table of whole training steps beside TRL, in Markdown."""
-    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl")}
+    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl", folder)}
     lines = [
-        "| lengths like | pairs per second | TRL's | ratio | peak memory, MiB | TRL's |",
-        "|---|---|---|---|---|---|",
+        "| lengths like | pairs per second | TRL's | ratio | peak memory, MiB | TRL's | difference of losses |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, name in LENGTHS.items():
+        if not {(key, "fastdpo"), (key, "TRL")} <= rows.keys():
+            continue
         ours, theirs = rows[key, "fastdpo"], rows[key, "TRL"]
         speeds = (ours["pairs_per_second"], theirs["pairs_per_second"])
         lines.append(
             f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | **{1 / ours['ratio_to_trl']:.1f}** "
-            f"| {ours['peak_mib']:.0f} | {theirs['peak_mib']:.0f} |"
+            f"| {ours['peak_mib']:.0f} | {theirs['peak_mib']:.0f} | {_short(abs(ours['loss'] - theirs['loss']))} |"
         )
     return "\n".join([*lines, "", machine(list(rows.values())), ""])
 
 
-def levers() -> str:
+def levers(folder: Path = RESULTS) -> str:
     """Return the table of steps with one lever of fastdpo switched off at a time, in Markdown."""
-    rows = [row for row in rows_of("training.jsonl") if row["lengths"] == "hh"]
+    rows = [row for row in rows_of("training.jsonl", folder) if row["lengths"] == "hh"]
     lines = ["| variant | pairs per second | peak memory, MiB | loss |", "|---|---|---|---|"]
     lines += [f"| {r['impl']} | {r['pairs_per_second']:.2f} | {r['peak_mib']:.0f} | {r['loss']:.6f} |" for r in rows]
     return "\n".join([*lines, ""])
 
 
-def head() -> str:
-    """Return the table of the head alone, forward and backward, in Markdown."""
-    rows = [row for row in rows_of("head.jsonl") if not row["flat"]]
+def head(folder: Path = RESULTS) -> str:
+    """Return the table of the head alone beside TRL's and plain PyTorch, a line for each case, in Markdown."""
     lines = [
-        "| inputs | head | | time, ratio to TRL | peak memory, MiB | error of log-probs, nats "
+        "| shape | rows | inputs | head | time, ratio to TRL | spread | peak memory, MiB | error of log-probs, nats "
         "| relative error of gradients |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for dtype in ("bfloat16", "float32"):
-        for frozen in (True, False):
-            ours = "fastdpo torch, auto" if dtype == "bfloat16" else "fastdpo torch, exact"
-            for impl in (ours, "TRL", "PyTorch"):
-                row = next(r for r in rows if (r["impl"], r["dtype"], r["frozen"]) == (impl, dtype, frozen))
-                logps, *gradients = (error for error in row["errors"].values() if error is not None)
-                errors = f"{_short(logps)} | {_short(max(gradients), 1)}"
-                lines.append(
-                    f"| {dtype} | {'frozen' if frozen else 'trained'} | {HEADS.get(impl, '**fastdpo**')} "
-                    f"| {row['ratio_to_trl']:.2f} | {row['peak_mib']:.0f} | {errors} |"
-                )
-    return "\n".join([*lines, "", machine(rows), ""])
+    found = cases(folder)
+    for (shape, dtype, frozen, inputs), rows in found.items():
+        ours = fastest(rows)
+        if ours is None:
+            continue
+        beside = [ours, *(rows.get(name, {}) for name in ("TRL", "PyTorch"))]
+        time, *rest = (" / ".join(map(value, beside)) for value in (_ratio, _memory, _logps, _gradients))
+        cells = (shape, inputs, dtype, "frozen" if frozen else "trained", time, f"{ours['spread']:.0%}", *rest)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine([row for rows in found.values() for row in rows.values()]), ""])
+
+
+def peers(folder: Path = RESULTS) -> str:
+    """Return the table of all variants on the first case and, if there is one, its counterpart, in Markdown."""
+    found = cases(folder)
+    (shape, dtype, _, inputs), *_ = found
+    kinds = {kind: found.get((shape, dtype, kind == "frozen", inputs), {}) for kind in ("frozen", "trained")}
+    names = list(dict.fromkeys(name for rows in kinds.values() for name in rows))
+    lines = [
+        "| head | "
+        + " | ".join(f"{kind}: time, ratio to TRL | spread | peak memory, MiB" for kind in kinds)
+        + " | error of log-probs, nats | relative error of gradients |",
+        "|---|" + "---|---|---|" * 2 + "---|---|",
+    ]
+    reasons = []
+    for name in names:
+        rows = [kinds[kind].get(name, {}) for kind in kinds]
+        if why := next((row["left_out"] for row in rows if "left_out" in row), None):
+            reasons.append(f"| {name} | {why} |" + " |" * 7)
+            continue
+        costs = " | ".join(map(_costs, rows))
+        row = next(row for row in reversed(rows) if row)
+        lines.append(f"| {_bold(name)} | {costs} | {_logps(row)} | {_gradients(row)} |")
+    rows = [row for kind in kinds.values() for row in kind.values()]
+    return "\n".join([f"{shape}, {dtype}, {inputs} rows.", "", *lines, *reasons, "", machine(rows), ""])
+
+
+Key = tuple[str, str, bool, str]
+"""Shape, dtype, whether the head is frozen, and the kind of rows."""
+
+
+def cases(folder: Path) -> dict[Key, dict[str, dict[str, Any]]]:
+    """Return the measurements of the head by case and variant."""
+    found: dict[Key, dict[str, dict[str, Any]]] = {}
+    for row in rows_of("head.jsonl", folder):
+        shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
+        key = (f"{row['model']}: {shape}" if row["model"] else shape, row["dtype"], row["frozen"], row["inputs"])
+        found.setdefault(key, {})[row["impl"]] = row
+    return found
+
+
+def fastest(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return fastdpo's fastest variant, of those that the trainer chooses among by default."""
+    ours = [row for row in rows.values() if "ms" in row and row["backward"] in ("exact", "auto")]
+    return min(ours, key=lambda row: float(row["ms"]), default=None)
+
+
+def _costs(row: dict[str, Any]) -> str:
+    return f"{_ratio(row)} | {row['spread']:.0%} | {_memory(row)}" if row else "- | - | -"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return "-" if row.get("ratio_to_trl") is None else f"{row['ratio_to_trl']:.2f}"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-"
+
+
+def _logps(row: dict[str, Any]) -> str:
+    error = row.get("errors", {}).get("logps")
+    return "-" if error is None else _short(error)
+
+
+def _gradients(row: dict[str, Any]) -> str:
+    errors = row.get("errors", {})
+    return _short(max(errors[name] or 0.0 for name in ("dhidden", "dweight")), 1) if errors else "-"
+
+
+def _bold(name: str) -> str:
+    return f"**{name}**" if name.startswith("fastdpo") else name
 
 
 def _short(number: float, digits: int = 0) -> str:
@@ -86,11 +159,12 @@ def _short(number: float, digits: int = 0) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def draw(path: Path) -> None:
+def draw_steps(path: Path, folder: Path = RESULTS) -> None:
     """Draw time and memory of a training step beside TRL's, as bars."""
     from matplotlib.figure import Figure
 
-    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl")}
+    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl", folder)}
+    names = [key for key in LENGTHS if {(key, "fastdpo"), (key, "TRL")} <= rows.keys()]
     figure = Figure(figsize=(8.5, 2.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, (title, value) in zip(
@@ -102,12 +176,12 @@ def draw(path: Path) -> None:
         strict=True,
     ):
         for shift, (impl, colour) in enumerate((("TRL", "#b8bcc4"), ("fastdpo", "#2563eb"))):
-            values = [value(rows[key, impl]) for key in LENGTHS]
-            places = [place + 0.38 * shift for place in range(len(LENGTHS))]
+            values = [value(rows[key, impl]) for key in names]
+            places = [place + 0.38 * shift for place in range(len(names))]
             label = "TRL 1.16" if impl == "TRL" else impl
             bars = panel.barh(places, values, 0.36, color=colour, label=label)
             panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        panel.set_yticks([place + 0.19 for place in range(len(LENGTHS))], list(LENGTHS.values()))
+        panel.set_yticks([place + 0.19 for place in range(len(names))], [LENGTHS[key] for key in names])
         panel.set_title(title, fontsize=9, loc="left")
         panel.spines[["top", "right", "bottom"]].set_visible(False)
         panel.set_xticks([])
@@ -119,5 +193,83 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-if __name__ == "__main__":
-    draw(PICTURE)
+def draw_head(path: Path, folder: Path = RESULTS) -> None:
+    """Draw time, memory and error of all variants on the first case whose head is trained, as bars."""
+    from matplotlib.figure import Figure
+
+    found = cases(folder)
+    key = next((key for key in found if not key[2]), next(iter(found)))
+    rows = {name: row for name, row in found[key].items() if "ms" in row}
+    figure = Figure(figsize=(8.5, 0.6 + 0.24 * len(rows)), layout="constrained")
+    panels = (
+        ("Milliseconds", "%.0f", [row["ms"] for row in rows.values()]),
+        ("Peak memory, MiB", "%.0f", [row["peak_mib"] for row in rows.values()]),
+        ("Error of gradients", "%.0e", [float(_gradients(row)) for row in rows.values()]),
+    )
+    for panel, (title, form, values) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        colours = ["#2563eb" if name.startswith("fastdpo") else "#b8bcc4" for name in rows]
+        panel.bar_label(panel.barh(list(rows), values, color=colours), fmt=form, padding=3, fontsize=8)
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_xticks([])
+        panel.margins(x=0.25)
+    panel.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+Part = tuple[str, dict[str, Callable[[Path], str]], dict[str, Callable[[Path, Path], None]]]
+PARTS: dict[str, Part] = {
+    "training.jsonl": (
+        "Whole training steps",
+        {"Beside TRL": steps, "One part of fastdpo switched off at a time": levers},
+        {"step.png": draw_steps},
+    ),
+    "head.jsonl": (
+        "The head alone, forward and backward",
+        {"Beside TRL": head, "Beside all peers": peers},
+        {"head.png": draw_head},
+    ),
+}
+"""For each file of results: its title, its tables and its pictures."""
+
+
+def report(folder: Path, pictures: Path) -> str:
+    """Draw the pictures of a folder of results, and return its tables in Markdown."""
+    lines = ["# Benchmarks", ""]
+    for file, (title, tables, drawings) in PARTS.items():
+        if not any("ms" in row for row in rows_of(file, folder)):
+            continue
+        lines += [f"## {title}", ""]
+        for picture, draw in drawings.items():
+            draw(pictures / picture, folder)
+            lines += [f"![{title}]({picture})", ""]
+        for name, table in tables.items():
+            lines += [f"### {name}", "", table(folder)]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `fastdpo bench report` with the words behind it.
+
+    Raises:
+        ValueError: the folder has no results, or this is no clone of the repository, whose docs/ could be renewed.
+    """
+    parser = Parser("report", __doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="of results; this machine's by default")
+    parser.add_argument("--docs", action="store_true", help="renew README and docs/ of this clone from its results")
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    folder = args.folder or (RESULTS if args.docs else results_folder())
+    if not any((folder / file).is_file() for file in PARTS):
+        raise ValueError(f"{str(folder)!r} has no results; measure first: fastdpo bench head or fastdpo bench training")
+    if args.docs:
+        if folder.resolve() != RESULTS or not (ROOT / "docs" / "tables.py").exists():
+            raise ValueError(f"--docs renews the pages of a clone from {RESULTS}, not from {str(folder)!r}")
+        report(RESULTS, ROOT / "docs" / "figures")
+        subprocess.run([sys.executable, "-m", "docs.tables"], cwd=ROOT, check=True)
+        print("renewed: README.md, docs/benchmarks.md, docs/figures/")
+        return
+    text = report(folder, folder)
+    (folder / "report.md").write_text(text)
+    print(f"{text}\nreport: {folder / 'report.md'}")

@@ -121,7 +121,7 @@ def train(
         history = sparsity._densities.get(density_key(hidden.to(dtype), weight), [])
         if history and history[-1] is not last:
             last = history[-1]
-            densities.append(float(last[0]))
+            densities.append(float(last.found[0]))
     return Run(losses, densities, evaluate(model, text))
 
 

@@ -1,29 +1,31 @@
 """Compare whole DPO steps of fastdpo and trl.DPOTrainer: pairs per second, peak memory, and where the time goes.
 
-    python -m fastdpo.benchmarks.training --model llama-20m --lengths hh
-    python -m fastdpo.benchmarks.training --cases cpu --out benchmarks/results/cpu-2-cores/training.jsonl
+    fastdpo bench training --model llama-20m --lengths hh
+    fastdpo bench training --cases cpu
 
 Every variant trains the same randomly initialised model, against the same reference, on the same rows in the same
-order, with the same settings of transformers' Trainer. Variants take turns. A turn builds everything, trains a first
+order, with the same settings of transformers' Trainer. With --model FOLDER and --pairs-file, the model and the rows are
+real, and the reference is the policy as it was loaded. Variants take turns. A turn builds everything, trains a first
 step that does not count and then the steps that do, one of them a logging step, and drops everything. On devices that
 compile kernels, the first turn of each variant is a rehearsal. Memory is the most that a turn needs beside the two
 models' weights: gradients, optimizer state, activations.
 
 fastdpo runs as it is, and with one thing switched off at a time: graphs, which share what pairs have in common; sharing
-of a pair's prompt; packing, and therefore sharing too; the fused head. Times are split where modules begin and end:
+of a pair's prompt; packing, and therefore sharing too; the fused head. Other variants read the reference's log-probs
+from a cache that was filled before training, or let fastdpo choose by memory which layers are recomputed
+(`gradient_checkpointing=auto`) where all others recompute all of them. Times are split where modules begin and end:
 body and head (of the policy, forward and backward), reference, data, and the rest (optimizer, clipping, the Trainer's
 loop). On CUDA, events in the stream measure them. With --per-prompt, a step has whole prompts, in the same order in all
-variants, so that their losses are equal.
+variants, so that their losses are equal. The cases of `tokens` bound the tokens of fastdpo's batches, so that its steps
+hold other pairs than TRL's, and the ratio is that of the time of a pair.
 
 With --cases, cases that --out already holds from this machine are skipped, so that a second call goes on where the
 first was cut off. A variant that cannot run is left out and named. The exit code is 4 if that variant was fastdpo, and
 5 if --seconds were over before all cases were measured. The benchmark needs torch, and `fastdpo[bench]` for TRL.
 """
 
-import argparse
 import functools
 import gc
-import json
 import logging
 import math
 import sys
@@ -44,9 +46,18 @@ from datasets import disable_progress_bars
 
 from fastdpo import DPOConfig
 from fastdpo.benchmarks import lengths
-from fastdpo.benchmarks.harness import DEVICE, Measured, peak_memory, provenance, record
-from fastdpo.benchmarks.peers import first_line
-from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, rows
+from fastdpo.benchmarks.harness import (
+    DEVICE,
+    Measured,
+    Parser,
+    peak_memory,
+    provenance,
+    record,
+    results_folder,
+    rows_of,
+)
+from fastdpo.benchmarks.peers import first_line, require_trl
+from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, make_tokenizer, rows
 from fastdpo.report.page import summary_table
 
 PHASES = ("body", "head", "reference", "data", "rest")
@@ -95,8 +106,11 @@ class Clock:
         return {phase: totals[phase] for phase in PHASES}
 
 
-def watch(trainer: Any, clock: Clock) -> None:
-    """Mark where the parts of a step begin and end, in a trainer of any variant."""
+def watch(trainer: Any, clock: Clock, laps: "Laps | None" = None) -> None:
+    """Mark where the parts of a step begin and end, in a trainer of any variant, and count its pairs.
+
+    Where an adapter is trained, the reference is the policy without it, and its time is that of body and head.
+    """
 
     def into(phase: str) -> Callable[..., None]:
         def mark(*_: Any) -> None:
@@ -113,8 +127,9 @@ def watch(trainer: Any, clock: Clock) -> None:
     decoder.register_forward_pre_hook(into("body"))
     decoder.register_forward_hook(body_done)
     trainer.model.register_forward_hook(into("rest"))
-    trainer.ref_model.register_forward_pre_hook(into("reference"))
-    trainer.ref_model.register_forward_hook(into("rest"))
+    if trainer.ref_model is not None:
+        trainer.ref_model.register_forward_pre_hook(into("reference"))
+        trainer.ref_model.register_forward_hook(into("rest"))
 
     def timed(phase: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
@@ -124,28 +139,41 @@ def watch(trainer: Any, clock: Clock) -> None:
 
         return call
 
-    trainer.get_batch_samples = timed("data", trainer.get_batch_samples)
+    batches = timed("data", trainer.get_batch_samples)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found = batches(*args, **kwargs)
+        if laps is not None:
+            laps.count(found[0])
+        return found
+
+    trainer.get_batch_samples = counted
     trainer.accelerator.backward = timed("head", trainer.accelerator.backward)
 
 
 class Laps(transformers.TrainerCallback):
-    """Times the steps after the first."""
+    """Times the steps after the first, and counts them and their pairs."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.began, self.ms = clock, 0.0, 0.0
+        self.clock, self.began, self.ms, self.steps, self.pairs = clock, 0.0, 0.0, 0, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step not in (1, args.max_steps):
+        if state.global_step not in (1, state.max_steps):
             return
-        if state.global_step == args.max_steps:
+        if state.global_step == state.max_steps:
             self.clock.switch("rest")
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         if state.global_step == 1:
             self.clock.start()
-            self.began = self.clock.now()
+            self.began, self.pairs = self.clock.now(), 0
         else:
-            self.ms = 1e3 * (self.clock.now() - self.began)
+            self.ms, self.steps = 1e3 * (self.clock.now() - self.began), state.max_steps - 1
+
+    def count(self, batch_samples: Any) -> None:
+        """Add the pairs of a step's batches, of fastdpo or of TRL."""
+        for batch in batch_samples:
+            self.pairs += len(batch["pair_index"]) if "pair_index" in batch else len(batch["input_ids"]) // 2
 
 
 @dataclass(frozen=True)
@@ -153,6 +181,8 @@ class Turn:
     """The time and memory of one turn of a variant, and the loss and gradient norm that it computed."""
 
     ms: float
+    steps: int
+    pairs: int
     peak_mib: float
     split: dict[str, float]
     loss: float
@@ -164,12 +194,12 @@ def turn(case: Case, make: Trainer) -> Turn:
     dtype = case.dtype
     # transformers 5.18 gave it another name
     checkpointing = "activation" if hasattr(DPOConfig, "activation_checkpointing") else "gradient"
-    tokenizer = lengths.tokenizer(MODELS[case.model][1]["vocab_size"])
+    tokenizer = make_tokenizer(case.model)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL calls what newer versions of transformers rename
         settings: dict[str, Any] = {
             "output_dir": folder,
-            "max_steps": case.steps + 1,
+            **({"num_train_epochs": 1} if case.tokens else {"max_steps": case.steps + 1}),
             "per_device_train_batch_size": case.pairs,
             "max_length": case.max_length,
             f"{checkpointing}_checkpointing": case.checkpointing,
@@ -183,19 +213,24 @@ def turn(case: Case, make: Trainer) -> Turn:
             "report_to": [],
             "disable_tqdm": True,
         }
-        if case.per_prompt > 1:  # whole prompts in each step, the same for all variants
+        if case.per_prompt > 1 or case.is_real:  # whole prompts in each step, the same rows for all variants
             settings["train_sampling_strategy"] = "sequential"
+        if case.is_real:  # every trainer makes the reference from the policy
+            settings |= {"learning_rate": 1e-5, "lr_scheduler_type": "constant"}
         # two models that differ, so that the losses say whether all variants compute the same
-        model, ref_model = make_model(case.model, dtype, 0), make_model(case.model, dtype, 1)
+        model = make_model(case.model, dtype, 0)
+        ref_model = None if case.is_real else make_model(case.model, dtype, 1)
         trainer = make(case, model, ref_model, tokenizer, settings)
         clock = Clock()
         laps = Laps(clock)
         trainer.add_callback(laps)
         trainer.remove_callback(transformers.PrinterCallback)
-        watch(trainer, clock)
+        watch(trainer, clock, laps)
         peak = peak_memory(trainer.train)
-        first = trainer.state.log_history[0]
-        return Turn(laps.ms, peak, clock.read(), first["loss"], first["grad_norm"])
+        logged = [each for each in trainer.state.log_history if "loss" in each]
+        # the first loss of a policy that is its own reference is ln 2 in any case
+        told = logged[1 if case.is_real else 0]
+        return Turn(laps.ms, laps.steps, laps.pairs, peak, clock.read(), told["loss"], told["grad_norm"])
 
 
 def clean() -> None:
@@ -210,12 +245,12 @@ def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict
     turns: dict[str, list[Turn]] = {name: [] for name in variants}
     left_out = set()
     rehearsals = 1 if DEVICE == "cuda" else 0
-    for _ in range(rehearsals + repetitions):
-        for name, make in variants.items():
+    for repetition in range(rehearsals + repetitions):
+        for name in list(variants)[:: -1 if repetition % 2 else 1]:
             if name in left_out:
                 continue
             try:
-                turns[name].append(turn(case, make))
+                turns[name].append(turn(case, variants[name]))
             except Exception as error:  # a peer may fail in any way, and our own must not stop the others
                 print(f"left out: {name}: {first_line(error)}", flush=True)
                 left_out.add(name)
@@ -224,12 +259,16 @@ def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict
     measured = {
         name: Measured([lap.ms for lap in laps], max(lap.peak_mib for lap in laps)) for name, laps in timed.items()
     }
-    tokens = sum(2 * p + c + r for p, c, r in lengths.token_counts(rows(case), case.max_length))
-    counted = tokens * case.steps / (case.steps + 1)  # which rows the first step takes is up to the sampler
+    tokens = None
+    if not case.is_real:
+        tokens = sum(2 * p + c + r for p, c, r in lengths.token_counts(rows(case), case.max_length))
+    count = case.pairs * (case.steps + 1)
 
     def row(name: str) -> dict[str, Any]:
         m, laps = measured[name], timed[name]
         trl = measured.get("TRL")
+        speed = 1e3 * laps[0].pairs / m.ms
+        ratio = None if trl is None else m.ratio_to(trl) * timed["TRL"][0].pairs / laps[0].pairs
         return {
             "op": "dpo_step",
             "impl": name,
@@ -237,11 +276,12 @@ def run(case: Case, variants: dict[str, Trainer], repetitions: int) -> list[dict
             "ms": m.ms,
             "min_ms": m.min_ms,
             "times_ms": m.times,
-            "ratio_to_trl": None if trl is None else m.ratio_to(trl),
-            "pairs_per_second": 1e3 * case.pairs * case.steps / m.ms,
-            "tokens_per_second": 1e3 * counted / m.ms,
+            "ratio_to_trl": ratio,  # of the time of a pair
+            "pairs_per_second": speed,
+            # which rows the first step takes is up to the sampler, so this is by the mean of all rows
+            "tokens_per_second": None if tokens is None else speed * tokens / count,
             "peak_mib": m.peak_mib,
-            "split_ms": {phase: median(lap.split[phase] for lap in laps) / case.steps for phase in PHASES},
+            "split_ms": {phase: median(lap.split[phase] for lap in laps) / laps[0].steps for phase in PHASES},
             "loss": laps[0].loss,
             "grad_norm": laps[0].grad_norm,
         }
@@ -255,7 +295,7 @@ def table(results: list[dict[str, Any]]) -> str:
         (
             row["impl"],
             f"{row['pairs_per_second']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
+            "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
             "-" if row["ratio_to_trl"] is None else f"{1 / row['ratio_to_trl']:.2f}",
             f"{row['peak_mib']:.0f}",
             *(f"{row['split_ms'][phase]:.0f}" for phase in PHASES),
@@ -268,30 +308,44 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("training", __doc__)
     parser.add_argument("--cases", choices=CASES, help="run a list of cases instead of one")
-    parser.add_argument("--model", choices=MODELS, default="llama-20m")
-    parser.add_argument("--lengths", choices=lengths.LENGTHS, default="hh")
+    models = f"one of {', '.join(MODELS)}, or the folder of a real model"
+    parser.add_argument("--model", default="llama-20m", help=models)
+    parser.add_argument("--lengths", choices=lengths.LENGTHS, default="hh", help="whose lengths the pairs have")
+    parser.add_argument("--pairs-file", type=Path, help="real pairs for a real model, as JSON lines")
+    parser.add_argument(
+        "--lora-r", type=int, default=0, help="train a LoRA adapter of this rank instead of all weights"
+    )
     parser.add_argument("--pairs", type=int, default=4, help="per step")
     parser.add_argument("--steps", type=int, default=5, help="that count, in a turn")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--per-prompt", type=int, default=1, help="pairs of one prompt")
     parser.add_argument("--responses", type=int, default=4, help="of one prompt, if it has several pairs")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="what to measure; all by default")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
     )
     parser.add_argument("--cpu-time", action="store_true", help="measure time of the CPU, on a machine with other work")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    if args.variants is None:
+        require_trl("fastdpo bench training", "--variants fastdpo")
+        args.variants = list(VARIANTS)
+    args.out = args.out or results_folder() / "training.jsonl"
+    print(f"results: {args.out}", flush=True)
 
     Clock.of_cpu = args.cpu_time
     where = provenance() | ({"time": "of the CPU"} if args.cpu_time else {})
-    before = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    here = [row for row in map(json.loads, before) if row["provenance"]["machine"] == where["machine"]]
-    one = Case(args.model, args.lengths, args.pairs, args.steps, args.max_length, not args.no_checkpointing)
+    here = [row for row in rows_of(args.out) if row["provenance"]["machine"] == where["machine"]]
+    if (args.model not in MODELS) != (args.pairs_file is not None):
+        parser.error(f"--model must be {models}, which needs --pairs-file, and only that does; got {args.model!r}")
+    if args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model must be {models}; got {args.model!r}, which has no config.json")
+    data = args.lengths if args.pairs_file is None else str(args.pairs_file)
+    one = Case(args.model, data, args.pairs, args.steps, args.max_length, not args.no_checkpointing, lora_r=args.lora_r)
     if args.per_prompt > 1:
         one = replace(one, per_prompt=args.per_prompt, responses=args.responses)
     variants = {name: VARIANTS[name] for name in args.variants}
@@ -307,14 +361,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{case}: no time left")
             sys.exit(5)
         found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
-        failed |= not {name for name in variants if name != "TRL"} <= {row["impl"] for row in found}
+        failed |= not {name for name in variants if not name.startswith("TRL")} <= {row["impl"] for row in found}
         print(f"{case}; {where}\n{table(found)}", flush=True)
-        if args.out:
-            record(args.out, found)
+        record(args.out, found)
         longest = max(longest, time.monotonic() - began)
     if failed:
         sys.exit(4)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,10 @@
-"""The cases and the variants of whole training steps: models, lengths, pairs per prompt, and what is switched off."""
+"""The cases and the variants of `fastdpo.benchmarks.training`: models, data, batches, and what is switched off."""
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from datasets import Dataset
 from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
 from fastdpo.benchmarks import lengths
 from fastdpo.benchmarks.harness import DEVICE
+from fastdpo.model.adapters import lora_config
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "toy": (
@@ -44,7 +47,9 @@ class Case:
     """The sizes and settings that the variants are compared on."""
 
     model: str
+    """One of `MODELS`, with random weights, or the folder of a real one."""
     lengths: str
+    """One of `lengths.LENGTHS`, or a file of JSON lines with real pairs."""
     pairs: int = 4
     steps: int = 5
     max_length: int = 1024
@@ -53,37 +58,58 @@ class Case:
     """Pairs of one prompt, which are neighbours; a step has whole prompts."""
     responses: int = 2
     """Responses of one prompt, from which its pairs are made."""
+    tokens: int | None = None
+    """The most tokens of a batch of fastdpo; TRL's have as many pairs as surely fit, `pairs` in any case."""
+    lora_r: int = 0
+    """Rank of the LoRA adapter that is trained; 0: all weights are."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the model is a folder: then the policy as it was loaded is the reference."""
+        return self.model not in MODELS
 
     @property
     def dtype(self) -> str:
-        return DTYPES.get(self.model, "bfloat16")
+        return "float32" if self.is_real and DEVICE == "cpu" else DTYPES.get(self.model, "bfloat16")
 
     @property
     def key(self) -> dict[str, Any]:
+        grouped = {"pairs_per_prompt": self.per_prompt, "responses": self.responses}
         return {
-            "model": self.model,
-            "lengths": self.lengths,
+            "model": Path(self.model).name,
+            "lengths": Path(self.lengths).stem,
             "pairs_per_device": self.pairs,
             "steps": self.steps,
             "max_length": self.max_length,
             "gradient_checkpointing": self.checkpointing,
             "dtype": self.dtype,
-        } | ({"pairs_per_prompt": self.per_prompt, "responses": self.responses} if self.per_prompt > 1 else {})
+        } | {
+            **(grouped if self.per_prompt > 1 else {}),
+            **({"tokens_per_batch": self.tokens} if self.tokens else {}),
+            **({"lora_r": self.lora_r} if self.lora_r else {}),
+        }
 
     def __str__(self) -> str:
         checkpointing = "with" if self.checkpointing else "without"
         shared = f" ({self.per_prompt} per prompt over {self.responses} responses)" if self.per_prompt > 1 else ""
+        size = f"{self.pairs} pairs a step{shared}"
+        size += f" in TRL and up to {self.tokens} tokens in fastdpo" if self.tokens else ""
         return (
-            f"{self.model} {self.dtype}, {self.lengths} lengths, {self.pairs} pairs a step{shared}, "
-            f"{self.steps} steps, {checkpointing} gradient checkpointing"
+            f"{self.key['model']} {self.dtype}{f', LoRA of rank {self.lora_r}' if self.lora_r else ''}, "
+            f"lengths of {self.key['lengths']}, {size}, {self.steps} steps, {checkpointing} gradient checkpointing"
         )
 
 
 _DATASETS = ("ultrafeedback", "hh", "tldr")
+_MORE = ("helpsteer", "metamath")
 CASES = {
     "smoke": [Case("toy", "toy", 2, 2, 32)],
-    "cpu": [Case("llama-20m", name) for name in _DATASETS],
+    "smoke-tokens": [Case("toy", "toy", 2, 3, 32, tokens=128)],
+    "cpu": [Case("llama-20m", name, steps=2) for name in (*_DATASETS, *_MORE)],
+    # as many padded rows of 1024 tokens as 4096 tokens hold are 2 pairs
+    "tokens": [Case("llama-20m", name, 2, 8, tokens=4096) for name in (*_DATASETS, *_MORE)],
     "grouped": [
+        *(Case("llama-20m", name, 4, steps=2) for name in ("tldr", "shp")),
         Case("llama-20m", "tldr", 4, per_prompt=4, responses=4),
         Case("llama-20m", "shp", 5, per_prompt=5, responses=6),
         *(Case("llama-20m", name, 4, per_prompt=4, responses=4) for name in ("hh", "ultrafeedback")),
@@ -98,28 +124,45 @@ Trainer = Callable[[Case, Any, Any, Any, dict[str, Any]], Any]
 
 def _fastdpo(layout: str = "shared", across_examples: bool = True, **options: Any) -> Trainer:
     def make(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+        chosen = {name: value for name, value in settings.items() if name not in options}
+        if options.get("gradient_checkpointing") == "auto":
+            chosen = {name: value for name, value in chosen.items() if "checkpointing" not in name}
+        if case.tokens:
+            chosen |= {"tokens_per_batch": case.tokens}
+        chosen = {"precompute_ref_log_probs": False} | chosen  # unless a variant asks for it, never from the cache
         return DPOTrainer(
             model=model,
             ref_model=ref_model,
-            args=DPOConfig(**settings, **options),
+            args=DPOConfig(**chosen | options),
             data_collator=functools.partial(shared_prefix_batch, layout=layout, across_examples=across_examples),
             train_dataset=dataset(case),
             processing_class=tokenizer,
+            peft_config=_adapter(case),
         )
 
     return make
 
 
-def _trl(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
-    import trl
+def _trl(**options: Any) -> Trainer:
+    def make(case: Case, model: Any, ref_model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+        import trl
 
-    return trl.DPOTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=trl.DPOConfig(**settings),
-        train_dataset=dataset(case),
-        processing_class=tokenizer,
-    )
+        return trl.DPOTrainer(
+            model=model,
+            ref_model=ref_model,
+            args=trl.DPOConfig(**settings | options),
+            train_dataset=dataset(case),
+            processing_class=tokenizer,
+            peft_config=_adapter(case),
+        )
+
+    return make
+
+
+def _adapter(case: Case) -> Any:
+    if not case.lora_r:
+        return None
+    return lora_config(r=case.lora_r, lora_alpha=2 * case.lora_r, target_modules=["all-linear"])
 
 
 VARIANTS: dict[str, Trainer] = {
@@ -128,13 +171,28 @@ VARIANTS: dict[str, Trainer] = {
     "fastdpo, no sharing": _fastdpo("packed", across_examples=False),
     "fastdpo, no packing": _fastdpo("padded", across_examples=False),
     "fastdpo, no fused head": _fastdpo(head_impl="eager"),
-    "TRL": _trl,
+    "fastdpo, checkpointing auto": _fastdpo(gradient_checkpointing="auto"),
+    "fastdpo, cached reference": _fastdpo(precompute_ref_log_probs=True),
+    "fastdpo, cached reference, checkpointing auto": _fastdpo(
+        gradient_checkpointing="auto", precompute_ref_log_probs=True
+    ),
+    "TRL, cached reference": _trl(precompute_ref_log_probs=True),
+    "TRL": _trl(),
 }
 
 
-def rows(case: Case) -> list[dict[str, str]]:
+def rows(case: Case) -> list[dict[str, Any]]:
     """Return the rows of all steps, the first of which does not count; each row is trained on once."""
-    vocab, count = MODELS[case.model][1]["vocab_size"], case.pairs * (case.steps + 1)
+    count = case.pairs * (case.steps + 1)
+    if case.is_real:
+        with Path(case.lengths).open() as file:
+            found = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+        if len(found) < count:
+            raise ValueError(
+                f"{case.lengths} has {len(found)} rows, and {count} are needed: choose fewer --steps or --pairs"
+            )
+        return found
+    vocab = MODELS[case.model][1]["vocab_size"]
     if case.per_prompt == 1:
         return lengths.pairs(case.lengths, count, vocab, case.max_length)
     return lengths.pairs_of_prompts(case.lengths, count, case.per_prompt, case.responses, vocab, case.max_length)
@@ -144,7 +202,18 @@ def dataset(case: Case) -> Dataset:
     return Dataset.from_list(rows(case))
 
 
+def make_tokenizer(name: str) -> Any:
+    """Return the tokenizer of one of `MODELS`, or of a real model's folder."""
+    if name in MODELS:
+        return lengths.tokenizer(MODELS[name][1]["vocab_size"])
+    return transformers.AutoTokenizer.from_pretrained(name)
+
+
 def make_model(name: str, dtype: str, seed: int) -> Any:
+    """Return one of `MODELS` with random weights, or the model of a folder."""
+    if name not in MODELS:
+        real = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        return real.to(DEVICE)
     family, sizes = MODELS[name]
     special = {"pad_token_id": lengths.PAD, "eos_token_id": lengths.EOS, "bos_token_id": None}
     config = getattr(transformers, f"{family}Config")(**sizes, **special)

@@ -96,9 +96,18 @@ def steps() -> dict[str, str]:
 
 def measured() -> dict[str, str]:
     """Return the tables of benchmarks.md, from the measurements that are committed."""
+    from docs import step_tables
     from fastdpo.benchmarks import report
 
-    return {"the steps": report.steps(), "the levers": report.levers(), "the head": report.head()}
+    return {
+        "the steps": report.steps(),
+        "the levers": report.levers(),
+        "the ratios": step_tables.ratios(),
+        "the split": step_tables.splits(),
+        "the real model": step_tables.real_model(),
+        "the head": report.head(),
+        "the peers": report.peers(),
+    }
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {

@@ -181,7 +181,9 @@ def first_loss_is_known(
     )
 
 
-def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *, precomputed: bool = False) -> None:
+def check_first_loss(
+    losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *, precomputed: bool = False, compiled: bool = False
+) -> None:
     """Raise unless the mean loss of the first batch is ln 2; call this only if `first_loss_is_known`.
 
     Args:
@@ -191,12 +193,14 @@ def check_first_loss(losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *
             times the largest of them.
         dtype: dtype of the forward: autocast's if it is on, else the weights'.
         precomputed: the reference values come from the dataset or the cache.
+        compiled: torch.compile made other code for the policy, which has gradients, than for the reference; in 16 bits
+            it rounds elsewhere.
 
     Raises:
         ValueError: the loss is not ln 2; the message says by how much, and names the usual causes.
     """
     loss, largest_reward = torch.stack((losses.detach().mean(), scaled_logps.detach().abs().max().float())).tolist()
-    bound = (_PRECOMPUTED if precomputed else _ONLINE)[dtype in (torch.bfloat16, torch.float16)]
+    bound = (_PRECOMPUTED if precomputed or compiled else _ONLINE)[dtype in (torch.bfloat16, torch.float16)]
     bound = max(bound, largest_reward * torch.finfo(torch.float32).eps)
     if abs(loss - math.log(2)) < bound:  # a loss that is NaN fails too
         return

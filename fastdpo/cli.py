@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastdpo
+from fastdpo.benchmarks.command import SUMMARY, bench
 from fastdpo.checkpoint import lock
 from fastdpo.checkpoint.preempt import EXIT_CODE, Preempted
 from fastdpo.commands.tools import TOOLS, run_tool
@@ -86,6 +87,8 @@ def _run(words: list[str]) -> None:
         _show(_help())
     elif command == "--version":
         print(f"fastdpo {fastdpo.__version__}")  # noqa: T201
+    elif command == "bench":
+        bench(rest, _show)
     elif command in TOOLS:
         if os.environ.get("RANK", "0") != "0":  # a tool is for one process
             return
@@ -93,9 +96,8 @@ def _run(words: list[str]) -> None:
         if config is not None:
             train(config, {})
     elif command not in COMMANDS:
-        raise UsageError(
-            f"unknown command {command!r}{nearest(command, (*COMMANDS, *TOOLS)) or '; see fastdpo --help'}"
-        )
+        like = nearest(command, (*COMMANDS, *TOOLS, "bench")) or "; see fastdpo --help"
+        raise UsageError(f"unknown command {command!r}{like}")
     elif "-h" in rest or "--help" in rest:
         _show(settings_help(command, _summary(command), OPTIONS.get(command, {}), EXIT_CODES))
     elif not rest:
@@ -138,6 +140,8 @@ def _stopped(words: list[str], started: float) -> str:
     stopped = stopped_by()
     command, *rest = words or [""]
     config, flags = _config_of(rest)
+    if command == "bench":
+        return f"{stopped}; the cases that were measured so far are kept"
     if command == "precompute":
         return f"{stopped}; what was scored so far is kept, and the same command continues from there"
     try:
@@ -344,10 +348,12 @@ OPTIONS = {
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     summaries = {name: _summary(name) for name in COMMANDS} | {name: tool.summary for name, tool in TOOLS.items()}
+    summaries["bench"] = SUMMARY
     commands = "\n".join(f"  {name:<{width}}{summary}" for name, summary in summaries.items())
     tools = "\n".join(f"       fastdpo {name} {tool.takes}" for name, tool in TOOLS.items())
     return f"""usage: fastdpo COMMAND [CONFIG.yaml] [--any_setting value ...] [--debug]
 {tools}
+       fastdpo bench head|training|report [OPTIONS]
        fastdpo COMMAND --help        all settings, with their defaults
        fastdpo --version
 

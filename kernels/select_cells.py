@@ -9,9 +9,6 @@ a row. It keeps the row's J shares in registers, and finds the threshold by bise
 
 scale is the root mean square of the finite weights other than 0. One program sums it in float64 before.
 
-A row in which more than `full` of the cells are active computes all of them, because a plain matmul is cheaper than
-lists then. Its threshold is -inf, its bound 0.
-
 Shapes: N rows, J tiles.
 """
 
@@ -66,7 +63,6 @@ def _select_cells_kernel(
     J,
     row,
     cell,
-    full,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -86,31 +82,26 @@ def _select_cells_kernel(
     limit = _limit(cell, k)
     threshold = tl.where(weight > 0, tl.div_rn(limit, tl.where(weight > 0, weight, 1.0)), float("inf"))
     active = tl.sum((mask & (shares > threshold)).to(tl.float32), axis=0) / J
-    is_full = active > full
-    tl.store(threshold_ptr + n, tl.where(is_full, float("-inf"), threshold))
-    tl.store(bound_ptr + n, tl.where(is_full, 0.0, _skipped(mass, limit)))
-    tl.store(active_ptr + n, tl.where(is_full, 1.0, active))
+    tl.store(threshold_ptr + n, threshold)
+    tl.store(bound_ptr + n, _skipped(mass, limit))
+    tl.store(active_ptr + n, active)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _density_kernel(
-    density_ptr,  # [2] float32, out
+    density_ptr,  # [1] float32, out
     active_ptr,  # [N]
     N,
     BLOCK: tl.constexpr,
 ):
     total = tl.zeros((BLOCK,), tl.float64)
-    full = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, N, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        active = tl.load(active_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float64)
-        total += active
-        full += tl.where(active == 1.0, 1.0, 0.0)
+        total += tl.load(active_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float64)
     tl.store(density_ptr, (tl.sum(total, axis=0) / N).to(tl.float32))
-    tl.store(density_ptr + 1, (tl.sum(full, axis=0) / N).to(tl.float32))
 
 
-def select_cells(shares: Tensor, weight: Tensor, row: float, cell: float, full: float) -> tuple[Tensor, Tensor, Tensor]:
+def select_cells(shares: Tensor, weight: Tensor, row: float, cell: float) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the cells to compute.
 
     Args:
@@ -118,7 +109,6 @@ def select_cells(shares: Tensor, weight: Tensor, row: float, cell: float, full: 
         weight: `[N]`, float32 or float64.
         row: largest mass that a row skips, in units of the root mean square of `weight`.
         cell: largest mass of a skipped cell, in the same units.
-        full: share of active cells above which a row computes all of them.
 
     Returns:
         threshold, bound and active of `fastdpo.head.impl.sparsity.Selection`, `[N]` float32 each.
@@ -131,15 +121,13 @@ def select_cells(shares: Tensor, weight: Tensor, row: float, cell: float, full: 
     with torch.cuda.device_of(shares):
         _mean_square_root_kernel[(1,)](scale, weight, N, BLOCK=BLOCK)
         _select_cells_kernel[(N,)](
-            threshold, bound, active, shares, weight, scale, shares.stride(0), J, row, cell, full,
+            threshold, bound, active, shares, weight, scale, shares.stride(0), J, row, cell,
             STEPS=STEPS, BLOCK=block, num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
     return threshold, bound, active
 
 
-def mean_density(active: Tensor) -> Tensor:
-    """Return the mean of `active [N]` and the share of rows with all cells active, as `[2]` float32."""
-    density = torch.empty(2, dtype=torch.float32, device=active.device)
+def mean_density(active: Tensor, density: Tensor) -> None:
+    """Store the mean of `active [N]` in the first element of `density`, float32."""
     with torch.cuda.device_of(active):
         _density_kernel[(1,)](density, active, len(active), BLOCK=BLOCK)
-    return density

@@ -2,26 +2,27 @@
 
     dhidden[n, :] += sum over the active cells (n, j) of dlogits[n, tile j, :] @ weight[tile j, :]
 
-There are two kernels, one after the other. Both go by the lists of `row_lists`.
+There are two kernels, one after the other. Both go by `row_lists`.
 
-*Full rows*, all of whose cells are active, are the same in every list. A program owns BLOCK_N of them and BLOCK_D
-columns of dhidden, sums over all columns of the vocabulary in registers, and adds to dhidden once. This is a plain
-matmul with gathered rows.
+*Dense blocks*: in some tiles many rows of a block are active. A program owns BLOCK_N rows of a block and BLOCK_D
+columns of dhidden, sums over the block's dense tiles in registers, and adds to dhidden once. This is a plain matmul
+with gathered rows and tiles, in which cells that are not active count as 0 and are not read. Rows come in the order of
+their number of active cells, and tokens that are likely in many places are neighbours in most vocabularies, so the
+dense blocks hold most of a model's active cells.
 
-*The other rows* differ from tile to tile. A program owns a range of rows and BLOCK_D columns of dhidden, and no other
-program touches them, so there are no atomics. It walks the tiles in order, and in each tile the part of the list that
-lies in its range, BLOCK_N rows at a time: it gathers their cells, multiplies, and adds to their rows of dhidden. A
+*The other cells* differ from tile to tile. A program owns a range of the order and BLOCK_D columns of dhidden, and no
+other program touches them, so there are no atomics. It walks the tiles in order, and in each tile the part of the list
+that lies in its range, BLOCK_N rows at a time: it gathers their cells, multiplies, and adds to their rows of dhidden. A
 row's sum is formed in the order of the tiles, so it has the same bits in every run.
 
 The rows within one list are distinct, but the next list repeats some of them. A barrier after every tile with rows in
 the range therefore makes the sums that some threads of the program stored visible to the others, which load them again.
 
-An active cell of the second kernel reads and writes D float32 for 2 * TILE * D operations. That is an eighth of what a
-multiprocessor computes in that time, which is why rows with many active cells are full. Ranges are as long as the chip
-allows, because a program loads its slice of a tile of weight for the rows of its range alone: one program for each
-place that registers and shared memory leave on the chip.
+An active cell of the second kernel reads and writes D float32 for 2 * TILE * D operations. That is a sixth of what a
+multiprocessor computes in that time. Ranges are long, because a program loads its slice of a tile of weight for the
+rows of its range alone: PROGRAMS programs for each multiprocessor, fewer than it has room for.
 
-Shapes: N rows, D hidden size, V vocabulary, J = ceil(V / BLOCK_V) tiles, R ranges of rows.
+Shapes: N rows, D hidden size, V vocabulary, J = ceil(V / TILE) tiles, B blocks, R ranges of rows.
 """
 
 import torch
@@ -47,15 +48,14 @@ CONFIGS: Configs = {
     ((9, 0), 2): Config(64, TILE, 64, 4, 1),
     ((10, 0), 2): Config(64, TILE, 64, 4, 1),
 }
-PROGRAMS = {(8, 0): 4, (9, 0): 4, (10, 0): 5}
-"""Programs of these that registers and shared memory leave room for on a multiprocessor. tests/kernels/test_aot.py
-compares the numbers with what was compiled."""
-FULL_CONFIGS: Configs = {  # BLOCK_V: columns of the vocabulary in a step
+PROGRAMS = 2
+"""Programs for each multiprocessor: with more, they load weight more often; with fewer, they wait for memory."""
+BLOCK_CONFIGS: Configs = {  # BLOCK_N divides that of `row_lists`; BLOCK_V: columns of the vocabulary in a step
     ((8, 0), 2): Config(128, 64, 128, 8, 3),
     ((9, 0), 2): Config(256, 32, 128, 8, 4),
     ((10, 0), 2): Config(128, 64, 128, 8, 3),
 }
-FULL_FALLBACK = {2: Config(128, 32, 128, 8, 3), 4: Config(64, 32, 64, 8, 3), 8: Config(32, 16, 32, 8, 2)}
+BLOCK_FALLBACK = {2: Config(128, 32, 128, 8, 3), 4: Config(64, 32, 64, 8, 3), 8: Config(32, 16, 32, 8, 2)}
 
 
 def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
@@ -67,27 +67,23 @@ def default_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
     )
 
 
-def full_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
-    """Choose those of the kernel of full rows."""
+def block_configs(vectors: bool) -> tuple[Configs, dict[int, Config]]:
+    """Choose those of the kernel of dense blocks."""
     return (
-        (FULL_CONFIGS, FULL_FALLBACK)
+        (BLOCK_CONFIGS, BLOCK_FALLBACK)
         if vectors
-        else ({}, FULL_FALLBACK | {2: Config(64, 32, 32, 4, 3), 4: Config(32, 32, 32, 8, 2)})
+        else ({}, BLOCK_FALLBACK | {2: Config(64, 32, 32, 4, 3), 4: Config(32, 32, 32, 8, 2)})
     )
 
 
-def programs_at_once(x: Tensor) -> int:
-    """Return how many programs the device of `x` holds at once; of chips without an entry, two a multiprocessor."""
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    return PROGRAMS.get(capability, 2) * processors(x)
-
-
-@triton.jit(do_not_specialize=["N"])  # it changes from batch to batch; a V divisible by 16 is loaded in vectors
-def _sparse_dhidden_full_kernel(
+@triton.jit(do_not_specialize=["N", "J", "B", "first", "last"])  # a V divisible by 16 is loaded in vectors
+def _sparse_dhidden_blocks_kernel(
     dhidden_ptr,  # [N, D] ACC, in and out
     dlogits_ptr,  # [N, V]
-    rows_ptr,  # [J, N] int32, of which the first list is read
-    bounds_ptr,  # [J, B + 1] int32, of which the first number is read
+    order_ptr,  # [N] int32
+    active_ptr,  # [J, N] int8
+    tiles_ptr,  # [B, J] int16: as int32, the compiler keeps fewer copies in flight
+    starts_ptr,  # [J + 1, B] int32
     weight_ptr,  # [V, D]
     stride_on,
     stride_dn,
@@ -96,34 +92,46 @@ def _sparse_dhidden_full_kernel(
     N,
     V,
     D,
+    J,
+    B,
+    first,  # tile of the lists with which dlogits begins
+    last,  # and the one after its end
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,  # places of a block; BLOCK_N divides it
+    TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # a divisor of TILE
     BLOCK_D: tl.constexpr,
 ):
     slices = tl.cdiv(D, BLOCK_D)
     i_start = tl.program_id(0) // slices * BLOCK_N
-    full = tl.load(bounds_ptr)
-    if i_start >= full:
+    block = i_start // LIST_BLOCK
+    start = tl.load(starts_ptr + first * B + block)
+    stop = tl.load(starts_ptr + last * B + block)
+    if start >= stop:
         return
     offs_i = i_start + tl.arange(0, BLOCK_N)
-    mask_n = offs_i < full
+    mask_n = offs_i < N
     # int64: rows * stride_dn and rows * stride_on may pass 2^31; v * stride_wv does at V=262144, D=8192
-    offs_n = tl.load(rows_ptr + offs_i, mask=mask_n, other=0).to(tl.int64)
+    offs_n = tl.load(order_ptr + offs_i, mask=mask_n, other=0).to(tl.int64)
     offs_d = tl.program_id(0) % slices * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_d = offs_d.to(tl.int64)
-    dhidden_ptrs = dhidden_ptr + offs_n[:, None] * stride_on + offs_d[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
-    total = tl.load(dhidden_ptrs, mask=mask, other=0.0)  # at the end, it would take registers beside the sums
-    for v_start in range(0, V, BLOCK_V):
-        offs_v = v_start + tl.arange(0, BLOCK_V)
+    # at the end, they would take registers beside the sums
+    total = tl.load(dhidden_ptr + offs_n[:, None] * stride_on + offs_d[None, :], mask=mask, other=0.0)
+    STEPS: tl.constexpr = TILE // BLOCK_V
+    tiles_ptr += block.to(tl.int64) * J
+    for step in range(start * STEPS, stop * STEPS):
+        tile = tl.load(tiles_ptr + step // STEPS).to(tl.int32)
+        is_active = tl.load(active_ptr + tile.to(tl.int64) * N + offs_i, mask=mask_n, other=0) != 0
+        offs_v = (tile - first) * TILE + step % STEPS * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         offs_v = offs_v.to(tl.int64)
         dlogits_ptrs = dlogits_ptr + offs_n[:, None] * stride_dn + offs_v[None, :]
         weight_ptrs = weight_ptr + offs_v[:, None] * stride_wv + offs_d[None, :] * stride_wd
-        dlogits = tl.load(dlogits_ptrs, mask=mask_v[None, :], other=0.0)
+        dlogits = tl.load(dlogits_ptrs, mask=is_active[:, None] & mask_v[None, :], other=0.0)
         w = tl.load(weight_ptrs, mask=mask_v[:, None] & mask_d[None, :], other=0.0)
         if UPCAST:
             dlogits = dlogits.to(ACC)
@@ -194,7 +202,7 @@ def sparse_dhidden(
     lists: Lists,
     weight: Tensor,
     config: Config | None = None,
-    full_config: Config | None = None,
+    block_config: Config | None = None,
     ranges: int | None = None,
 ) -> None:
     """Add to `dhidden` the gradient from the active cells of `dlogits`.
@@ -205,20 +213,23 @@ def sparse_dhidden(
         lists: of the tiles of `dlogits`, as `row_lists` returned them.
         weight: `[V, D]`, any strides: a chunk of the head.
         config: tile sizes, where BLOCK_V is the width of a cell. None chooses by device and dtype, with BLOCK_V = TILE.
-        full_config: tile sizes for the full rows; None chooses by device and dtype.
+        block_config: tile sizes for dense blocks; None chooses by device and dtype.
         ranges: about how many ranges of rows R; None chooses by shape and device.
     """
     (N, V), D = dlogits.shape, weight.shape[1]
     kernel = _sparse_dhidden_kernel
     vectors = all(map(loads_vectors, (dhidden, dlogits, weight)))
     config = config or default_config(dlogits, *default_configs(vectors))._replace(BLOCK_V=TILE)
-    full_config = full_config or default_config(dlogits, *full_configs(vectors and V % 16 == 0))
-    rows, _, bounds = lists
-    assert rows.shape == (triton.cdiv(V, config.BLOCK_V), N)
-    B = bounds.shape[1] - 1
+    block_config = block_config or default_config(dlogits, *block_configs(vectors and V % 16 == 0))
+    block_config = block_config._replace(
+        BLOCK_N=min(block_config.BLOCK_N, lists.block), BLOCK_V=min(block_config.BLOCK_V, config.BLOCK_V)
+    )
+    tiles, B = triton.cdiv(V, config.BLOCK_V), lists.starts.shape[1]
+    assert lists.rows.shape == (tiles, N)
+    assert lists.block % block_config.BLOCK_N == config.BLOCK_V % block_config.BLOCK_V == 0
     slices = triton.cdiv(D, config.BLOCK_D)
     if ranges is None:
-        ranges = max(1, programs_at_once(dlogits) // slices)
+        ranges = max(1, PROGRAMS * processors(dlogits) // slices)
     blocks = max(1, triton.cdiv(B, ranges))
     ranges = max(1, triton.cdiv(B, blocks))
     options = {
@@ -226,10 +237,15 @@ def sparse_dhidden(
         "UPCAST": interpreted(kernel),
         "enable_fp_fusion": True,
     }
-    operands = (
-        dhidden, dlogits, rows, bounds, weight, dhidden.stride(0), dlogits.stride(0), *weight.stride(), N, V, D,
-    )  # fmt: skip
+    strides = dhidden.stride(0), dlogits.stride(0), *weight.stride()
     with torch.cuda.device_of(dlogits):
-        programs = triton.cdiv(N, full_config.BLOCK_N) * triton.cdiv(D, full_config.BLOCK_D)
-        _sparse_dhidden_full_kernel[(programs,)](*operands, **options, **full_config._asdict())
-        kernel[(ranges * slices,)](*operands, ranges, B, blocks, **options, **config._asdict())
+        programs = triton.cdiv(N, block_config.BLOCK_N) * triton.cdiv(D, block_config.BLOCK_D)
+        _sparse_dhidden_blocks_kernel[(programs,)](
+            dhidden, dlogits, lists.order, lists.active, lists.tiles, lists.starts, weight, *strides, N, V, D,
+            lists.active.shape[0], B, lists.first, lists.first + tiles,
+            LIST_BLOCK=lists.block, TILE=config.BLOCK_V, **options, **block_config._asdict(),
+        )  # fmt: skip
+        kernel[(ranges * slices,)](
+            dhidden, dlogits, lists.rows, lists.bounds, weight, *strides, N, V, D, ranges, B, blocks,
+            **options, **config._asdict(),
+        )  # fmt: skip

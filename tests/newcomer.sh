@@ -72,6 +72,8 @@ step 0 "the reference, once for all runs" fastdpo precompute "${mine[@]}" --outp
 step 0 "rewards of the trained model" fastdpo score --dataset_name my_pairs --model_name_or_path runs/full \
     --ref_model_name_or_path fastdpo-demo/run --output_dir runs/scores
 test "$(wc -l <runs/scores/scores.jsonl)" -eq 24
+step 0 "how fast is the head here?" fastdpo bench head --smoke --peers PyTorch --repetitions 2
+step 0 "the table of that" fastdpo bench report
 step 0 "the model answers" python -c "
 from transformers import pipeline
 print(pipeline('text-generation', model='runs/merged')('What is 3 plus 4?', max_new_tokens=4)[0]['generated_text'])"

@@ -19,8 +19,9 @@ from packaging.utils import canonicalize_name
 import fastdpo
 
 ROOT = Path(__file__).parent.parent
-MAPPED = [path for folder in ("kernels", "benchmarks") for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
-MODULES = [f"{path.parent.name}.{path.stem}" for path in MAPPED]
+FOLDERS = ("kernels", "benchmarks", "benchmarks/head")
+MAPPED = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MAPPED]
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -58,7 +59,8 @@ def check_wheel(wheel: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"fastdpo/{module.replace('.', '/')}.py" for module in MODULES} <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "benchmarks/", "examples/"))]
-    assert not [name for name in names if name.startswith("fastdpo/benchmarks/") and name.count("/") > 2]
+    benchmarks = [name for name in names if name.startswith("fastdpo/benchmarks/")]
+    assert {name.rpartition("/")[0] for name in benchmarks} == {"fastdpo/benchmarks", "fastdpo/benchmarks/head"}
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     imports = "".join(f", fastdpo.{module}" for module in MODULES)

@@ -1,6 +1,7 @@
 """Compute how long the head should take on an H200, from its compiled kernels: nothing is measured.
 
     python -m benchmarks.studies.head_time_model
+    python -m benchmarks.studies.head_time_model --chips
     python -m benchmarks.studies.head_time_model --rows 8192 --hidden 4096 --vocab 128256
 
 Each Triton kernel is compiled for the chip. Its registers and shared memory say how many programs share a
@@ -16,8 +17,8 @@ sustained; the model counts the same clocks for both.
 
 The sparse kernels are described by `fastdpo.head.impl.sparsity.Chip`, which the head decides with, too: `chip` computes
 those numbers, and `relative_time` makes milliseconds of them. So a backward that the head chooses never takes longer
-here than the dense one. How long it takes depends on where the active cells are: spread evenly over the rows, or five
-sixths of them in rows that compute all of their cells. Density is the share of cells that are active.
+here than the dense one. How long it takes depends on where the active cells are: spread evenly over rows and tiles, or
+as `ROWS` has them, which `benchmarks.studies.where_cells_are` measured. Density is the share of cells that are active.
 
 None of it knows bank conflicts, cache misses or the power limit: it finds what is far from its goal, not what is 5 %
 from it.
@@ -40,10 +41,9 @@ CLOCK = VENDOR / VENDOR_SHARE / TENSOR / PROCESSORS
 FED, FILL, STALLS = 0.95, 1200, 1.25
 L2, MEMORY = 39, 20  # bytes of a multiprocessor in a clock
 BANDWIDTH = 4.3e12  # bytes of memory in a second
-SHARING = 40  # active rows that a program of sparse_dhidden multiplies by a tile of weight that it has loaded
-DENSITIES = (0.05, 0.18, 0.35)
-FULL = {"spread evenly": 0.0, "in full rows": 5 / 6}
-"""Of the active cells, the share in rows that compute all of their cells."""
+STEP = 2000  # clocks of a step of sparse_dhidden: bounds, rows, cells, a matmul and a store wait for each other
+ROWS = {0.05: (0.077, 0.0176), 0.18: (0.269, 0.0261), 0.35: (0.49, 0.0232)}
+"""Of all cells, the share in dense blocks and that of active cells elsewhere, by density."""
 LIMIT = 0.12
 """Density for which the sparse kernels' times are computed: the lists of a chunk are as long as where it matters."""
 JOBS = {
@@ -52,9 +52,13 @@ JOBS = {
     "dlogits": ("backward", ""),
     "sparse dlogits": ("sparse-dlogits", ""),
     "sparse dhidden": ("sparse-dhidden", ""),
-    "full rows": ("sparse-dhidden-full", ""),
+    "dense blocks": ("sparse-dhidden-blocks", ""),
     "sparse dweight": ("sparse-dweight", ""),
 }
+
+
+SPARSE = ("sparse dlogits", "sparse dhidden", "dense blocks", "sparse dweight")
+FORWARDS = {80: "forward", 100: "forward-tma"}
 
 
 class Kernel(NamedTuple):
@@ -74,12 +78,28 @@ class Kernel(NamedTuple):
         """Clocks of a tile in which its own matmul stands still."""
         return self.warps / 4 * sum(self.loops[1:]) * STALLS + FILL
 
+    def clocks(self, depth: int, tensor: int = TENSOR) -> float:
+        """Clocks of a multiprocessor for a tile whose sums are over `depth`."""
+        n, v, _ = self.block
+        matmul = 2 * n * v * depth / tensor / FED
+        return max(matmul, (matmul + self.exposed) / self.programs)
+
     def tiles(self, count: float, depth: int) -> float:
         """Seconds for so many tiles on the whole chip, whose sums are over `depth`."""
-        n, v, _ = self.block
-        tensor = 2 * n * v * depth / TENSOR / FED
-        clocks = max(tensor, (tensor + self.exposed) / self.programs)
-        return count * clocks / CLOCK / PROCESSORS
+        return count * self.clocks(depth) / CLOCK / PROCESSORS
+
+
+class Gpu(NamedTuple):
+    """A chip, in what a multiprocessor does in a clock."""
+
+    processors: int
+    tensor: int  # FLOP on bfloat16
+    cache: float  # bytes from L2
+    memory: float  # bytes from memory
+
+
+GPUS = {80: Gpu(108, 2048, 47, 13), 90: Gpu(PROCESSORS, TENSOR, L2, MEMORY), 100: Gpu(148, 8192, 39, 29)}
+"""A100, H200 and B200, by their published rates at the clocks that a matmul sustains."""
 
 
 class Shape(NamedTuple):
@@ -95,14 +115,15 @@ class Shape(NamedTuple):
         return 2 * self.N * self.D * self.V / VENDOR
 
 
-def compile_kernels() -> dict[str, Kernel]:
-    """Compile for sm_90, in processes of their own, because Triton's interpreter cannot be left."""
+def compile_kernels(arch: int = 90) -> dict[str, Kernel]:
+    """Compile for a chip, in processes of their own, because Triton's interpreter cannot be left."""
     os.environ.pop("TRITON_INTERPRET", None)
     aot = import_module("tests.kernels.test_aot")
-    jobs = [aot.Job(kernel, 90, "bf16", variant) for kernel, variant in JOBS.values()]
+    named = JOBS if arch == 90 else {name: JOBS[name] for name in SPARSE} | {"forward": (FORWARDS[arch], "masses")}
+    jobs = [aot.Job(kernel, arch, "bf16", variant) for kernel, variant in named.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = list(pool.map(aot.compile_kernel, jobs))
-    return {name: read(compiled) for name, compiled in zip(JOBS, found, strict=True)}
+    return {name: read(compiled) for name, compiled in zip(named, found, strict=True)}
 
 
 def read(compiled: Any) -> Kernel:
@@ -131,13 +152,13 @@ def forward(kernel: Kernel, shape: Shape) -> float:
     return max(kernel.tiles(count, shape.D), copies(kernel, shape))
 
 
-def busiest_tiles(kernel: Kernel, shape: Shape) -> int:
+def busiest_tiles(kernel: Kernel, shape: Shape, processors: int = PROCESSORS) -> int:
     """Return the tiles of the busiest multiprocessor."""
     from fastdpo.kernels import linear_logprobs_forward as module
 
     blocks, tiles = (-(-size // block) for size, block in zip((shape.N, shape.V), kernel.block, strict=False))
-    splits = module.default_splits(blocks, tiles, PROCESSORS)
-    return module.busiest(blocks, tiles, PROCESSORS, splits)
+    splits = module.default_splits(blocks, tiles, processors)
+    return module.busiest(blocks, tiles, processors, splits)
 
 
 def copies(kernel: Kernel, shape: Shape) -> float:
@@ -180,39 +201,48 @@ def clocks_of_turns(tiles: int, steps: int, stages: int, matmul: float, epilogue
     return max(ready)
 
 
-def chip(kernels: dict[str, Kernel], shape: Shape, density: float = LIMIT) -> Any:
-    """Return the `Chip` of these kernels: seconds of a cell relative to a vendor matmul's.
+def chip(kernels: dict[str, Kernel], shape: Shape, density: float = LIMIT, gpu: Gpu = GPUS[90]) -> Any:
+    """Return the `Chip` of these kernels: clocks of a cell relative to a vendor matmul's.
 
-    A tile of dlogits and of full rows takes its matmul or its operands from L2, whichever is longer, and its prologue
-    and epilogue. The last block of a list is half empty on average, and so is the last block of full rows. A tile of
-    dweight has steps over a list instead of D. A cell of another row reads and writes D float32 of dhidden, reads its
-    dlogits for every slice of D, and shares a tile of weight with SHARING rows.
+    A tile of dlogits and of dense blocks takes its matmul or its operands from L2, whichever is longer, and its
+    prologue and epilogue. The last block of a list is half empty on average. A program of dense blocks has as many
+    columns as are dense in a chunk of 12,000. A tile of dweight has steps over a list instead of D. A cell elsewhere
+    reads and writes D float32 of dhidden, and reads its dlogits for every slice of D. Each range of rows loads the
+    weight of each tile once, and takes at least one step for it.
     """
     from fastdpo.head.impl.sparsity import Chip
+    from fastdpo.kernels import sparse_dhidden
 
     D, rows = shape.D, density * shape.N
-    vendor = 1 / TENSOR / VENDOR_SHARE  # clocks of an operation
+    vendor = 1 / gpu.tensor / VENDOR_SHARE  # clocks of an operation
+    unit = 2 * shape.N * D * shape.V * vendor  # of a multiprocessor that had to do all of it
 
-    def operations(kernel: Kernel) -> float:
-        n, v, _ = kernel.block
-        return max(1 / TENSOR / FED, (1 / n + 1 / v) / L2)
+    def operations(n: int, v: int) -> float:
+        return max(1 / gpu.tensor / FED, (1 / n + 1 / v) / gpu.cache)
 
-    def by_rows(kernel: Kernel, columns: int) -> float:
-        n = kernel.block[0]
-        fed = operations(kernel) + kernel.exposed / (2 * n * columns * D) / kernel.programs
-        return fed / vendor * (1 + n / 2 / rows)
-
-    dlogits, full = kernels["sparse dlogits"], kernels["full rows"]
+    forward, dlogits, blocks = kernels["forward"], kernels["sparse dlogits"], kernels["dense blocks"]
     lists, dweight = kernels["sparse dhidden"], kernels["sparse dweight"]
+    n, v, _ = dlogits.block
+    in_lists = operations(n, v) + dlogits.exposed / (2 * n * v * D) / dlogits.programs
+    block, _, columns = blocks.block
+    in_blocks = operations(block, columns) + blocks.exposed / (2 * block * columns * density * 12000) / blocks.programs
     tile, slices = lists.block[1], D / lists.block[2]
-    cell = max(8 * D / MEMORY, (8 * D + 2 * tile * slices + 2 * tile * D / SHARING) / L2)
-    n, v, d = dweight.block
-    fed = max(1 / TENSOR / FED, (1 / v + 1 / d) / L2) * (1 + n / 2 / rows)
+    ranges = max(1, sparse_dhidden.PROGRAMS * gpu.processors // slices)
+    of_cell = 2 * tile * D * vendor
+    m, v, d = dweight.block
+    fed = operations(v, d) * (1 + m / 2 / rows)
+    of_forward = max(
+        busiest_tiles(forward, shape, gpu.processors) * forward.clocks(D, gpu.tensor),
+        operations(*forward.block[:2]) * unit / vendor / gpu.processors,
+    )
     return Chip(
-        forward=forward(kernels["forward"], shape) / shape.unit,
-        dlogits=by_rows(dlogits, dlogits.block[1]),
-        full=by_rows(full._replace(block=(full.block[0], full.block[2], full.block[1])), full.block[2] * shape.V // D),
-        cells=cell / (2 * tile * D * vendor),
+        forward=max(1.0, of_forward / unit * gpu.processors),  # no kernel counts as faster than the vendor's
+        dlogits=in_lists / vendor * (1 + n / 2 / rows),
+        blocks=in_blocks / vendor,
+        memory=8 * D / gpu.memory / of_cell,
+        cache=(8 * D + 2 * tile * slices) / gpu.cache / of_cell,
+        weight=ranges * 2 * shape.V * D / gpu.cache / unit,
+        step=STEP * shape.V / tile * gpu.processors / unit,
         dweight=(fed + dweight.exposed / (2 * v * d * rows)) / vendor,
     )
 
@@ -239,12 +269,14 @@ def recompute(kernel: Kernel, shape: Shape) -> float:
     return max(kernel.tiles(blocks, shape.D), copies(kernel, shape))
 
 
-def steps(kernels: dict[str, Kernel], shape: Shape, times: Any, density: float, full: float) -> dict[str, float]:
-    """Seconds of a forward and backward of each kind; with a `density` of 1, without skipping any cell."""
+def steps(
+    kernels: dict[str, Kernel], shape: Shape, times: Any, density: float, blocks: float, others: float
+) -> dict[str, float]:
+    """Seconds of a forward and backward of each kind; with all cells in `blocks`, without skipping any."""
     from fastdpo.head.impl.sparsity import relative_time
 
     def relative(trained: bool, exact_weight: bool) -> float:
-        return min(1.0, relative_time(times, density, density * full, trained, exact_weight))
+        return min(1.0, relative_time(times, density, blocks, others, trained, exact_weight))
 
     def trained(workspace: int, dhidden: float) -> float:
         share = kept_share(shape, workspace)
@@ -286,22 +318,21 @@ def report(kernels: dict[str, Kernel], shape: Shape, gluon: tuple[int, Any] | No
         counts = "+".join(map(str, k.loops))
         lines.append(f"{name:22}{block:>14}{k.registers:6}{k.shared / 1024:5.0f}{k.programs:10}{counts:>16}")
     times = chip(kernels, shape)
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in times._asdict().items())
-    lines.append(f"beside a vendor matmul, computed: {shown}; a row is full above {sparsity.full_row(times):.2f}")
-    without = steps(kernels, shape, times, 1.0, 1.0)
-    for cells, full in FULL.items():
-        lines.append(f"{f'ms (computed), {cells}':34}" + "".join(f"{f'density {d:.2f}':>30}" for d in DENSITIES))
-        found = {density: steps(kernels, shape, times, density, full) for density in DENSITIES}
+    lines += [described(times), f"a block is dense from {sparsity.dense_block(times):.2f} of its rows on"]
+    without = steps(kernels, shape, times, 1.0, 1.0, 0.0)
+    for cells, where in (("spread evenly", {d: (0.0, d) for d in ROWS}), ("where a model has them", ROWS)):
+        lines.append(f"{f'ms (computed), {cells}':34}" + "".join(f"{f'density {d:.2f}':>30}" for d in where))
+        found = {density: steps(kernels, shape, times, density, *shares) for density, shares in where.items()}
         for name, of_dense in without.items():
             row = ""
-            for density in DENSITIES:
+            for density in where:
                 ms, goal = 1e3 * found[density][name], GOALS.get((name, density)) if shape == HEADLINE else None
                 said = " dense" if found[density][name] == of_dense else ""
                 said += "" if goal is None else f" (goal {goal:.0f}{'' if ms <= goal else ', missed'})"
                 row += f"{f'{ms:.1f}{said}':>30}"
             lines.append(f"{name:34}{row}   dense {1e3 * of_dense:.1f}")
         limits = (
-            f"{name} {limit(times, full, *kind):.2f}"
+            f"{name} {limit(times, where, *kind):.2f}"
             for name, kind in (("frozen", (False, True)), ("auto", (True, True)), ("sparse", (True, False)))
         )
         lines.append(f"dense from a density of, computed: {', '.join(limits)}")
@@ -318,12 +349,28 @@ def report(kernels: dict[str, Kernel], shape: Shape, gluon: tuple[int, Any] | No
     return "\n".join(lines)
 
 
-def limit(times: Any, full: float, trained: bool, exact_weight: bool) -> float:
-    """Return the density above which the head computes all cells."""
+def described(times: Any) -> str:
+    """Return a line with the numbers of a `Chip`."""
+    return "beside a vendor matmul, computed: " + ", ".join(
+        f"{name} {value:.3g}" for name, value in times._asdict().items()
+    )
+
+
+def limit(times: Any, where: dict[float, tuple[float, float]], trained: bool, exact_weight: bool) -> float:
+    """Return the density above which the head computes all cells; shares of `where` are interpolated."""
     from fastdpo.head.impl.sparsity import relative_time
 
-    known = (k / 100 for k in range(101))
-    paying = [d for d in known if relative_time(times, d, d * full, trained, exact_weight) <= 1]
+    dense_at_last = any(blocks for blocks, _ in where.values())
+    known = {0.0: (0.0, 0.0)} | where | {1.0: (1.0, 0.0) if dense_at_last else (0.0, 1.0)}
+
+    def between(density: float) -> tuple[float, float]:
+        below, above = max(d for d in known if d <= density), min(d for d in known if d >= density)
+        part = (density - below) / (above - below) if above > below else 0.0
+        (a, b), (c, d) = known[below], known[above]
+        return a + part * (c - a), b + part * (d - b)
+
+    densities = (k / 100 for k in range(101))
+    paying = [d for d in densities if relative_time(times, d, *between(d), trained, exact_weight) <= 1]
     return max(paying, default=0.0)
 
 
@@ -332,7 +379,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=HEADLINE.N)
     parser.add_argument("--hidden", type=int, default=HEADLINE.D)
     parser.add_argument("--vocab", type=int, default=HEADLINE.V)
+    parser.add_argument("--chips", action="store_true", help="print the numbers of sm_80, sm_90 and sm_100 alone")
     args = parser.parse_args(argv)
+    if args.chips:
+        for arch, gpu in GPUS.items():
+            sys.stdout.write(f"sm_{arch}: {described(chip(compile_kernels(arch), HEADLINE, gpu=gpu))}\n")
+        return
     kernels, gluon = compile_kernels(), compile_gluon()
     sys.stdout.write(report(kernels, Shape(args.rows, args.hidden, args.vocab), gluon) + "\n")
 

@@ -223,7 +223,7 @@ def shipped(kind: str, rows: Rows, true: Exact, T: int) -> dict[str, Any]:
         "tile": T,
         "nll": float(-true.logps.mean()),
         "confident": float((true.logps > math.log(0.9)).double().mean()),
-        "density": float(history[-1][0]),
+        "density": float(history[-1].found[0]),
         "dhidden": {name: error(g[0], true.dhidden) for name, g in variants.items()},
         "dweight": {name: error(g[1], true.dweight) for name, g in variants.items()},
     }

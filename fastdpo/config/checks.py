@@ -5,6 +5,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from accelerate.utils import DynamoBackend
+
 from fastdpo.config.auto import AUTO
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, without_effect
@@ -22,6 +24,7 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "M
 TRUNCATION_MODES = ("keep_start", "keep_end")
 ON_BAD_ROW = ("error", "drop")
 SELF_CHECK = ("fallback", "error")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def check_values(config: Any, settings: ObjectiveSettings) -> None:
@@ -63,8 +66,11 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
         ("on_bad_row", ON_BAD_ROW),
         ("self_check", SELF_CHECK),
         ("truncation_mode", TRUNCATION_MODES),
+        ("torch_compile_mode", (None, *COMPILE_MODES)),
+        ("torch_compile_backend", (None, *[backend.value.lower() for backend in DynamoBackend])),
     ):
-        if getattr(config, name) not in allowed:
+        if getattr(config, name, None) not in allowed:
+            allowed = tuple(each for each in allowed if each is not None)
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
     in_bytes("head_workspace", config.head_workspace, at_least=2**20)
     if config.logging_nan_inf_filter:

@@ -65,6 +65,7 @@ def shared_prefix_batch(
     layout: str = "shared",
     pad_to_multiple_of: int = 64,
     across_examples: bool = False,
+    few_lengths: bool = False,
 ) -> dict[str, Any]:
     """Pack tokenised examples into one row of tokens, on the CPU.
 
@@ -89,6 +90,8 @@ def shared_prefix_batch(
             reference log-probs, if they are given) and, in the layouts `shared` and `tree`, also share the longest
             common starts of different examples. Then R may be smaller than the sum over the examples, so read
             responses by the indices below.
+        few_lengths: fill T or L up to one of eight lengths between each power of two and the next, which adds at most
+            an eighth. Code that is compiled for one length then meets few of them.
 
     Returns:
         A flat dict of CPU tensors and Python ints; the ints spare later code a wait for the device. The rows of all
@@ -145,10 +148,11 @@ def shared_prefix_batch(
         keys = _keys(prompts, responses, slots, references)
         places, first = trees.merged(zip(slots, keys, strict=True))
     sequences = [(prompts[i], responses[i][k]) for i, k in first]
+    fill = trees.Fill(pad_to_multiple_of, few_lengths)
     if layout == "padded":
-        batch = trees.pad(sequences, pad_to_multiple_of)
+        batch = trees.pad(sequences, fill)
     else:
-        batch = _packed(prompts, responses, places, first, layout, pad_to_multiple_of, across_examples)
+        batch = _packed(prompts, responses, places, first, layout, fill, across_examples)
     batch["target_ids"] = torch.from_numpy(np.concatenate([response for _, response in sequences]))
     batch["cu_target"] = trees.offsets([len(response) for _, response in sequences])
     batch |= _counts(prompts, responses, slots)
@@ -241,7 +245,7 @@ def _packed(
     places: dict[tuple[int, int], int],
     first: list[tuple[int, int]],
     layout: str,
-    multiple: int,
+    fill: trees.Fill,
     across_examples: bool,
 ) -> dict[str, Any]:
     """Build the fields of a batch in one row of tokens; the rows of an example's responses are neighbours."""
@@ -259,7 +263,7 @@ def _packed(
             start = trees.trunk(prompt, completions) - 1
             branches += [trees.ROOT, *[trees.Branch(trunk, start) if start else trees.ROOT] * others]
     order = np.argsort(in_rows).tolist()
-    return trees.lay_out(sequences, branches, order, whole=layout == "tree", multiple=multiple)
+    return trees.lay_out(sequences, branches, order, whole=layout == "tree", fill=fill)
 
 
 def _counts(prompts: list[Ids], responses: list[list[Ids]], slots: list[tuple[int, int]]) -> dict[str, int]:

@@ -39,6 +39,22 @@ class Branch(NamedTuple):
 ROOT = Branch(-1, 0)
 
 
+class Fill(NamedTuple):
+    """How far the rows of a batch are filled up."""
+
+    multiple: int
+    """Up to a multiple of this."""
+    few: bool = False
+    """Up to one of the eight lengths, in equal steps, to the next power of two."""
+
+    def up(self, rows: int) -> int:
+        """Return the number of rows that these become."""
+        step = self.multiple
+        if self.few:
+            step = max(step, 2 ** max((rows - 1).bit_length() - 4, 0))
+        return -(-rows // step) * step
+
+
 def merged(
     keys: Iterable[tuple[tuple[int, int], Hashable]],
 ) -> tuple[dict[tuple[int, int], int], list[tuple[int, int]]]:
@@ -145,7 +161,7 @@ class _Ranges(NamedTuple):
 
 
 def lay_out(
-    sequences: Sequence[Parts], branches: Sequence[Branch], order: Sequence[int], *, whole: bool, multiple: int
+    sequences: Sequence[Parts], branches: Sequence[Branch], order: Sequence[int], *, whole: bool, fill: Fill
 ) -> dict[str, Any]:
     """Build the fields of `fastdpo.shared_prefix_batch` that describe one row of tokens, and `logit_index`.
 
@@ -154,7 +170,7 @@ def lay_out(
         branches: where each of them leaves the tree.
         order: the numbers of the sequences in the order of the batch's responses, for `logit_index`.
         whole: cut a segment where another branches off, so that every key path is a chain of whole segments.
-        multiple: one unused segment fills T up to a multiple of this.
+        fill: how far one unused segment fills T up.
     """
     cuts: list[set[int]] = [set() for _ in sequences]
     for branch in branches if whole else ():
@@ -179,7 +195,7 @@ def lay_out(
             kv.extend(path if b == end else path.cut(0, b))
         T += end - start
     num_packed_tokens = T
-    if filling := -T % multiple:
+    if filling := fill.up(T) - T:
         tokens.append(np.zeros(filling, np.int64))
         seqlens_q.append(filling)
         seqlens_k.append(filling)
@@ -201,10 +217,10 @@ def lay_out(
     }
 
 
-def pad(sequences: Sequence[Parts], multiple: int) -> dict[str, Any]:
+def pad(sequences: Sequence[Parts], fill: Fill) -> dict[str, Any]:
     """Build the fields of a batch with one padded row for each sequence, and `logit_index`; nothing is shared."""
     lengths = np.array([len(prompt) + len(response) - 1 for prompt, response in sequences])
-    L = padded_length(int(lengths.max()), multiple)
+    L = fill._replace(multiple=min(fill.multiple, _PADDED_MULTIPLE)).up(int(lengths.max()))
     input_ids, place = np.zeros((len(sequences), L), np.int64), np.arange(L)
     for row, (prompt, response) in zip(input_ids, sequences, strict=True):
         P = len(prompt)
@@ -222,9 +238,9 @@ def pad(sequences: Sequence[Parts], multiple: int) -> dict[str, Any]:
     }
 
 
-def padded_length(longest: int, multiple: int = _PADDED_MULTIPLE) -> int:
+def padded_length(longest: int) -> int:
     """Return L of a padded batch whose longest sequence has `longest` tokens without its last one."""
-    return -(-longest // min(multiple, _PADDED_MULTIPLE)) * min(multiple, _PADDED_MULTIPLE)
+    return Fill(_PADDED_MULTIPLE).up(longest)
 
 
 def _concatenated(ranges: _Ranges) -> Ids:

@@ -245,7 +245,7 @@ def _merge_stats(logps: Tensor, result: Forward, V: int) -> Stats:
         is_top1 = (result.target >= stats.top) & (result.target > stats.top_before)
         density = bound = None
         if kept.shares is not None:
-            _, bound, density = sparsity.select(kept.shares, rest)
+            _, bound, density, _ = sparsity.select(kept.shares, rest)
     return Stats(
         entropy=rest * (stats.entropy - log_rest.clamp(min=lowest)) - p * logps.clamp(min=lowest),
         log_sum_sq_probs=log_sum_sq,

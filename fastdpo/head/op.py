@@ -143,17 +143,17 @@ def linear_logprobs_backward_op(*args: Any) -> tuple[Tensor, ...]:
     result = results_of(results, a.stats)
     if dentropy is not None:  # kept tensors only give the gradient of a log-probability
         result = result._replace(kept=Kept())
-    selection = None
+    selection = chosen = None
     if result.kept.shares is not None:
-        selection = sparsity.select(result.kept.shares, dothers)
-        sparsity.remember(density_key(a.hidden, a.weight), selection)
-        if sparsity.too_dense(selection):
-            selection = None
+        chosen = sparsity.select(result.kept.shares, dothers)
+        selection = None if sparsity.too_dense(chosen) else chosen
     with autotune.timed(a.trial, a.impl, "backward", a.hidden):
         grads = a.module.backward(
             Grads(dtarget, dothers, dentropy), a.hidden, a.hidden2, a.local_targets, a.head, result, Needs(*a.needs),
             selection, a.exact_weight, a.workspace,
         )  # fmt: skip
+    if chosen is not None:
+        sparsity.remember(density_key(a.hidden, a.weight), chosen)
     return tuple(dtarget.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo.data.vision.batch import image_token_of, kinds_of_tokens
 from fastdpo.head.eager import Stats
@@ -65,6 +66,7 @@ class _Patch(NamedTuple):
     own: str | None  # why the model's own head is used
     padded: str | None  # why batches must be padded
     unscaled: bool  # whether its forward leaves out the scale that its config has
+    compiled: bool = False  # whether torch.compile runs its layers
 
 
 def find_head(model: Any) -> Head:
@@ -128,6 +130,25 @@ def patch_forward(
     if not previous:
         # a bound method of a function that holds no model: deepcopy binds it to the copy
         vars(model)["forward"] = MethodType(_make_forward(type(model)), model)
+
+
+def compile_layers(model: Any, **options: Any) -> int:
+    """Compile the layers of the decoder in place, for packed and padded batches of all lengths; return their number.
+
+    The code around them stays as it is, because it depends on the batch and on who wraps the model. Layers with equal
+    settings share what is compiled. The names of the weights stay too, and a `copy.deepcopy` is not compiled.
+
+    Args:
+        model: a patched model.
+        options: of `torch.compile`.
+    """
+    decoder = unwrap(model).get_decoder()  # of the text alone, where the body also sees images
+    layers = [each for each in decoder.modules() if isinstance(each, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile(**options)
+    state = vars(unwrap(model))
+    state["_fastdpo"] = state["_fastdpo"]._replace(compiled=bool(layers))
+    return len(layers)
 
 
 def is_patched(model: Any) -> bool:
@@ -217,6 +238,8 @@ def _packed_hidden(
     if name != registered.NAME:
         raise refusal(model, f"its attention is {name!r} and not {registered.NAME!r}; call patch_forward (again)")
     layer_kwargs = registered.layer_kwargs(batch, vars(model)["_fastdpo"].attention)
+    if vars(model)["_fastdpo"].compiled:
+        registered.leave_lengths_open(layer_kwargs)
     if batch.get("image_blocks") and (layers := image_blocks(model)):
         layer_kwargs["tree_image_blocks"] = (layers == "all", batch["image_blocks"])
     with registered.packing():

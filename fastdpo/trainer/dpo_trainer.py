@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fastdpo import checks, sharding
-from fastdpo.compat import liger, trl
+from fastdpo.compat import compiling, liger, trl
 from fastdpo.compat.trl_objects import TRLAttributes, check_collator, resolve_collator
 from fastdpo.config import DPOConfig
 from fastdpo.config.checks import in_bytes
@@ -168,6 +168,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        compile_options = compiling.take_over(self)
         self.model.add_model_tags(list(TAGS))
         console.replace_callback(self.callback_handler.callbacks)
         checks.check_parallelism(self)
@@ -189,7 +190,12 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                     # examples with equal tokens may have other images
                     if self.collate is shared_prefix_batch and args.prefix_sharing and args.disable_dropout:
                         self.data_collator.keywords["across_examples"] = True
+                    if self.collate is shared_prefix_batch and compiling.wants_few_lengths(compile_options):
+                        self.data_collator.keywords["few_lengths"] = True
                 self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)
+        if compile_options is not None:  # after the self-check, which runs batches of many sizes
+            compiling.compile_models(self, compile_options)
+            self._runs_cuda_graphs = self.args.device.type == "cuda" and compiling.wants_few_lengths(compile_options)
         is_random = not args.disable_dropout or args.neftune_noise_alpha is not None
         self._first_loss_is_known = not is_random and checks.first_loss_is_known(
             settings.loss_type,

@@ -56,6 +56,7 @@ class PackedTrainer(Trainer):
         self._reference_time = ReferenceTime(others["args"].device)
         self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self._first_loss_is_known = False
+        self._runs_cuda_graphs = False
         self._memory: MemoryChoice | None = None  # while it trains with a setting that is auto
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
         super().__init__(**others)
@@ -108,6 +109,8 @@ class PackedTrainer(Trainer):
         """Return what this micro-batch adds to the loss, which is a mean over the whole optimizer step."""
         training = self.model.training
         with_stats = not training or self._settings.needs_token_stats or metrics.is_logging_step(self)
+        if self._runs_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the results of the micro-batch before are not needed any more
         # an evaluation before training runs a policy that accelerate has not wrapped in autocast yet
         with self.accelerator.autocast():
             scores: TokenScores = model(**inputs, with_stats=with_stats, with_aux_loss=self._aux_coef > 0)
@@ -125,7 +128,8 @@ class PackedTrainer(Trainer):
                 mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
                 dtype = mixed or next(self.model.parameters()).dtype
                 beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
-                checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, precomputed=ref_logps is None)
+                known = {"precomputed": ref_logps is None, "compiled": self.args.torch_compile}
+                checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, **known)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]
             self._guard.watch(loss, lambda: f"the loss of dataset rows {pair_index.tolist()}")

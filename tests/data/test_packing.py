@@ -441,3 +441,24 @@ def test_refuses_an_empty_batch():
 def test_refuses_a_multiple_of_zero():
     with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, got 0"):
         shared_prefix_batch([pair([1], [2], [3])], pad_to_multiple_of=0)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_few_lengths_are_eight_between_powers_of_two(layout):
+    lengths = set()
+    for n in range(260, 2000, 37):
+        plain = shared_prefix_batch([pair(range(n), [1, 2, 3], [4, 5])], layout=layout)
+        batch = shared_prefix_batch([pair(range(n), [1, 2, 3], [4, 5])], layout=layout, few_lengths=True)
+        rows = batch["input_ids"].shape[1]
+        lengths.add(rows)
+        assert plain["input_ids"].shape[1] <= rows <= 1.125 * plain["input_ids"].shape[1]
+        for name in ("logit_index", "target_ids", "num_packed_tokens"):
+            same = batch[name] == plain[name]
+            assert same if name.startswith("num") else same.all() or layout == "padded"
+    assert lengths <= {m * 2**k for m in range(8, 17) for k in (5, 6, 7)}
+
+
+def test_few_lengths_keep_a_larger_multiple():
+    for n, rows in ((100, 128), (130, 192), (1030, 1152)):
+        batch = shared_prefix_batch([pair(range(n), [1, 2], [4, 5])], few_lengths=True)
+        assert batch["input_ids"].shape[1] == rows

@@ -9,6 +9,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from fastdpo.benchmarks.command import BENCHMARKS
+from fastdpo.benchmarks.head.compare import parse
 from fastdpo.cli import COMMANDS, OPTIONS, _config_of
 from fastdpo.commands.tools import TOOLS
 from fastdpo.data.columns import find_kind
@@ -62,7 +64,11 @@ def commands_of(page: Path) -> list[list[str]]:
 def test_commands_exist(page: Path) -> None:
     """Each command has a name, a config and settings that exist; what they do is other tests' subject."""
     for command, *rest in commands_of(page):
-        if command in TOOLS:
+        if command == "bench":
+            assert rest[0] in BENCHMARKS
+            if rest[0] == "head":
+                parse(rest[1:])
+        elif command in TOOLS:
             words = rest if not rest or rest[0].startswith("-") else rest[1:]
             overrides_of(words, TOOLS[command].options, {})
         elif not command.startswith("-"):

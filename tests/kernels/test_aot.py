@@ -55,23 +55,26 @@ VARIANTS = {
     ],
     "sparse-dlogits": ["", "ragged bias low-rank", "bias softcap low-rank", "odd bias softcap low-rank"],
     "sparse-dhidden": ["", "ragged", "odd"],
-    "sparse-dhidden-full": ["", "ragged", "odd"],
+    "sparse-dhidden-blocks": ["", "ragged", "odd"],
     "sparse-dweight": ["", "ragged bias", "bias before boost", "odd bias before boost"],
     "select-cells": [""],
     "row-lists": [""],
+    "dense-tiles": [""],
     "skipped-mass": ["", "odd"],
     "cell-means": ["", "odd"],
     "fold-logits": ["masses", "odd softcap stats masses"],
     "dlogits-rows": ["", "odd softcap entropy"],
     "kept-dlogits": ["kept"],
 }
-SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "sparse-dweight")
-MODULES = {"sparse-dhidden-full": "sparse_dhidden", "skipped-mass": "row_lists", "cell-means": "row_lists"}
-WIDE = ("backward", "sparse-dlogits", "sparse-dhidden", "sparse-dhidden-full", "skipped-mass", "kept-dlogits")
+SPARSE = ("sparse-dlogits", "sparse-dhidden", "sparse-dhidden-blocks", "sparse-dweight")
+MODULES = {"sparse-dhidden-blocks": "sparse_dhidden", "dense-tiles": "row_lists"}
+MODULES |= dict.fromkeys(("skipped-mass", "cell-means"), "row_lists")
+WIDE = ("backward", "sparse-dlogits", "sparse-dhidden", "sparse-dhidden-blocks", "skipped-mass", "kept-dlogits")
 MATMULS = ("forward", "forward-tma", "backward", *SPARSE)
 GLUE = {
     "select-cells": {"BLOCK": 1024, "STEPS": 5},
     "row-lists": {"BLOCK_N": 256},
+    "dense-tiles": {"BLOCK_J": 1024},
     "skipped-mass": {"BLOCK_J": 1024},
     "cell-means": {"BLOCK_V": 32, "BLOCK_D": 256},
 }
@@ -98,7 +101,7 @@ class Compiled(NamedTuple):
     barriers: int
     stores: list[str]
     loops: list[int]
-    """`tests.helpers.sass.Loops` of a matmul by wgmma; empty for other kernels."""
+    """`tests.helpers.sass.Loops` of a matmul on tensor cores; empty for other kernels."""
     at_once: int
 
 
@@ -139,7 +142,7 @@ def compile_kernel(job: Job) -> Compiled:
     from triton.compiler import ASTSource
 
     from fastdpo.head.impl import torch as torch_impl
-    from fastdpo.kernels import kept_probs, logits_tile
+    from fastdpo.kernels import kept_probs, logits_tile, row_lists
     from fastdpo.kernels import linear_logprobs_backward as backward
     from fastdpo.kernels import linear_logprobs_forward as forward
 
@@ -164,8 +167,8 @@ def compile_kernel(job: Job) -> Compiled:
         kernel = getattr(module, f"_{job.kernel.replace('-', '_')}_kernel")
     if job.kernel == "sparse-dlogits":
         configs, fallback = module.default_configs(vectors, "softcap" in has)
-    elif job.kernel == "sparse-dhidden-full":
-        configs, fallback = module.full_configs(vectors and "ragged" not in has)
+    elif job.kernel == "sparse-dhidden-blocks":
+        configs, fallback = module.block_configs(vectors and "ragged" not in has)
     elif job.kernel == "sparse-dweight":
         configs, fallback = module.default_configs(vectors, bool(has & {"ragged", "bias"}))
     elif job.kernel in SPARSE:
@@ -184,6 +187,7 @@ def compile_kernel(job: Job) -> Compiled:
         "ACC": getattr(tl, acc.replace("fp", "float")),
         "UPCAST": False,
         "TILE": forward.TILE,
+        "LIST_BLOCK": row_lists.BLOCK_N,
         "GROUP_N": logits_tile.GROUP_N,
         "stride_hd": 1,
         "stride_wd": 1,
@@ -207,7 +211,8 @@ def compile_kernel(job: Job) -> Compiled:
         "masses_ptr": "*fp32",
     }
     types |= {"probs_ptr": "*i16" if itemsize == 2 else f"*{job.dtype}"}
-    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr"), "*i32")
+    types |= dict.fromkeys(("rows_ptr", "counts_ptr", "bounds_ptr", "order_ptr", "starts_ptr"), "*i32")
+    types |= {"dense_ptr": "*i8", "tiles_ptr": "*i16"} | ({} if job.kernel == "select-cells" else {"active_ptr": "*i8"})
     types |= dict.fromkeys(("scale", "cap", "c", "beta", "factor"), "fp64")
     types |= dict.fromkeys(("row", "cell", "full"), "fp32")
     if job.kernel == "forward-tma":
@@ -242,7 +247,9 @@ def compile_kernel(job: Job) -> Compiled:
         registers = re.findall(r"Used (\d+) registers", log.getvalue())
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
         instructions = {name: f"{name}." for name in ("mma.sync", "wgmma", "tcgen05", "cp.async.bulk.tensor")}
-    loops = list(count_loops(compiled.asm["cubin"]) or ()) if job.arch == 90 and "wgmma" in assembly else []
+    loops = []
+    if job.arch in (80, 90, 100) and TENSOR_CORE[job.arch] in assembly:
+        loops = list(count_loops(compiled.asm["cubin"]) or ())
     lines, start = inspect.getsourcelines(kernel.fn)
     barriers = [i for i, line in enumerate(lines, start) if "tl.debug_barrier()" in line]
     return Compiled(
@@ -332,7 +339,7 @@ def test_the_head_decides_by_what_was_compiled(compilations: dict[Job, Compiled]
 
     kernels = {name: model.read(compilations[Job(kernel, 90, "bf16", v)]) for name, (kernel, v) in model.JOBS.items()}
     times = model.chip(kernels, model.HEADLINE)
-    assert times == pytest.approx(sparsity.CHIPS[9, 0], rel=0.05), (
+    assert times == pytest.approx(sparsity.CHIPS[9, 0], rel=0.03), (
         "set it to what python -m benchmarks.studies.head_time_model prints"
     )
 
@@ -361,10 +368,10 @@ def test_default_configuration_fits(job: Job, compilations: dict[Job, Compiled])
         assert TENSOR_CORE[job.arch] in compiled.instructions
     assert compiled.barriers == (job.kernel == "sparse-dhidden")
     aligned = not {"odd", "ragged"} & {*job.variant.split()}
-    if job.arch != AMD and aligned:
+    if job.arch != AMD and aligned and job.kernel not in ("row-lists", "dense-tiles"):  # of small numbers
         assert not [store for store in compiled.stores if store.endswith(("16", "u8", "b8"))], "2 bytes at a time"
     if job.kernel == "sparse-dhidden" and not job.variant and job.arch in (80, 90, 100) and job.dtype == "bf16":
-        assert compiled.at_once == sparse_dhidden.PROGRAMS[divmod(job.arch, 10)]
+        assert compiled.at_once >= sparse_dhidden.PROGRAMS
     if job.arch != AMD and aligned and job.kernel in WIDE and job.dtype == "bf16":
         assert compiled.stores == ["st.global.v4.b32"], "16 bytes at a time"
     assert ("cp.async.bulk.tensor" in compiled.instructions) == (job.kernel == "forward-tma")

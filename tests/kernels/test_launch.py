@@ -124,8 +124,9 @@ def launch(
     impl.backward(grads, *inputs, result, every)
     blas.backward(grads, *inputs, blas.forward(*inputs, stats, Keep(probs=True)), every)
     if not entropy:
-        selection = sparsity.Selection(*select_cells.select_cells(shares, grads.others, 0.005, 2.0**-12, 0.2))
-        select_cells.mean_density(selection.active)
+        found = torch.zeros(3)
+        selection = sparsity.Selection(*select_cells.select_cells(shares, grads.others, 0.005, 2.0**-12), found)
+        select_cells.mean_density(selection.active, found)
         impl.backward(grads, *inputs, result, every, selection, True)
         impl.backward(grads, *inputs, result, every, selection, False)
         impl.backward(grads, *inputs, result, Needs(hidden=True), selection)

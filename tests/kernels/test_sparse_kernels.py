@@ -23,9 +23,11 @@ from tests.helpers.head_inputs import LAYOUTS, far_apart
 N, D, V, R, TILE = 50, 40, 85, 3, 16  # several tiles of each, the last one smaller
 J = -(-V // TILE)
 CONFIG = Config(BLOCK_N=16, BLOCK_V=TILE, BLOCK_D=16, num_warps=4, num_stages=2)
-FULL_CONFIG = Config(BLOCK_N=2, BLOCK_V=32, BLOCK_D=16, num_warps=4, num_stages=2)  # two blocks of full rows
+BLOCK, LEAST = 8, 5  # rows of a block, and active ones that make it dense
+BLOCK_CONFIG = Config(BLOCK_N=4, BLOCK_V=8, BLOCK_D=16, num_warps=4, num_stages=2)  # two programs, two steps
 if torch.cuda.is_available():
-    FULL_CONFIG = FULL_CONFIG._replace(BLOCK_N=16)  # the least that a tensor core takes
+    BLOCK = 16
+    BLOCK_CONFIG = BLOCK_CONFIG._replace(BLOCK_N=16, BLOCK_V=16)  # the least that a tensor core takes
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -33,12 +35,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 columns, and several blocks of rows."""
     monkeypatch.setattr(row_lists_module, "TILE", TILE)
-    monkeypatch.setattr(row_lists_module, "BLOCK_N", 8)
+    monkeypatch.setattr(row_lists_module, "BLOCK_N", BLOCK)
     monkeypatch.setattr(row_lists_module, "BLOCK_D", 16)
 
 
 def make_active(rows: int, tiles: int, device: torch.device) -> Tensor:
-    """Half of the cells, a tile with none, one with all, one with a single row; and in three rows all cells."""
+    """Half of the cells, a tile with none but three, one with all, one with few; and in three rows all cells."""
     active = torch.rand(rows, tiles, device=device) < 0.5
     active[:, 0], active[:, 1], active[:, 2] = False, True, False
     active[-1, 2] = True
@@ -46,15 +48,17 @@ def make_active(rows: int, tiles: int, device: torch.device) -> Tensor:
     return active
 
 
+def by_activity(active: Tensor) -> Tensor:
+    return active.float().mean(1).argsort(descending=True, stable=True).int()
+
+
 def make_lists(active: Tensor) -> Lists:
-    """The lists, whose full rows are those with all cells; after the ends of lists are rows that are none of theirs."""
+    """The lists; after the ends of lists are rows that are none of theirs."""
     N = len(active)
-    shares = active.float()
-    threshold = torch.where(active.all(1), -torch.inf, 0.5)
     nowhere, ones = torch.full((N,), -1, device=active.device), torch.ones(N, device=active.device)
-    rows, counts, bounds = row_lists(shares, threshold, nowhere, ones, ones)
-    beyond = torch.arange(N, device=rows.device) >= counts[:, None]
-    return Lists(rows.masked_fill(beyond, 0), counts, bounds)
+    lists = row_lists(active.float(), 0.5 * ones, nowhere, ones, ones, order=by_activity(active), least=LEAST)
+    beyond = torch.arange(N, device=active.device) >= lists.counts[:, None]
+    return lists._replace(rows=lists.rows.masked_fill(beyond, 0))
 
 
 def cells(active: Tensor, columns: int) -> Tensor:
@@ -114,32 +118,51 @@ CHOICES = {
 def test_row_lists(
     which: str, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
+    """The lists, the dense tiles of each block, and what is counted, tile by tile and block by block."""
     monkeypatch.setattr(row_lists_module, "BLOCK_N", block)
+    monkeypatch.setattr(row_lists_module, "BLOCK_J", 4)
     choice: Choice = CHOICES[which](make_choice(dtype, device)[0])
     upstream = (choice.dtarget != 0) | (choice.dothers != 0)
     active = sparsity.active_cells(choice.shares, choice.threshold, choice.targets // TILE, upstream)
-    full = (choice.threshold == -torch.inf) & upstream
-    rows, counts, bounds = row_lists(*choice)
-    blocks = -(-N // block)
-    assert rows.shape == (J, N)
-    assert bounds.shape == (J, blocks + 1)
-    assert rows.dtype == counts.dtype == bounds.dtype == torch.int32
-    first = full.nonzero().flatten().tolist()
+    order, least = by_activity(active), LEAST if block == 8 else 24
+    found = torch.tensor([7.0, 0.25, 0.5], device=device)
+    lists = row_lists(*choice, order=order, least=least, found=(found, 2 * N * J))
+    blocks = [order[start : start + block].tolist() for start in range(0, N, block)]
+    assert lists.rows.shape == lists.active.shape == (J, N)
+    assert lists.bounds.shape == (J, len(blocks) + 1)
+    assert {t.dtype for t in (lists.rows, lists.counts, lists.bounds, lists.starts)} == {torch.int32}
+    assert torch.equal(lists.active.bool(), active[order.long()].T)
+    dense = [[int(active[some, j].sum()) >= least for some in blocks] for j in range(J)]
     for j in range(J):
-        rest = [n for n in range(N) if active[n, j] and not full[n]]
-        assert rows[j, : int(counts[j])].tolist() == first + rest
-        expected = [len(first) + sum(n < b * block for n in rest) for b in range(blocks)]
-        assert bounds[j].tolist() == [*expected, len(first) + len(rest)]
+        parts: dict[bool, list[list[int]]] = {
+            d: [[n for n in some if active[n, j]] if dense[j][b] == d else [] for b, some in enumerate(blocks)]
+            for d in (True, False)
+        }
+        first, rest = ([n for some in parts[d] for n in some] for d in (True, False))
+        assert lists.rows[j, : int(lists.counts[j])].tolist() == first + rest
+        ends = [len(first) + sum(map(len, parts[False][:b])) for b in range(len(blocks) + 1)]
+        assert lists.bounds[j].tolist() == ends
+    for b in range(len(blocks)):
+        tiles = [j for j in range(J) if dense[j][b]]
+        assert lists.starts[:, b].tolist() == [sum(t < j for t in tiles) for j in range(J + 1)]
+        assert lists.tiles[b, : len(tiles)].tolist() == tiles
+    in_blocks, others = block * sum(map(sum, dense)), int((lists.counts - lists.bounds[:, 0]).sum())
+    assert (in_blocks > 0) == (which != "no-row")
+    assert (others > 0) == (which not in ("no-row", "all-full") or (which == "all-full" and block == 8))
+    expected = [7.0, 0.25 + in_blocks / (2 * N * J), 0.5 + others / (2 * N * J)]
+    torch.testing.assert_close(found, torch.tensor(expected, device=device))
 
 
 def test_row_lists_of_some_tiles(device: torch.device) -> None:
     """Their targets are found although the shares begin in the middle of the vocabulary."""
-    choice, _ = make_choice(torch.float32, device)
-    whole = row_lists(*choice)
-    some = row_lists(choice.shares[:, 2:], *choice[1:], 2)
-    for a, b in zip(some, whole.of(2, J), strict=True):
-        assert a.shape == b.shape
-    for a, b, count in zip(some.rows, whole.rows[2:], whole.counts[2:], strict=True):
+    choice, active = make_choice(torch.float32, device)
+    options: Any = {"order": by_activity(active), "least": LEAST}
+    whole = row_lists(*choice, **options).of(2, J)
+    some = row_lists(choice.shares[:, 2:], *choice[1:], 2, **options)
+    assert torch.equal(some.active, whole.active[2:])
+    for a, b in zip(some[1:3], whole[1:3], strict=True):
+        assert torch.equal(a, b)
+    for a, b, count in zip(some.rows, whole.rows, whole.counts, strict=True):
         assert torch.equal(a[:count], b[:count])
 
 
@@ -169,26 +192,24 @@ def test_cell_means(dtype: torch.dtype, layout: str, device: torch.device) -> No
     assert_as_accurate(actual.double(), expected.to(dtype).double(), expected, "means")
 
 
-@pytest.mark.parametrize("full", [2.0, 0.3], ids=["no-full-rows", "full-rows"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_select_chooses_what_pytorch_does(dtype: torch.dtype, full: float, device: torch.device) -> None:
+def test_select_chooses_what_pytorch_does(dtype: torch.dtype, device: torch.device) -> None:
     rows, tiles = 61, 205
     shares = torch.rand(rows, tiles) ** torch.randint(1, 12, (rows, 1))
     shares = (shares / shares.sum(1, keepdim=True)).to(device, dtype)
     weight = torch.randn(rows, device=device).to(accumulator(dtype))
     weight[3], weight[4] = 0, torch.nan
-    expected = sparsity.select(shares.cpu(), weight.cpu(), 0.05, 2.0**-9, full)
-    threshold, bound, active = select_cells(shares, weight, 0.05, 2.0**-9, full)
-    assert 0 < (expected.active == 1).sum() < rows or full > 1
+    expected = sparsity.select(shares.cpu(), weight.cpu(), 0.05, 2.0**-9)
+    threshold, bound, active = select_cells(shares, weight, 0.05, 2.0**-9)
     assert torch.equal(active.cpu(), expected.active)
     finite = ~weight.isnan().cpu()
     torch.testing.assert_close(threshold.cpu()[finite], expected.threshold[finite], rtol=1e-6, atol=0)
     torch.testing.assert_close(bound.cpu()[finite], expected.bound[finite], rtol=1e-5, atol=1e-9)
-    again = select_cells(shares, weight, 0.05, 2.0**-9, full)
+    again = select_cells(shares, weight, 0.05, 2.0**-9)
     assert torch.equal(again[0][finite], threshold[finite])
-    density = mean_density(active)
-    torch.testing.assert_close(density[0], active.mean())
-    torch.testing.assert_close(density[1], (active == 1).float().mean())
+    found = torch.tensor([3.0, 0.5, 0.25], device=device)
+    mean_density(active, found)
+    torch.testing.assert_close(found, torch.stack([active.mean(), *found[1:]]))
 
 
 def dlogits_arguments(dtype: torch.dtype, device: torch.device) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
@@ -232,7 +253,7 @@ def test_dhidden(dtype: torch.dtype, ranges: int | None, device: torch.device) -
     acc = accumulator(dtype)
     before = torch.randn(N, D, device=device).to(acc)
     actual = before.clone()
-    sparse_dhidden(actual, poisoned, make_lists(active), weight, CONFIG, FULL_CONFIG, ranges)
+    sparse_dhidden(actual, poisoned, make_lists(active), weight, CONFIG, BLOCK_CONFIG, ranges)
     exact = before.double() + dlogits.double() @ weight.double()
     check(actual, before + dlogits.to(acc) @ weight.to(acc), exact, "dhidden")
 
@@ -278,7 +299,7 @@ def test_dweight_of_a_block_is_added_to_the_one_before(device: torch.device) -> 
 def test_strides_of_the_dense_operand(layout: str, device: torch.device) -> None:
     active, poisoned, dlogits, hidden, weight = make_products(torch.float64, device)
     dhidden, dweight = torch.zeros_like(hidden), torch.empty_like(weight)
-    sparse_dhidden(dhidden, poisoned, make_lists(active), LAYOUTS[layout](weight), CONFIG, FULL_CONFIG, 2)
+    sparse_dhidden(dhidden, poisoned, make_lists(active), LAYOUTS[layout](weight), CONFIG, BLOCK_CONFIG, 2)
     sparse_dweight(Sum(dweight), poisoned, *make_lists(active)[:2], LAYOUTS[layout](hidden), CONFIG)
     torch.testing.assert_close(dhidden, dlogits @ weight, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(dweight, dlogits.T @ hidden, rtol=1e-12, atol=1e-13)
@@ -293,12 +314,15 @@ def test_offsets_past_2_to_the_31(device: torch.device) -> None:
     active[1] = False
     full = make_lists(active)
     ones = torch.ones(rows, device=device)
-    lists = row_lists(active.float(), 0.5 * ones, torch.full((rows,), -1, device=device), ones, ones)
+    lists = row_lists(
+        active.float(), 0.5 * ones, torch.full((rows,), -1, device=device), ones, ones,
+        order=by_activity(active), least=BLOCK + 1,
+    )  # fmt: skip
     exact = dlogits.double().where(active, 0.0)
 
     for some in (full, lists):
         dhidden = far_apart(torch.zeros(rows, size, device=device))
-        sparse_dhidden(dhidden, far_apart(dlogits), some, far_apart(weight), CONFIG, FULL_CONFIG, 2)
+        sparse_dhidden(dhidden, far_apart(dlogits), some, far_apart(weight), CONFIG, BLOCK_CONFIG, 2)
         assert_as_accurate(dhidden, dlogits.where(active, 0.0) @ weight, exact @ weight.double(), "dhidden")
     dweight = far_apart(torch.zeros(columns, size, device=device))
     sparse_dweight(Sum(dweight), far_apart(dlogits), *lists[:2], far_apart(hidden), CONFIG)

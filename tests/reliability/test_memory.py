@@ -71,18 +71,22 @@ def choice() -> tuple[Tensor, ...]:
 
 
 def lists() -> row_lists.Lists:
-    return row_lists.row_lists(*choice())
+    order = torch.arange(N - 1, -1, -1, dtype=torch.int32)
+    return row_lists.row_lists(*choice(), order=order, least=3, found=(torch.zeros(3), N * -(-V // TILE)))
 
 
 def run_row_lists() -> tuple[Tensor, ...]:
-    rows, counts, bounds = lists()
-    return *(row[:count] for row, count in zip(rows, counts, strict=True)), counts, bounds
+    made = lists()
+    rows = (row[:count] for row, count in zip(made.rows, made.counts, strict=True))
+    tiles = (row[:count] for row, count in zip(made.tiles, made.starts[-1], strict=True))
+    return *rows, *tiles, made.counts, made.bounds, made.active, made.starts
 
 
 def run_select_cells() -> tuple[Tensor, ...]:
     shares, _, _, weight, _ = choice()
-    selected = select_cells.select_cells(shares, weight, 0.5, 0.1, 0.6)
-    return *selected, select_cells.mean_density(selected[2])
+    selected, density = select_cells.select_cells(shares, weight, 0.5, 0.1), torch.zeros(3)
+    select_cells.mean_density(selected[2], density)
+    return *selected, density
 
 
 def run_skipped_mass() -> tuple[Tensor, ...]:

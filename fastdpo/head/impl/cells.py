@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.head.impl.interface import Forward, Grads, LinearHead, Needs, result_dtype
-from fastdpo.head.impl.sparsity import Selection
+from fastdpo.head.impl.sparsity import CHIPS, Selection, chip_of, dense_block
 from fastdpo.head.impl.tiles import addmm, slices
+from fastdpo.kernels import row_lists as row_lists_module
 from fastdpo.kernels.row_lists import TILE, Lists, cell_means, row_lists, skipped_mass
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
 from fastdpo.kernels.sparse_dlogits import sparse_dlogits
@@ -23,6 +24,8 @@ from fastdpo.kernels.sparse_dweight import Sum, sparse_dweight
 
 CHUNK = 4096
 """Columns of a chunk that keep the matmuls efficient."""
+LIST_BYTES = 5
+"""Bytes of a cell in the lists."""
 ALIGNED = 4
 """Tiles that a chunk is a multiple of, so that all chunks of an int32 tensor begin at a multiple of 16 bytes."""
 
@@ -34,9 +37,10 @@ class Cells:
         assert result.kept.shares is not None
         self.shares = result.kept.shares
         self.rows = selection.threshold, targets, grads.target, grads.others
+        self.selection = selection
         N, self.tiles = self.shares.shape
-        self.list_bytes = min(workspace // 4, 4 * N * self.tiles)
-        tiles = self.list_bytes // (4 * max(N, 1))
+        self.list_bytes = min(workspace // 4, LIST_BYTES * N * self.tiles)
+        tiles = self.list_bytes // (LIST_BYTES * max(N, 1))
         self._at_once = self.tiles if tiles == self.tiles else tiles // ALIGNED * ALIGNED
         self._made: dict[int, tuple[int, Lists]] = {}
 
@@ -46,7 +50,15 @@ class Cells:
         start, lists = self._made.get(rs.start, (0, None))
         if lists is None or last > start + len(lists.counts):
             start, stop = first, min(first + max(self._at_once, last - first), self.tiles)
-            lists = row_lists(self.shares[rs, start:stop], *self._rows_of(rs), start)
+            if lists is None:
+                order = self.selection.active[rs].argsort(descending=True, stable=True).int()
+            else:
+                order = lists.order
+            found = self.selection.found
+            lists = row_lists(
+                self.shares[rs, start:stop], *self._rows_of(rs), start, order=order, least=least_of(self.shares.device),
+                found=None if found is None else (found, self.shares.numel()),
+            )  # fmt: skip
             self._made[rs.start] = start, lists
         return lists.of(first - start, last - start)
 
@@ -57,6 +69,12 @@ class Cells:
     def _rows_of(self, rs: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         threshold, targets, dtarget, dothers = self.rows
         return threshold[rs], targets[rs], dtarget[rs], dothers[rs]
+
+
+def least_of(device: torch.device) -> int:
+    """Return how many rows of a block must be active in a tile for a matmul of all to take less time than lists."""
+    chip = chip_of(device) if device.type == "cuda" else next(iter(CHIPS.values()))
+    return max(1, round(dense_block(chip) * row_lists_module.BLOCK_N))
 
 
 class Skipped(NamedTuple):

@@ -41,26 +41,25 @@ class Chip(NamedTuple):
 
     forward: float
     dlogits: float
-    full: float  # dhidden of full rows
-    cells: float  # dhidden of other rows
+    blocks: float  # dhidden of dense blocks
+    memory: float  # dhidden of other cells, by the bytes from memory
+    cache: float  # the same, by the bytes from L2
+    weight: float  # the bytes of weight from L2, relative to all cells: they do not depend on how many are active
+    step: float  # a step of each program in each tile, which takes no less, relative to all cells
     dweight: float
 
 
 CHIPS = {
-    (8, 0): Chip(forward=1.1, dlogits=1.3, full=1.2, cells=4.8, dweight=1.4),
-    (9, 0): Chip(forward=1.08, dlogits=1.28, full=1.23, cells=6.64, dweight=1.33),
-    (10, 0): Chip(forward=1.1, dlogits=2.6, full=2.4, cells=12.0, dweight=2.6),
+    (8, 0): Chip(1.0, dlogits=1.04, blocks=1.06, memory=4.33, cache=1.8, weight=0.014, step=0.045, dweight=1.06),
+    (9, 0): Chip(1.08, dlogits=1.28, blocks=1.24, memory=5.63, cache=4.33, weight=0.045, step=0.111, dweight=1.33),
+    (10, 0): Chip(2.89, dlogits=3.14, blocks=3.46, memory=7.77, cache=8.66, weight=0.09, step=0.248, dweight=2.65),
 }
-"""Computed, not measured: sm_90's by `benchmarks.studies.head_time_model` from the compiled kernels, the others' by its
-formulas from the tiles of the default configurations and the chips' published rates, with 1 / 0.88 of the peak for the
-vendor's matmul. A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle,
-and gets about 47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory.
-
-- dlogits and full rows load (1 / BLOCK_N + 1 / columns) * 2 bytes of L2 for 2 operations, and the last block of a list
-  is half empty; a tile has a prologue and an epilogue besides.
-- dweight does the same, and a tile of it takes as long for both as for several steps.
-- A cell of another row takes 8 D bytes to update dhidden, 4 D to load dlogits once for each slice of 64 columns of
-  dhidden, and 256 D / r for weight, which r rows of a range share: r is 30 to 50 at N = 8192."""
+"""Computed, not measured, by `python -m benchmarks.studies.head_time_model --chips` from the kernels that the
+compiler makes for each chip, and from the chips' published rates, with 1 / 0.88 of the peak for the vendor's matmul.
+A multiprocessor of sm_80, sm_90 and sm_100 does 2048, 4096 and 8192 operations on bfloat16 in a cycle, and gets about
+47, 39 and 39 bytes from L2 and 13, 20 and 29 from memory: on sm_100 these kernels, with tiles of 128 x 128, wait for
+L2, and a frozen head takes the vendor's matmuls whatever the density. `chip` of that module has the formula of each
+number."""
 GLUE = 0.05
 """Time of choosing cells, of their lists and of what the others add, relative to one matmul of all cells: at N=8192,
 D=4096, V=128256 half a millisecond, for 50 operations of 3 microseconds (tests/head/test_device_operations.py counts
@@ -73,22 +72,24 @@ def chip_of(device: torch.device) -> Chip:
     return CHIPS[max((c for c in CHIPS if c <= capability), default=min(CHIPS))]
 
 
-def full_row(chip: Chip) -> float:
-    """Return the share of active cells from which a row should compute all: dlogits and dhidden take as long then."""
-    return (chip.dlogits + chip.full) / (chip.dlogits + chip.cells)
+def dense_block(chip: Chip) -> float:
+    """Return the share of active rows from which a block is dense in a tile: its matmul takes as long as lists then."""
+    return chip.blocks / max(chip.memory, chip.cache)
 
 
-def relative_time(chip: Chip, density: float, full: float, trained: bool, exact_weight: bool) -> float:
+def relative_time(chip: Chip, density: float, blocks: float, others: float, trained: bool, exact_weight: bool) -> float:
     """Return the time of a sparse backward divided by that of the dense one it replaces.
 
     Args:
         chip: times of the kernels.
-        density: share of the cells that are computed.
-        full: share of the rows that compute all of their cells.
+        density: share of the cells that are active.
+        blocks: share of the cells in dense blocks.
+        others: share of the cells that are active and in no dense block.
         trained: whether the head is; the dense backward of a frozen one is a matmul in the forward.
         exact_weight: whether the weight's gradient is dense anyway, so that only dhidden's matmul differs.
     """
-    dhidden = chip.full * full + chip.cells * (density - full) + GLUE
+    lists = max(chip.memory * others, chip.cache * others + chip.weight, chip.step)
+    dhidden = chip.blocks * blocks + lists + GLUE
     if trained and exact_weight:
         return dhidden
     if not trained:
@@ -101,7 +102,10 @@ class Selection(NamedTuple):
 
     threshold: Tensor
     bound: Tensor  # mass that is skipped
-    active: Tensor  # share of the row's cells that is computed
+    active: Tensor  # share of the row's cells above the threshold
+    found: Tensor | None = None
+    """`[3]` float32, on a GPU: the backward's lists add the shares of cells in dense blocks, and of other active ones,
+    to the last two; `remember` stores the mean of `active` in the first."""
 
 
 def select(
@@ -109,7 +113,6 @@ def select(
     weight: Tensor,
     row: float = MAX_ROW_MASS,
     cell: float = MAX_CELL_MASS,
-    full: float | None = None,
 ) -> Selection:
     """Choose for each row the largest threshold that skips at most `row` of mass in total and `cell` in one cell.
 
@@ -120,23 +123,21 @@ def select(
         weight: `[N]`: mass of all tokens but the target, times the size of the upstream gradient.
         row: largest mass that a row skips, in units of the root mean square of `weight`.
         cell: largest mass of a skipped cell, in the same units.
-        full: share of active cells above which a row computes all of them. None chooses it by device; on a CPU there
-            is no such rule.
     """
     if shares.is_cuda and not torch.compiler.is_compiling():
         from fastdpo.kernels.select_cells import select_cells  # imported late: Triton may be missing
 
-        full = full_row(chip_of(shares.device)) if full is None else full
-        return Selection(*select_cells(shares, weight, row, cell, full))
+        found = torch.zeros(3, dtype=torch.float32, device=shares.device)
+        return Selection(*select_cells(shares, weight, row, cell), found)
     weight = weight.abs().float()
     finite = weight.nan_to_num(0.0, 0.0).double()
     scale = (finite.square().sum() / finite.count_nonzero().clamp(min=1)).sqrt().float()
     blocks = zip(shares.split(1024), weight.split(1024), strict=True)
-    rows = [_select(*block, row * scale, cell * scale, math.inf if full is None else full) for block in blocks]
+    rows = [_select(*block, row * scale, cell * scale) for block in blocks]
     return Selection(*(torch.cat(values) for values in zip(*rows, strict=True)))
 
 
-def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor, full: float) -> Selection:
+def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mass = shares.float() * weight.unsqueeze(1)
 
     def limit(k: Tensor) -> Tensor:
@@ -150,10 +151,7 @@ def _select(shares: Tensor, weight: Tensor, row: Tensor, cell: Tensor, full: flo
         k = torch.where(skipped(k - 2**step) <= row, k - 2**step, k)
     threshold = limit(k) / weight
     active = (shares > threshold.unsqueeze(1)).float().mean(1)
-    is_full = active > full
-    return Selection(
-        threshold.masked_fill(is_full, -math.inf), skipped(k).masked_fill(is_full, 0), active.masked_fill(is_full, 1)
-    )
+    return threshold, skipped(k), active
 
 
 def active_cells(shares: Tensor, threshold: Tensor, target_tiles: Tensor, upstream: Tensor) -> Tensor:
@@ -220,9 +218,8 @@ RETRY = 64
 class Noted(NamedTuple):
     """What is known of a backward."""
 
-    density: Tensor  # mean share of the cells that it computed
-    full: Tensor  # share of the rows that computed all of their cells
-    ready: Any  # event after which the tensors can be read; None if they can
+    found: Tensor  # `[3]`: of all cells, the share of active ones, of those in dense blocks, and of other active ones
+    ready: Any  # event after which it can be read; None if it can
 
 
 _densities: dict[Key, list[Noted]] = {}
@@ -238,19 +235,19 @@ def remember(key: Key, selection: Selection) -> None:
     """Note the density of a head, for `expect_dense`; not while a CUDA graph is captured, which would repeat it."""
     if is_captured(selection.active):
         return
-    if not selection.active.is_cuda:
+    if selection.found is None:
         density = selection.active.mean()
-        _densities[key] = [Noted(density, (selection.active == 1).float().mean(), None)] * 2
+        _densities[key] = [Noted(torch.stack([density, torch.zeros_like(density), density]), None)] * 2
         return
     from fastdpo.kernels.select_cells import mean_density  # imported late: Triton may be missing
 
-    densities = mean_density(selection.active)
-    host = torch.empty(2, pin_memory=True)
-    host.copy_(densities, non_blocking=True)
-    with torch.cuda.device_of(densities):  # an event is recorded on a stream of the current device
+    mean_density(selection.active, selection.found)
+    host = torch.empty(3, pin_memory=True)
+    host.copy_(selection.found, non_blocking=True)
+    with torch.cuda.device_of(selection.found):  # an event is recorded on a stream of the current device
         ready = torch.cuda.Event()
         ready.record()
-    _note(key, Noted(host[0], host[1], ready))
+    _note(key, Noted(host, ready))
 
 
 def _note(key: Key, noted: Noted) -> None:
@@ -267,12 +264,14 @@ def expect_dense(key: Key, trained: bool = False, exact_weight: bool = True) -> 
     history = _densities.get(key, [])
     if len(history) < 2:
         return False
-    density, full, ready = history[-2]
+    found, ready = history[-2]
     if ready is not None:
         ready.synchronize()
-        sparse = relative_time(chip_of(key[0]), float(density), float(full), trained, exact_weight) <= 1
+        density, blocks, others = found.tolist()
+        others = others if blocks + others > 0 else density  # an implementation without blocks counts neither
+        sparse = relative_time(chip_of(key[0]), density, blocks, others, trained, exact_weight) <= 1
     else:
-        sparse = float(density) <= DENSE
+        sparse = float(found[0]) <= DENSE
     if sparse:
         return False
     _calls[key] = _calls.get(key, 0) + 1

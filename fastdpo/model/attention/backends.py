@@ -177,11 +177,12 @@ def attend(
         key, value = (gather(x, paths.kv_index, paths.order, paths.bounds) for x in (key, value))
     # here the window's left side does not count the query itself
     window_size = (window - 1 if window else -1, 0)
+    lengths = (paths.cu_seqlens_q, paths.cu_seqlens_k, *paths.longest)
     if name == "varlen":
         assert softcap is None
-        out = _varlen_attn(query, key, value, *paths[1:5], **_varlen_options(scaling, window_size))
+        out = _varlen_attn(query, key, value, *lengths, **_varlen_options(scaling, window_size))
     else:
-        out = _flash_attn(query, key, value, *paths[1:5], **_flash_options(scaling, window_size, softcap))
+        out = _flash_attn(query, key, value, *lengths, **_flash_options(scaling, window_size, softcap))
     assert isinstance(out, Tensor)  # it is a tuple only if an option asks for more
     return out
 
@@ -215,13 +216,14 @@ def _grid(
 ) -> Tensor:
     query = gather(query, paths.query_grid, paths.query_back, None)
     key, value = (gather(x, paths.grid, paths.grid_order, paths.bounds) for x in (key, value))
-    counts = [s for s, _ in paths.shapes]
-    sizes = [s * length for s, length in paths.shapes]
-    queries = query.split([s * q for s, q in zip(counts, paths.queries, strict=True)])
+    shapes, q_lengths = paths.shapes, paths.queries
+    counts = [s for s, _ in shapes]
+    sizes = [s * length for s, length in shapes]
+    queries = query.split([s * q for s, q in zip(counts, q_lengths, strict=True)])
     before = paths.before.split(counts)
     parts = []
     for (s, length), q_length, q, k, v, start in zip(
-        paths.shapes, paths.queries, queries, key.split(sizes), value.split(sizes), before, strict=True
+        shapes, q_lengths, queries, key.split(sizes), value.split(sizes), before, strict=True
     ):
         q = q.unflatten(0, (s, q_length)).transpose(1, 2)
         k, v = (x.unflatten(0, (s, length)).transpose(1, 2) for x in (k, v))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdpo.model.attention.backends import plain
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def with_blocks(
     out: Tensor,
     query: Tensor,

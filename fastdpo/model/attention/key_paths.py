@@ -24,7 +24,10 @@ TOLERANCE = 1.1
 
 
 class Paths(NamedTuple):
-    """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward."""
+    """The key paths of a packed batch as the backends want them; made by `key_paths`, once per forward.
+
+    All fields are tensors, so that the lengths of a batch are no constants of code that is compiled.
+    """
 
     kv_index: Tensor
     """`[K]`: the row of each entry. Each path ends with its segment's own rows."""
@@ -32,28 +35,44 @@ class Paths(NamedTuple):
     """`[S + 1]` int32: bounds of the segments in T."""
     cu_seqlens_k: Tensor
     """`[S + 1]` int32: bounds of their paths in K."""
-    max_seqlen_q: int
-    max_seqlen_k: int
     order: Tensor
     """`[K]`: the entries sorted by row."""
     bounds: Tensor
     """`[T + 1]`: bounds of each row's entries in `order`."""
-    shapes: tuple[tuple[int, int], ...]
-    """(segments, longest path) of each bucket of the grid."""
+    sizes: Tensor
+    """`[2 + 3 buckets]` int64, on the CPU: the longest segment and path, and the lengths of `shapes` and `queries`."""
     grid: Tensor
     """`[N]`: the row at each place of the grid, buckets one after the other; row 0 at the padding."""
     grid_order: Tensor
     """`[K]`: the place in the grid of each entry of `order`."""
     grid_back: Tensor
     """`[T]`: the place in the grid of each row on the path of its own segment."""
-    queries: tuple[int, ...]
-    """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
     query_grid: Tensor
     """The row of each query, buckets one after the other; row 0 at the padding."""
     query_back: Tensor
     """`[T]`: the place in `query_grid` of each row."""
     before: Tensor
     """`[S]`, in the order of the grid: the entries of a path before its segment's own rows."""
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The length of the longest segment, and of the longest path."""
+        q, k = self.sizes[:2].tolist()
+        return q, k
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(segments, longest path) of each bucket of the grid."""
+        return tuple((s, length) for s, length, _ in self._buckets())
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
+        return tuple(count for _, _, count in self._buckets())
+
+    def _buckets(self) -> list[list[int]]:
+        buckets: list[list[int]] = self.sizes[2:].view(-1, 3).tolist()
+        return buckets
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -106,22 +125,25 @@ def key_paths(
         kv_index,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
         order,
         bounds,
-        shapes,
-        grid,
-        place[order],
     )
+    longest = (max_seqlen_q, max_seqlen_k)
     before = cu_seqlens_k.diff() - cu_seqlens_q.diff()
     if device.type != "cpu":
-        return Paths(*found, back, tuple(length for _, length in shapes), grid, back, before)
+        sizes = _sizes(longest, shapes, [length for _, length in shapes])
+        return Paths(*found, sizes, grid, place[order], back, grid, back, before)
     first = torch.tensor(firsts)
     query_back = (first - cu_seqlens_q[:-1])[segment] + rows[:-1]
-    sizes = [s * q for (s, _), q in zip(shapes, queries, strict=True)]
-    query_grid = kv_index.new_zeros(sum(sizes)).index_copy(0, query_back, rows[:-1])
-    return Paths(*found, back, queries, query_grid, query_back, before[first.argsort()])
+    places_of_queries = sum(s * q for (s, _), q in zip(shapes, queries, strict=True))
+    query_grid = kv_index.new_zeros(places_of_queries).index_copy(0, query_back, rows[:-1])
+    sizes = _sizes(longest, shapes, queries)
+    return Paths(*found, sizes, grid, place[order], back, query_grid, query_back, before[first.argsort()])
+
+
+def _sizes(longest: tuple[int, int], shapes: Sequence[tuple[int, int]], queries: Sequence[int]) -> Tensor:
+    buckets = [x for shape, count in zip(shapes, queries, strict=True) for x in (*shape, count)]
+    return torch.tensor([*longest, *buckets])
 
 
 def _own_buckets(

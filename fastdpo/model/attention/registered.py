@@ -31,6 +31,7 @@ from fastdpo.model.attention import backends
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.attention.image_blocks import with_blocks
 from fastdpo.model.attention.key_paths import Paths, key_paths
+from fastdpo.model.attention.opaque import attend_opaquely
 
 logger = logging.getLogger("fastdpo")
 
@@ -89,6 +90,12 @@ def layer_kwargs(batch: dict[str, Any], backend: str = "auto") -> dict[str, Any]
     usable = backends.usable(backend, batch["input_ids"].device)
     paths = key_paths(*metadata.values(), T=batch["input_ids"].shape[1], seqlens_k=batch.get("tree_seqlens_k"))
     return metadata | {"tree_paths": paths, "tree_backends": usable}
+
+
+def leave_lengths_open(layer_kwargs: dict[str, Any]) -> None:
+    """Let torch.compile make code for batches of all lengths at once, not first for the lengths of this one."""
+    for tensor in layer_kwargs["tree_paths"]:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def attention(
@@ -174,7 +181,8 @@ def attention(
     if not torch.compiler.is_compiling():
         is_plain = softcap is not None or s_aux is not None
         _say(type(module).__name__, f"plain {name}" if is_plain and name == "grid" else name, against * query.is_cuda)
-    out = backends.attend(name, tree_paths, query, key, value, **options)
+    attend = attend_opaquely if torch.compiler.is_compiling() else backends.attend
+    out = attend(name, tree_paths, query, key, value, **options)
     if tree_image_blocks is not None and (tree_image_blocks[0] or attention_mask is not None):
         out = with_blocks(out, query, key, value, tree_image_blocks[1], **options)
     return out[None], None
