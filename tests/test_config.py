@@ -166,7 +166,7 @@ def test_copies_from_pinned_memory_do_not_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, changes: dict[str, bool], expected: bool
 ) -> None:
     args = DPOConfig(output_dir=str(tmp_path), accelerator_config=given)
-    for name, value in ({"dataloader_pin_memory": True} | changes).items():
+    for name, value in ({"dataloader_pin_memory": True, "use_cpu": False} | changes).items():
         setattr(args, name, value)
     args.accelerator_config.non_blocking = False  # on a GPU it has been set by now
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

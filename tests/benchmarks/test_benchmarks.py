@@ -334,7 +334,7 @@ def test_training_a_real_model(options: list[str], folder: Path, tmp_path: Path)
 )
 def test_a_model_and_its_data_go_together(call: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        training.main([word.format(folder=folder) for word in call])
+        command(["bench", "training", *(word.format(folder=folder) for word in call)])
     assert "--model must be one of toy, llama-20m" in capsys.readouterr().err
 
 

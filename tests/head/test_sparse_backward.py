@@ -360,6 +360,6 @@ def test_units_of_the_exact_backward(sharp: Rows) -> None:
 def test_units_of_the_sparse_backward(backward: str, frozen: bool, formula: Any, sharp: Rows) -> None:
     """rho is what the op reports, and the cells of the targets where they are no others."""
     actual = units(sharp, backward, frozen=frozen)
-    rho = float(sparsity._densities[op.density_key(sharp.hidden, sharp.weight)][-1][0])
+    rho = float(sparsity._densities[op.density_key(sharp.hidden, sharp.weight)][-1].found[0])
     assert 0.01 < rho < sparsity.DENSE
     assert actual == pytest.approx(formula(rho, torch_impl.CELL), rel=0.02)
