@@ -103,7 +103,8 @@ def provenance() -> dict[str, str]:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-        machine = f"{model}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        machine = f"{model}, {threads} thread{'s' * (threads > 1)}"
     commit = os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD") or "none"
     return {
         "machine": machine,

@@ -18,7 +18,13 @@ from fastdpo.benchmarks.harness import ROOT, Parser, results_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2-cores"
 """The results that README and docs/ show."""
-LENGTHS = {"ultrafeedback": "UltraFeedback", "hh": "HH", "tldr": "TL;DR"}
+LENGTHS = {
+    "ultrafeedback": "UltraFeedback",
+    "hh": "HH",
+    "tldr": "TL;DR",
+    "helpsteer": "HelpSteer",
+    "metamath": "MetaMath",
+}
 KEYS = ("impl", "lengths", "model", "shape", "dtype", "frozen", "inputs")
 
 
@@ -34,7 +40,8 @@ def machine(rows: list[dict[str, Any]]) -> str:
     dates = sorted({fact["date"] for fact in facts})
     machines = " and ".join(dict.fromkeys(fact["machine"] for fact in facts))
     versions = f"PyTorch {facts[0]['torch']}, TRL {facts[0]['trl']}"
-    return f"Measured on {machines}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    clock = " Times are those of the CPU." if any("time" in fact for fact in facts) else ""
+    return f"Measured on {machines}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}.{clock}"
 
 
 def steps(folder: Path = RESULTS) -> str:

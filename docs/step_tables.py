@@ -4,17 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdpo.benchmarks.report import LENGTHS, machine
 from fastdpo.benchmarks.training import PHASES
 from fastdpo.benchmarks.training_cases import VARIANTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu-2-cores"
-LENGTHS = {
-    "ultrafeedback": "UltraFeedback",
-    "hh": "HH",
-    "tldr": "TL;DR",
-    "helpsteer": "HelpSteer",
-    "metamath": "MetaMath",
-}
 RESULT = ("ms", "min_ms", "times_ms", "ratio_to_trl", "pairs_per_second", "tokens_per_second", "peak_mib")
 RESULT += ("split_ms", "loss", "grad_norm", "provenance")
 
@@ -58,16 +52,7 @@ def real_model() -> str:
                 f"{row['loss']:.5f}",
             )
         )
-    return f"{markdown(lines)}\n{where(rows)}\n"
-
-
-def where(rows: list[dict[str, Any]]) -> str:
-    """Return on what measurements were made, in a sentence."""
-    facts = [row["provenance"] for row in rows]
-    times = "times are those of the CPU, " * any("time" in fact for fact in facts)
-    machines = " and ".join(sorted({fact["machine"] for fact in facts}))
-    dates = " and ".join(sorted({fact["date"] for fact in facts}))
-    return f"Measured on {machines}; {times}PyTorch {facts[0]['torch']}, TRL {facts[0]['trl']}, {dates}."
+    return f"{markdown(lines)}\n{machine(rows)}\n"
 
 
 def newest(name: str) -> list[dict[str, Any]]:
