@@ -91,7 +91,10 @@ if torch.cuda.is_available():
 }
 
 peers=() variants=() # all of them; without TRL, which cannot be left out unless others are named
-if ! "$python" -c "import trl" 2>/dev/null; then
+if [[ ${SUITE_SIZE:-full} == smoke ]]; then
+    peers=(--peers PyTorch)
+    variants=(--variants fastdpo TRL)
+elif ! "$python" -c "import trl" 2>/dev/null; then
     peers=(--peers PyTorch "PyTorch, compiled" "PyTorch, chunked" Liger "Liger DPO" CCE)
     variants=(--variants fastdpo "fastdpo, no sharing" "fastdpo, no packing" "fastdpo, no fused head")
 fi

@@ -42,7 +42,7 @@ def run(*words: object) -> dict[str, Any]:
     out, code = io.StringIO(), 0
     with (
         contextlib.redirect_stdout(out),
-        counting(precompute, "score_batch", lambda _, items, name, **__: (name, items)) as scored,
+        counting(precompute, "score_batch", lambda _, items, __, *, by, **___: (by, items)) as scored,
         counting(Dataset, "_map_single", lambda *_, **__: 1) as maps,
     ):
         try:
