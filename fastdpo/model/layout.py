@@ -178,18 +178,6 @@ def check_sharded(model: Any, max_length: int | None) -> None:
         )
 
 
-def may_leave_unused(model: Any) -> bool:
-    """Return whether a batch of text may leave trainable weights of a model unused, which DDP must then look for.
-
-    They are those of a tower for images, of an expert to which no token goes, or of a layer that is dropped. DDP looks
-    for them in the graph of each step.
-    """
-    config = model.config
-    has_tower = config.get_text_config() is not config
-    has_experts = any("expert" in name and p.requires_grad for name, p in model.named_parameters())
-    return bool(has_tower or has_experts or getattr(config, "layerdrop", 0))
-
-
 def _attention_dropout(model: nn.Module) -> bool:
     """Whether attention weights may drop out; layers keep the probability as a number or as a module's `p`.
 

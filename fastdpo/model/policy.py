@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,12 +111,35 @@ def load_weights(model: Any, folder: Path | str) -> None:
     """
     # the widest dtype holds the weights of all others exactly
     dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
-    loaded, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[problem])):
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    loaded, info = type(model).from_pretrained(folder, dtype=dtype, **options)
+    own, found = model.state_dict(), loaded.state_dict()
+    problems = {problem: info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    problems["mismatched_keys"] |= {name for name, _ in _shapes(own) ^ _shapes(found)}
+    for problem, names in problems.items():
+        if names and (found := _same_names(own, folder)) is None:
             name = type(model).__name__
-            raise ValueError(f"{folder} does not hold the weights of this {name}: {problem} {names[:3]}")
-    model.load_state_dict(loaded.state_dict())
+            raise ValueError(
+                f"{folder} does not hold the weights of this {name}: {problem} {sorted(map(str, names))[:3]}"
+            )
+    model.load_state_dict(found, strict=False)
+
+
+def _same_names(own: dict[str, Tensor], folder: Path | str) -> dict[str, Tensor] | None:
+    """Return the saved tensors if they fit a model by name, else None.
+
+    So fits a model that was changed after it was made: `from_pretrained` does not know of weights added or taken out.
+    """
+    saved: dict[str, Tensor] = {}
+    for file in Path(folder).glob("model*.safetensors"):
+        saved |= load_file(file)
+    held = {own[name].data_ptr() for name in saved.keys() & own.keys()}  # of tied weights, one name is saved
+    fits = _shapes(saved) <= _shapes(own)
+    return saved if fits and all(name in saved or own[name].data_ptr() in held for name in own) else None
+
+
+def _shapes(state: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in state.items()}
 
 
 def auto_class(config: Any) -> Any:

@@ -168,6 +168,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def may_leave_unused(model: Any) -> bool:
+    """Return whether a batch may leave trainable weights of a model unused, which DDP must then look for in each step.
+
+    They are those of a tower for images, of an expert to which no token goes, of a layer that is dropped, or those that
+    the model's own forward on eight tokens does not reach, such as the attention of BART's decoder to an encoder.
+
+    Args:
+        model: a causal LM of transformers, not PEFT's wrapper.
+    """
+    config, trained = model.config, [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    has_tower = config.get_text_config() is not config
+    has_experts = any("expert" in name for name, _ in trained)
+    drops = any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop"))
+    if has_tower or has_experts or drops or not body_and_head.can_probe(model):
+        return True
+    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    with torch.enable_grad(), evaluating(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    reached, nodes = set[Any](), [logits.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in reached:
+            reached.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    weights = {id(node.variable) for node in reached if hasattr(node, "variable")}
+    return any(id(p) not in weights for _, p in trained)
+
+
 def _make_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("logit_index") is not None:

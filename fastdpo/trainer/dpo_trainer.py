@@ -31,10 +31,10 @@ from fastdpo.loss.options import ObjectiveSettings, from_config
 from fastdpo.model import adapters
 from fastdpo.model.adapted_layers import adapted_modules, unwrap
 from fastdpo.model.attention.backends import usable
-from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout, may_leave_unused
+from fastdpo.model.layout import Layout, check_images, check_sharded, choose_layout
 from fastdpo.model.policy import align_pad_token, disable_dropout, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.model.router import coefficient
-from fastdpo.model.scoring_forward import patch_forward
+from fastdpo.model.scoring_forward import may_leave_unused, patch_forward
 from fastdpo.model.self_check import agreed_layout
 from fastdpo.reference import columns as reference_columns
 from fastdpo.reference.resolve import prepare_reference, resolve_reference
@@ -138,8 +138,6 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                 )
             for each in filter(None, (model, ref_model)):
                 check_images(each)
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = has_pictures or may_leave_unused(unwrap(model))
         has_logps = [not names.isdisjoint(prepare.REFERENCES) for names in columns]
         is_own_reference = keeps_reference and not any(has_logps)
         # before the models are patched, for a copy of the policy must not share its patch
@@ -176,11 +174,15 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             named = [("train", self.train_dataset)]
             prepare.each(self.eval_dataset, lambda rows, name: named.append((name, rows)))
             check_all_have_images(named, "FSDP" if self.is_fsdp_enabled else "ZeRO-3")
+        in_ddp = args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
         with failing_together(args):
             sharding.shard_policy(self.accelerator, self.model)
             with sharding.callable_policy(self):
                 if sharding.is_sharded(self.model) and ref_model is not None:
                     ref_model = prepare_reference(self, ref_model)
+                if in_ddp and args.ddp_find_unused_parameters is None:
+                    with self.accelerator.autocast():
+                        self.accelerator.ddp_handler.find_unused_parameters = may_leave_unused(unwrap(self.model))
                 for each in filter(sharding.is_sharded, filter(None, (self.model, ref_model))):
                     check_sharded(each, args.max_length)
                 if data_collator is None:

@@ -116,6 +116,41 @@ def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_weights(tiny_llama().model, tmp_path)
 
 
+def test_a_model_that_was_changed_after_it_was_made_resumes(make: Make, tmp_path: Path) -> None:
+    """A layer is taken out, and a weight is added, and the config says neither; tied weights are saved once."""
+
+    def trainer() -> Any:
+        model = tiny_llama(num_hidden_layers=3, tie_word_embeddings=True)
+        del model.model.layers[1]
+        model.model.layers[1].self_attn.layer_idx = 1
+        model.register_buffer("origin", torch.arange(3.0))
+        return make(model, **BASE)
+
+    through = trainer()
+    through.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert_same(resumed, through)
+
+
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        ({"vocab_size": 97}, r"mismatched_keys \['lm_head.weight', 'model.embed_tokens.weight'\]"),
+        ({"num_hidden_layers": 3}, r"mismatched_keys \['model.layers.2.input_layernorm.weight'"),
+        ({"num_hidden_layers": 1}, r"mismatched_keys \['model.layers.1.input_layernorm.weight'"),
+    ],
+)
+def test_weights_of_other_sizes_are_refused_in_a_line(tmp_path: Path, saved: dict[str, int], problem: str) -> None:
+    tiny_llama(**saved).save_pretrained(tmp_path)
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"does not hold the weights of this LlamaForCausalLM: {problem}") as error:
+        load_weights(model, tmp_path)
+    assert "\n" not in str(error.value)
+    assert torch.equal(weights(model), before)
+
+
 @pytest.mark.parametrize(
     ("step", "settings"),
     [

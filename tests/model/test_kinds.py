@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 from benchmarks.studies import tiny_vision
-from fastdpo.model.layout import check_sharded, layout_of, may_leave_unused
-from fastdpo.model.scoring_forward import find_head, patch_forward
+from fastdpo.model.layout import check_sharded, layout_of
+from fastdpo.model.scoring_forward import find_head, may_leave_unused, patch_forward
 from tests.helpers.packed import make_adapted, pack, score
 from tests.helpers.tiny import (
     PAIRS,
@@ -303,8 +303,23 @@ def test_a_router_with_a_balancing_loss_shares(asks):
 
 
 def test_ddp_looks_for_unused_weights_where_there_may_be_some():
-    """Of experts, and of a tower for images, which text does not reach."""
+    """Of experts, of a tower for images, which text does not reach, and of a decoder's attention to an encoder."""
     assert [may_leave_unused(make_model(family)) for family in ("llama", "opt", "mixtral")] == [False, False, True]
-    sees = tiny_vision.SHARED["llava"]().model
-    assert may_leave_unused(sees)
-    assert not may_leave_unused(sees.model.language_model)
+    assert may_leave_unused(tiny_vision.SHARED["llava"]().model)
+    assert may_leave_unused(make_model("opt", layerdrop=0.1))
+    sizes = {"vocab_size": 99, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    decoder = transformers.BartForCausalLM(transformers.BartConfig(**sizes))
+    assert may_leave_unused(decoder)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_("encoder_attn" not in name)
+    assert not may_leave_unused(decoder)
+    decoder.config.decoder_layerdrop = 0.1
+    assert may_leave_unused(decoder)
+
+
+def test_ddp_looks_for_none_where_layers_are_recomputed():
+    """The older kind of checkpointing hides weights from the graph, and DDP can't look for unused ones with it."""
+    model = make_model("llama")
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    assert not may_leave_unused(model.train())
+    assert model.training
