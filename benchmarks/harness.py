@@ -142,8 +142,21 @@ def record(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file that `record` wrote; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the rows of a file that `record` wrote; none if there is no such file.
+
+    Raises:
+        ValueError: a line is no JSON object, as the last one is if its process was killed while it wrote.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} is not a row of results; remove it: {line[:40]!r}")
+        rows.append(row)
+    return rows
 
 
 def results_folder() -> Path:

@@ -7,8 +7,10 @@ Without --docs, report.md and its pictures are written beside the results, and t
 """
 
 import json
+import math
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,29 @@ LENGTHS = {
     "tldr": "TL;DR",
     "helpsteer": "HelpSteer",
     "metamath": "MetaMath",
+    "shp": "SHP",
 }
-KEYS = ("impl", "lengths", "model", "shape", "dtype", "frozen", "inputs")
+SETTINGS = {
+    "model": "{}",
+    "dtype": "{}",
+    "pairs_per_device": "{} pairs a step",
+    "tokens_per_batch": "{} tokens a batch",
+    "pairs_per_prompt": "{} pairs of a prompt",
+    "responses": "{} responses",
+    "max_length": "at most {} tokens",
+    "lora_r": "LoRA of rank {}",
+    "gradient_checkpointing": "checkpointing: {}",
+    "steps": "{} steps timed",
+    "machine": "{}",
+}
+"""What else a training step depends on, and how a table says it."""
+KEYS = ("impl", "lengths", "shape", "frozen", "inputs", *SETTINGS)
 
 
 def rows_of(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Return the measurements of one file, of each variant the newest."""
-    newest = {json.dumps([row.get(key) for key in KEYS]): row for row in harness.rows_of(folder / name)}
+    rows = [row | {"machine": row["provenance"]["machine"]} for row in harness.rows_of(folder / name)]
+    newest = {json.dumps([row.get(key) for key in KEYS]): row for row in rows}
     return [row for row in newest.values() if "fatal" not in row]
 
 
@@ -44,28 +62,56 @@ def machine(rows: list[dict[str, Any]]) -> str:
     return f"Measured on {machines}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}.{clock}"
 
 
+def step_cases(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the measurements of training steps by case and variant.
+
+    A case is named by its lengths, and by each setting that is not the same in all cases.
+    """
+    rows = rows_of("training.jsonl", folder)
+    order = list(LENGTHS)
+    rows.sort(key=lambda row: order.index(row["lengths"]) if row["lengths"] in order else len(order))
+    differ = [key for key in SETTINGS if len({row.get(key) for row in rows}) > 1]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        told = [SETTINGS[key].format(row[key]) for key in differ if row.get(key) is not None]
+        found.setdefault(", ".join([LENGTHS.get(row["lengths"], row["lengths"]), *told]), {})[row["impl"]] = row
+    return found
+
+
 def steps(folder: Path = RESULTS) -> str:
     """Return the table of whole training steps beside TRL, in Markdown."""
-    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl", folder)}
+    found = step_cases(folder)
     lines = [
         "| lengths like | pairs per second | TRL's | ratio | peak memory, MiB | TRL's | difference of losses |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, name in LENGTHS.items():
-        if not {(key, "fastdpo"), (key, "TRL")} <= rows.keys():
+    for name, rows in found.items():
+        if (ours := rows.get("fastdpo")) is None:
             continue
-        ours, theirs = rows[key, "fastdpo"], rows[key, "TRL"]
-        speeds = (ours["pairs_per_second"], theirs["pairs_per_second"])
-        lines.append(
-            f"| {name} | {speeds[0]:.2f} | {speeds[1]:.2f} | **{1 / ours['ratio_to_trl']:.1f}** "
-            f"| {ours['peak_mib']:.0f} | {theirs['peak_mib']:.0f} | {_short(abs(ours['loss'] - theirs['loss']))} |"
-        )
-    return "\n".join([*lines, "", machine(list(rows.values())), ""])
+        cells = [name, f"{ours['pairs_per_second']:.2f}", "-", "-", f"{ours['peak_mib']:.0f}", "-", "-"]
+        if theirs := rows.get("TRL"):
+            cells[2:4] = f"{theirs['pairs_per_second']:.2f}", f"**{_times_trl(ours, theirs):.1f}**"
+            cells[5:7] = f"{theirs['peak_mib']:.0f}", _short(abs(ours["loss"] - theirs["loss"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine([row for rows in found.values() for row in rows.values()]), ""])
+
+
+def _times_trl(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Return the ratio that was measured in turns, or that of the speeds if the two were not measured in one call."""
+    if ours["ratio_to_trl"] is None:
+        return float(ours["pairs_per_second"] / theirs["pairs_per_second"])
+    return 1 / float(ours["ratio_to_trl"])
+
+
+def most_variants(folder: Path) -> str:
+    """Return the name of the case of which most variants were measured; HH's if several have as many."""
+    found = step_cases(folder)
+    return max(found, key=lambda name: (len(found[name]), name.startswith(LENGTHS["hh"])))
 
 
 def levers(folder: Path = RESULTS) -> str:
     """Return the table of steps with one lever of fastdpo switched off at a time, in Markdown."""
-    rows = [row for row in rows_of("training.jsonl", folder) if row["lengths"] == "hh"]
+    rows = step_cases(folder)[most_variants(folder)].values()
     lines = ["| variant | pairs per second | peak memory, MiB | loss |", "|---|---|---|---|"]
     lines += [f"| {r['impl']} | {r['pairs_per_second']:.2f} | {r['peak_mib']:.0f} | {r['loss']:.6f} |" for r in rows]
     return "\n".join([*lines, ""])
@@ -122,8 +168,11 @@ Key = tuple[str, str, bool, str]
 def cases(folder: Path) -> dict[Key, dict[str, dict[str, Any]]]:
     """Return the measurements of the head by case and variant."""
     found: dict[Key, dict[str, dict[str, Any]]] = {}
-    for row in rows_of("head.jsonl", folder):
+    rows = rows_of("head.jsonl", folder)
+    several = len({row["machine"] for row in rows}) > 1
+    for row in rows:
         shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
+        shape += f", {row['machine']}" * several
         key = (f"{row['model']}: {shape}" if row["model"] else shape, row["dtype"], row["frozen"], row["inputs"])
         found.setdefault(key, {})[row["impl"]] = row
     return found
@@ -170,25 +219,32 @@ def draw_steps(path: Path, folder: Path = RESULTS) -> None:
     """Draw time and memory of a training step beside TRL's, as bars."""
     from matplotlib.figure import Figure
 
-    rows = {(row["lengths"], row["impl"]): row for row in rows_of("training.jsonl", folder)}
-    names = [key for key in LENGTHS if {(key, "fastdpo"), (key, "TRL")} <= rows.keys()]
-    figure = Figure(figsize=(8.5, 2.6), layout="constrained")
+    found = {name: rows for name, rows in step_cases(folder).items() if "fastdpo" in rows}
+    ours = [rows["fastdpo"] for rows in found.values()]
+    pairs = {row.get("pairs_per_device") for row in ours}
+    trl = next((rows["TRL"]["provenance"]["trl"] for rows in found.values() if "TRL" in rows), None)
+    names = [textwrap.fill(name, 24) for name in found]
+    lines = sum(max(3, name.count("\n") + 1) for name in names)
+    figure = Figure(figsize=(8.5, 0.8 + 0.2 * max(lines, 3)), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, (title, value) in zip(
         panels,
         (
-            ("Seconds per training step (4 pairs)", lambda row: row["ms"] / 1000 / row["steps"]),
+            (
+                f"Seconds per training step ({pairs.pop()} pairs)" if len(pairs) == 1 else "Seconds per training step",
+                lambda row: row["ms"] / 1000 / row["steps"],
+            ),
             ("Memory beyond the weights, GiB", lambda row: row["peak_mib"] / 1024),
         ),
         strict=True,
     ):
         for shift, (impl, colour) in enumerate((("TRL", "#b8bcc4"), ("fastdpo", "#2563eb"))):
-            values = [value(rows[key, impl]) for key in names]
-            places = [place + 0.38 * shift for place in range(len(names))]
-            label = "TRL 1.16" if impl == "TRL" else impl
+            values = [value(rows[impl]) if impl in rows else math.nan for rows in found.values()]
+            places = [place + 0.38 * shift for place in range(len(found))]
+            label = "TRL " + ".".join(trl.split(".")[:2]) if impl == "TRL" and trl else impl
             bars = panel.barh(places, values, 0.36, color=colour, label=label)
             panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        panel.set_yticks([place + 0.19 for place in range(len(names))], [LENGTHS[key] for key in names])
+        panel.set_yticks([place + 0.19 for place in range(len(names))], names)
         panel.set_title(title, fontsize=9, loc="left")
         panel.spines[["top", "right", "bottom"]].set_visible(False)
         panel.set_xticks([])
@@ -226,11 +282,15 @@ def draw_head(path: Path, folder: Path = RESULTS) -> None:
     figure.savefig(path, dpi=160)
 
 
+def _levers_of(folder: Path) -> str:
+    return f"Lengths like {most_variants(folder)}.\n\n{levers(folder)}"
+
+
 Part = tuple[str, dict[str, Callable[[Path], str]], dict[str, Callable[[Path, Path], None]]]
 PARTS: dict[str, Part] = {
     "training.jsonl": (
         "Whole training steps",
-        {"Beside TRL": steps, "One part of fastdpo switched off at a time": levers},
+        {"Beside TRL": steps, "One part of fastdpo switched off at a time": _levers_of},
         {"step.png": draw_steps},
     ),
     "head.jsonl": (
@@ -243,7 +303,11 @@ PARTS: dict[str, Part] = {
 
 
 def report(folder: Path, pictures: Path) -> str:
-    """Draw the pictures of a folder of results, and return its tables in Markdown."""
+    """Draw the pictures of a folder of results, and return its tables in Markdown.
+
+    Raises:
+        ValueError: the folder has no results.
+    """
     lines = ["# Benchmarks", ""]
     for file, (title, tables, drawings) in PARTS.items():
         if not any("ms" in row for row in rows_of(file, folder)):
@@ -254,6 +318,8 @@ def report(folder: Path, pictures: Path) -> str:
             lines += [f"![{title}]({picture})", ""]
         for name, table in tables.items():
             lines += [f"### {name}", "", table(folder)]
+    if len(lines) == 2:
+        raise ValueError(f"{str(folder)!r} has no results; measure first: fastdpo bench head or fastdpo bench training")
     return "\n".join(lines)
 
 
@@ -268,8 +334,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", action="store_true", help="renew README and docs/ of this clone from its results")
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     folder = args.folder or (RESULTS if args.docs else results_folder())
-    if not any((folder / file).is_file() for file in PARTS):
-        raise ValueError(f"{str(folder)!r} has no results; measure first: fastdpo bench head or fastdpo bench training")
     if args.docs:
         if folder.resolve() != RESULTS or not (ROOT / "docs" / "tables.py").exists():
             raise ValueError(f"--docs renews the pages of a clone from {RESULTS}, not from {str(folder)!r}")

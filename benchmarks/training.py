@@ -323,7 +323,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-prompt", type=int, default=1, help="pairs of one prompt")
     parser.add_argument("--responses", type=int, default=4, help="of one prompt, if it has several pairs")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations on both sides")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="what to measure; all by default")
+    names = ", ".join(map(repr, VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"what to measure; by default all: {names}"
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"

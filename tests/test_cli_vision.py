@@ -104,3 +104,23 @@ def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"'image' names '\.\./secret\.png', which is not in the folder"):
         load_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["dict", "mixed"])
+def test_paths_in_columns_of_any_type_stay_in_the_folder(tmp_path: Path, kind: str, streaming: bool) -> None:
+    """A row may write an image as `datasets.Image` does, and one row that is no list makes the column's type JSON."""
+
+    def write(name: str) -> None:
+        images = [[{"bytes": None, "path": name}], []] if kind == "dict" else [[name], "b.png"]
+        rows = [{"prompt": "<image>?", "chosen": "a", "rejected": "b", "images": each} for each in images]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write("in/a.png")
+    rows = [row["images"] for row in load_splits(str(tmp_path), streaming=streaming)["train"]]
+    whole = str(tmp_path / "in" / "a.png")
+    assert rows[0] == ([{"bytes": None, "path": whole}] if kind == "dict" else [whole])
+    assert rows[1] == ([] if kind == "dict" else str(tmp_path / "b.png"))
+    write("/etc/cover.png")
+    with pytest.raises(ValueError, match=r"row 0: the column 'images' names '/etc/cover\.png', which is not in the"):
+        list(load_splits(str(tmp_path), streaming=streaming)["train"])

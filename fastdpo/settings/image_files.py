@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, Image, concatenate_datasets
 
 COLUMNS = ("images", "image")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -54,33 +54,48 @@ def with_image_paths(splits: Mapping[str, Any], folder: Path) -> Any:
         ValueError: a path leads out of the folder; the message names it.
     """
     for name, rows in splits.items():
-        features = rows.features or {}
         for column in COLUMNS:
-            kind = features.get(column)
-            if kind not in (Value("string"), List(Value("string"))):
+            kind = (rows.features or {}).get(column)
+            if kind is None or _has_bytes(kind):
                 continue
             if isinstance(rows, Dataset):
-                whole = [_whole(value, folder, column) for value in rows[column]]
-                rows = rows.remove_columns(column).add_column(column, whole, feature=kind)
+                whole = [_whole(value, folder, column, row) for row, value in enumerate(rows[column])]
+                named = Dataset.from_dict({column: whole}, features=Features({column: kind}))
+                rows = concatenate_datasets([rows.remove_columns(column), named], axis=1)
             else:
-                rows = rows.map(functools.partial(_in_row, folder=folder, column=column))
+                place = functools.partial(_in_row, folder=folder, column=column)
+                rows = rows.map(place, with_indices=True, features=rows.features)
         splits[name] = rows  # type: ignore[index]  # a DatasetDict is a dict
     return splits
 
 
-def _in_row(row: dict[str, Any], *, folder: Path, column: str) -> dict[str, Any]:
-    return {column: _whole(row[column], folder, column)}
+def _has_bytes(kind: Any) -> bool:
+    """Whether a column's values hold images themselves, as no file of text can."""
+    if isinstance(kind, dict):
+        return any(map(_has_bytes, kind.values()))
+    if isinstance(kind, list):
+        return any(map(_has_bytes, kind))
+    if hasattr(kind, "feature"):
+        return _has_bytes(kind.feature)
+    return isinstance(kind, Image) or "binary" in str(getattr(kind, "dtype", ""))
 
 
-def _whole(value: Any, folder: Path, column: str) -> Any:
+def _in_row(row: dict[str, Any], index: int, *, folder: Path, column: str) -> dict[str, Any]:
+    return {column: _whole(row[column], folder, column, index)}
+
+
+def _whole(value: Any, folder: Path, column: str, row: int) -> Any:
+    """Return an image's path, whole, or what else stands in its place, in which paths are whole."""
     if isinstance(value, list):
-        return [_whole(each, folder, column) for each in value]
-    if value is None or "://" in value:  # a row with a URL is named where rows are read
+        return [_whole(each, folder, column, row) for each in value]
+    if isinstance(value, dict):  # as datasets.Image writes an image
+        return value | {key: _whole(value[key], folder, column, row) for key in ("bytes", "path") if key in value}
+    if not isinstance(value, str) or "://" in value:  # such a row is named where rows are read
         return value
     path = os.path.abspath(folder / value)
     if not Path(path).is_relative_to(folder.absolute()):
         raise ValueError(
-            f"dataset_name: the column {column!r} names {value!r}, which is not in the folder {str(folder)!r}; move it "
-            "or a link to it there, or load the dataset in Python"
+            f"dataset_name: row {row}: the column {column!r} names {value!r}, which is not in the folder "
+            f"{str(folder)!r}; move it or a link to it there, or load the dataset in Python"
         )
     return path

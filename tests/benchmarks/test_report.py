@@ -79,4 +79,39 @@ def test_a_report_of_nothing_is_refused(
 def test_the_committed_results_fill_every_table() -> None:
     for _, tables, _ in report.PARTS.values():
         for table in tables.values():
-            assert "Measured on" in table(report.RESULTS) or table is report.levers
+            assert "Measured on" in table(report.RESULTS) or "\n| fastdpo, no packing | " in table(report.RESULTS)
+
+
+def test_cases_and_machines_are_kept_apart(results: Path) -> None:
+    """Rows of TRL that another case or machine has measured are not what fastdpo's are compared with."""
+    other = {"provenance": WHERE | {"machine": "another"}}
+    steps = [
+        step_row("fastdpo", 300, 0.5) | {"max_length": 512},
+        step_row("fastdpo", 100, 0.4) | {"max_length": 64, "ratio_to_trl": None},
+        step_row("TRL", 900, 0.5002) | {"max_length": 512},
+        step_row("fastdpo", 50, 0.5) | {"max_length": 512, "lengths": "helpsteer"} | other,
+    ]
+    (results / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    with (results / "head.jsonl").open("a") as file:
+        file.write(json.dumps(head_row("TRL", 7) | other) + "\n")
+    lines = report.steps(results).splitlines()
+    assert lines[2:5] == [
+        "| TL;DR, at most 512 tokens, a machine, 3 threads | 26.67 | 8.89 | **3.0** | 400 | 1000 | 2e-4 |",
+        "| TL;DR, at most 64 tokens, a machine, 3 threads | 80.00 | - | - | 200 | - | - |",
+        "| HelpSteer, at most 512 tokens, another | 160.00 | - | - | 150 | - | - |",
+    ]
+    text = report.report(results, results)
+    assert "Lengths like TL;DR, at most 512 tokens, a machine, 3 threads.\n\n| variant " in text
+    assert "| gpt2: N=64 D=32 V=1000, a machine, 3 threads | peaked | float32 | frozen | 0.30 / 1.00 / - |" in text
+
+
+def test_a_cut_row_and_an_empty_file_are_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "head.jsonl").unlink()
+    file = results / "training.jsonl"
+    with file.open("a") as opened:
+        opened.write('{"impl": "fastd')
+    for message in (f"line 3 of {file} is not a row of results; remove it: ", f"'{results}' has no results"):
+        with pytest.raises(SystemExit, match="1"):
+            main(["bench", "report", str(results)])
+        assert message in capsys.readouterr().err.splitlines()[0]
+        file.write_text("")

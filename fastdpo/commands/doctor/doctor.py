@@ -136,6 +136,7 @@ def _check_cache(found: Findings) -> None:
             f"set FASTDPO_CACHE to a folder that can be written, for {folder} can't be: without one, precomputing "
             "fails, and the head is timed again in each process"
         )
+        return
     if free < SMALL_CACHE:
         found.advice.append(f"free some space in {folder}, where precomputed log-probs are kept")
 
