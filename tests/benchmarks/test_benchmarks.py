@@ -204,6 +204,8 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
         ),
         (["head", "--inputs", "small-lm", "--model", "gpt2"], "--inputs has its own settings in place of --model;"),
         (["training", "--max_length", "long"], "argument --max-length: invalid int value: 'long'"),
+        (["training", "--repetitions", "0"], "--repetitions must be positive, got 0"),
+        (["training", "--model", ".", "--pairs-file", "none.jsonl"], "--pairs-file: there is no file 'none.jsonl'"),
         (["haed"], "no benchmark 'haed'; did you mean 'head'?: fastdpo bench head|training|report"),
         ([], "name a benchmark: fastdpo bench head|training|report"),
     ],
