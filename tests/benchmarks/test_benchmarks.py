@@ -219,6 +219,20 @@ def test_a_wrong_word_is_one_line(words: list[str], message: str, capsys: pytest
     assert message in line
 
 
+@pytest.mark.parametrize(
+    "words", [["head", "--peers"], ["training", "--model", "toy", "--variants", "fastdpo"]], ids=str
+)
+def test_results_that_cannot_be_written_show_before_measuring(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="1"):
+        command(["bench", *words, "--out", str(tmp_path / "file" / "rows.jsonl")])
+    ended = capsys.readouterr()
+    assert str(tmp_path / "file") in ended.err
+    assert "results:" not in ended.out
+
+
 def test_our_own_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, backward: str, **__: Any) -> Any:
         assert backward == "exact"
