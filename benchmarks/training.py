@@ -337,7 +337,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.variants is None:
         require_trl("fastdpo bench training", "--variants fastdpo")
         args.variants = list(VARIANTS)
+    for name in ("pairs", "steps", "max_length", "per_prompt", "responses", "repetitions"):
+        if (number := getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {number}")
+    if args.pairs_file is not None and not args.pairs_file.is_file():
+        parser.error(f"--pairs-file: there is no file {str(args.pairs_file)!r}")
     args.out = args.out or results_folder() / "training.jsonl"
+    record(args.out, [])  # so that a file that can't be written shows before hours of measuring
     print(f"results: {args.out}", flush=True)
 
     Clock.of_cpu = args.cpu_time

@@ -150,7 +150,11 @@ def _stopped(words: list[str], started: float) -> str:
         chosen = None
     if chosen is None:
         return f"{stopped}; nothing was saved"
-    newest = newest_checkpoint(Path(chosen.get("output_dir") or OUTPUT_DIR))
+    folder = Path(chosen.get("output_dir") or OUTPUT_DIR)
+    state = folder / "trainer_state.json"  # it follows the weights when training has ended
+    if state.exists() and state.stat().st_mtime >= started:
+        return f"{stopped} after training; the model in {folder} is complete"
+    newest = newest_checkpoint(folder)
     if newest is not None and (newest / MANIFEST).stat().st_mtime >= started:
         go_on = shlex.join(
             ["fastdpo", *without_flag(words, "resume_from_checkpoint"), f"--resume_from_checkpoint={newest}"]

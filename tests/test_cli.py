@@ -395,6 +395,22 @@ def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, mon
     assert ended.err == f"fastdpo: {expected}\n"
 
 
+def test_a_signal_after_training_says_that_the_model_is_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*_: Any) -> None:
+        (tmp_path / "trainer_state.json").write_text("{}")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", ends)
+    ended = run("train", QUICKSTART, "--save_strategy=no", "--output_dir", tmp_path)
+    assert ended.code == 143
+    assert ended.err == f"fastdpo: stopped by SIGTERM after training; the model in {tmp_path} is complete\n"
+    os.utime(tmp_path / "trainer_state.json", (1, 1))  # of an earlier run
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert "nothing was saved" in run("train", QUICKSTART, "--output_dir", tmp_path).err
+
+
 def test_a_signal_that_became_another_exception_is_still_a_signal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def swallow(*_: Any) -> None:
         try:

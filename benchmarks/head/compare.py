@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         os._exit(3)  # its thread or its device cannot be recovered
 
     logging.getLogger("fastdpo").setLevel(logging.WARNING)
+    record(out, [])  # so that a file that can't be written shows before hours of measuring
     print(f"results: {out}\n{', '.join(f'{name}: {value}' for name, value in where.items())}", flush=True)
     failed, start, longest = False, time.monotonic(), 0.0
     for case in cases:

@@ -204,6 +204,8 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
         ),
         (["head", "--inputs", "small-lm", "--model", "gpt2"], "--inputs has its own settings in place of --model;"),
         (["training", "--max_length", "long"], "argument --max-length: invalid int value: 'long'"),
+        (["training", "--repetitions", "0"], "--repetitions must be positive, got 0"),
+        (["training", "--model", ".", "--pairs-file", "none.jsonl"], "--pairs-file: there is no file 'none.jsonl'"),
         (["haed"], "no benchmark 'haed'; did you mean 'head'?: fastdpo bench head|training|report"),
         ([], "name a benchmark: fastdpo bench head|training|report"),
     ],
@@ -215,6 +217,20 @@ def test_a_wrong_word_is_one_line(words: list[str], message: str, capsys: pytest
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastdpo: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "words", [["head", "--peers"], ["training", "--model", "toy", "--variants", "fastdpo"]], ids=str
+)
+def test_results_that_cannot_be_written_show_before_measuring(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="1"):
+        command(["bench", *words, "--out", str(tmp_path / "file" / "rows.jsonl")])
+    ended = capsys.readouterr()
+    assert str(tmp_path / "file") in ended.err
+    assert "results:" not in ended.out
 
 
 def test_our_own_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
