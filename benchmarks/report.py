@@ -211,6 +211,8 @@ def _bold(name: str) -> str:
 
 
 def _short(number: float, digits: int = 0) -> str:
+    if number == 0:
+        return "0"
     mantissa, exponent = f"{number:.{digits}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
