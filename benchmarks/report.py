@@ -52,6 +52,19 @@ def rows_of(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [row for row in newest.values() if "fatal" not in row]
 
 
+def replace(page: Path, start: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page.
+
+    Raises:
+        ValueError: the page lacks one of them.
+    """
+    before, _, rest = page.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{page} has no {start.strip()} that is followed by {end.strip()}")
+    page.write_text(before + start + text + end + after)
+
+
 def machine(rows: list[dict[str, Any]]) -> str:
     """Return where and when measurements were made, in a sentence."""
     facts = [row["provenance"] for row in rows]

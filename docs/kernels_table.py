@@ -68,13 +68,13 @@ def table(compiled: dict[Any, Any]) -> str:
 
 def write() -> None:
     """Replace the table of the page."""
+    from fastdpo.benchmarks.report import replace
     from tests.kernels.test_aot import compile_kernel
 
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = dict(zip(jobs(), pool.map(compile_kernel, jobs()), strict=True))
-    page = PAGE.read_text()
-    PAGE.write_text(page[: page.index(START) + len(START)] + table(found) + page[page.index(END) :])
+    replace(PAGE, START, END, table(found))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ MARK = "<!-- python -m docs.tables writes {} -->\n"
 
 def write() -> None:
     """Replace the tables of all pages."""
+    from fastdpo.benchmarks.report import replace
+
     for name, tables in PAGES.items():
-        page = (DOCS / name).read_text()
         for title, table in tables().items():
-            start, end = MARK.format(title), MARK.format(f"{title}, up to here")
-            page = page[: page.index(start) + len(start)] + table + page[page.index(end) :]
-        (DOCS / name).write_text(page)
+            replace(DOCS / name, MARK.format(title), MARK.format(f"{title}, up to here"), table)
 
 
 def settings() -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastdpo.benchmarks.lengths import LENGTHS
+from fastdpo.benchmarks.report import replace
 from fastdpo.data.sampler import BudgetSampler
 
 ROOT = Path(__file__).parents[2]
@@ -95,10 +96,7 @@ def table(found: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any]) -> None:
     """Replace the table in the page."""
-    page = PAGE.read_text()
-    start, end = MARK.format("writes"), MARK.format("has written")
-    page = page[: page.index(start) + len(start)] + "\n" + table(found) + "\n" + page[page.index(end) :]
-    PAGE.write_text(page)
+    replace(PAGE, MARK.format("writes"), MARK.format("has written"), f"\n{table(found)}\n")
 
 
 def main() -> None:

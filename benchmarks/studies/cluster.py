@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.studies import balance, scaling
+from fastdpo.benchmarks.report import replace
 from fastdpo.plan.resident import BUCKET, Units
 
 ROOT = Path(__file__).parents[2]
@@ -267,11 +268,8 @@ def _round(number: float) -> str:
 
 def write(found: dict[str, Any]) -> None:
     """Replace the tables in the page."""
-    page = PAGE.read_text()
     for title, text in ((COST, cost(found)), (SHARE, shares(found))):
-        start, end = MARK.format(f"writes {title}"), MARK.format(f"has written {title}")
-        page = page[: page.index(start) + len(start)] + "\n" + text + "\n" + page[page.index(end) :]
-    PAGE.write_text(page)
+        replace(PAGE, MARK.format(f"writes {title}"), MARK.format(f"has written {title}"), f"\n{text}\n")
 
 
 def main() -> None:

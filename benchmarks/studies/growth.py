@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastdpo import linear_logprobs, shared_prefix_batch
 from fastdpo.benchmarks import peers
 from fastdpo.benchmarks.harness import provenance
+from fastdpo.benchmarks.report import replace
 from fastdpo.model.scoring_forward import patch_forward
 
 ROOT = Path(__file__).parent.parent.parent
@@ -293,10 +294,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def write(found: dict[str, Any]) -> None:
     """Replace the table in the page, and draw the picture."""
-    page = PAGE.read_text()
-    start, end = MARK.format("writes"), MARK.format("has written")
-    page = page[: page.index(start) + len(start)] + "\n" + table(found) + "\n" + page[page.index(end) :]
-    PAGE.write_text(page)
+    replace(PAGE, MARK.format("writes"), MARK.format("has written"), f"\n{table(found)}\n")
     draw(found, PICTURE)
 
 

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from fastdpo import dpo_loss, shared_prefix_batch
+from fastdpo.benchmarks.report import replace
 from fastdpo.commands.doctor.head_check import peak_memory
 from fastdpo.model.adapters import as_reference, with_adapter
 from fastdpo.model.body_and_head import fused_scores
@@ -225,11 +226,7 @@ def main() -> None:
         NUMBERS.write_text(json.dumps(measured, indent=1) + "\n")
     numbers = json.loads(NUMBERS.read_text())
     where = f"\nMeasured on {numbers['device']}, 1 thread, with PyTorch {numbers['torch']}.\n"
-    before, _, rest = PAGE.read_text().partition(MARK.format("writes"))
-    after = rest.partition(MARK.format("has written"))[2]
-    PAGE.write_text(
-        before + MARK.format("writes") + table(numbers["rows"]) + where + MARK.format("has written") + after
-    )
+    replace(PAGE, MARK.format("writes"), MARK.format("has written"), table(numbers["rows"]) + where)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig
 
+from fastdpo.benchmarks.report import replace
 from fastdpo.model.adapters import with_adapter
 from fastdpo.plan.memory import memory_model, meta_model
 from fastdpo.plan.resident import Job, Resident, resident, units_of
@@ -115,10 +116,7 @@ def table(traces: dict[str, Any]) -> str:
 
 def write(traces: dict[str, Any]) -> None:
     """Replace the table in the page."""
-    page = PAGE.read_text()
-    start, end = MARK.format("writes"), MARK.format("has written")
-    page = page[: page.index(start) + len(start)] + "\n" + table(traces) + "\n" + page[page.index(end) :]
-    PAGE.write_text(page)
+    replace(PAGE, MARK.format("writes"), MARK.format("has written"), f"\n{table(traces)}\n")
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from benchmarks.studies import cluster
 from benchmarks.studies.growth import Flops
 from fastdpo import shared_prefix_batch
 from fastdpo.benchmarks.harness import provenance
+from fastdpo.benchmarks.report import replace
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.plan.resident import Job, resident, units_of
 
@@ -244,10 +245,7 @@ def table(found: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any]) -> None:
     """Replace the table in the page."""
-    page = PAGE.read_text()
-    start, end = MARK.format("writes"), MARK.format("has written")
-    page = page[: page.index(start) + len(start)] + "\n" + table(found) + "\n" + page[page.index(end) :]
-    PAGE.write_text(page)
+    replace(PAGE, MARK.format("writes"), MARK.format("has written"), f"\n{table(found)}\n")
 
 
 def main() -> None:
