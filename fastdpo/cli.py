@@ -252,7 +252,8 @@ def plan(config: Path | None, overrides: dict[str, Any]) -> None:
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
     chosen = read_settings(config, overrides | {"deepspeed": None})
 
-    from fastdpo.plan.plan import draw_lengths, make_plan, tables
+    from fastdpo.plan.plan import make_plan
+    from fastdpo.plan.tables import draw_lengths, tables
     from fastdpo.run import load_datasets, load_tokenizer, make_configs
 
     run, args = make_configs(chosen)

@@ -139,10 +139,26 @@ def test_two_dtypes_that_differ_are_refused(yaml_file: Path, name: str) -> None:
         read_config(yaml_file, {"dtype": "float16", "model_init_kwargs": {name: "auto"}})
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, True), ({"gradient_checkpointing": False}, False)], ids=str)
-def test_checkpointing_is_on_unless_switched_off(tmp_path: Path, given: dict[str, bool], expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "auto"),
+        ({"gradient_checkpointing": True}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"activation_checkpointing": True}, True),
+        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, True),
+        ({"activation_offloading": True}, True),
+        ({"activation_offloading": True, "gradient_checkpointing": "auto"}, "auto"),
+    ],
+    ids=str,
+)
+def test_checkpointing_is_chosen_by_memory_unless_something_else_is_asked_for(
+    tmp_path: Path, given: dict[str, Any], expected: bool | str
+) -> None:
     args = DPOConfig(output_dir=str(tmp_path), **given)
-    assert args.gradient_checkpointing is expected
+    assert (args.gradient_checkpointing, args.activation_checkpointing) == (expected, bool(expected))
+    again = DPOConfig(**{f: getattr(args, f) for f in ("output_dir", "gradient_checkpointing")} | given)
+    assert again.gradient_checkpointing == expected
 
 
 def test_a_config_survives_its_own_dict(tmp_path: Path) -> None:

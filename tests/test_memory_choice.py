@@ -273,6 +273,43 @@ def test_the_choice_is_corrected_by_what_was_measured(
     assert losses(ours) == losses(same)
 
 
+@pytest.mark.parametrize(("share", "expected"), [(1.2, 2), (0.5, 2), (1.3, LAYERS), (None, LAYERS)])
+def test_where_no_step_can_be_computed_again_fewer_layers_wait_for_a_measurement(
+    share: float | None,
+    expected: int,
+    make: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "fastdpo")
+    probe = make(**AUTO)
+    probe.get_train_dataloader()
+    found, largest = probe._memory._fit, probe._memory._largest_batch
+    monkeypatch.setattr(memory_choice, "_why_once", lambda _: "several processes can't compute a step again")
+    fixed = found.full.persistent
+    scale = max(share or 0, 1)
+    ours = make(int(fixed + scale * (found.peak(2, largest) - fixed)) + 1, **AUTO, max_steps=5)
+
+    def measured(_: Any) -> int | None:
+        seen = ours._memory._largest_seen if ours._memory else largest  # it is asked before the choice is stored, too
+        return share and int(fixed + share * (found.peak(LAYERS, seen) - fixed))
+
+    monkeypatch.setattr(memory_choice, "measured_peak", measured)
+    runs = count_forwards(ours.model.model.layers[-1].mlp)
+    ours.train()
+    first, *later = [record.message for record in caplog.records if "gradient_checkpointing=auto" in record.message][1:]
+    if share is None:
+        assert "recomputes all layers, because" in first
+        assert not later
+    else:
+        assert "recomputes 4 of 4 layers in the first 3 steps" in first
+        assert [f"recomputes {expected} of 4 layers from now on" in each for each in later] == [True]
+    assert len(runs) == 3 * 2 * 2 + 2 * 2 * (1 + (expected == LAYERS)), "the first three steps recompute all"
+    same = make(max_steps=5)
+    same.train()
+    assert losses(ours) == losses(same)
+
+
 def test_what_the_memory_model_does_not_know_is_trained_as_before(
     make: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -285,6 +322,7 @@ def test_what_the_memory_model_does_not_know_is_trained_as_before(
     )
     assert said in caplog.text
     assert all(layer.gradient_checkpointing for layer in unknown.model.model.layers)
+    caplog.set_level(logging.INFO, "fastdpo")
     stream = IterableDataset.from_generator(lambda: iter(PAIRS.to_list()))
     streamed = make(data=stream, **AUTO)
     streamed.train()
@@ -318,7 +356,7 @@ def test_the_free_memory_of_a_container_is_what_its_limit_leaves(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], (True, True, None)),
+        ([], ("auto", True, None)),
         (["--gradient_checkpointing"], (True, True, None)),
         (["--gradient_checkpointing", "auto", "--tokens_per_batch", "auto"], ("auto", True, "auto")),
         (["--gradient-checkpointing=false", "--tokens_per_batch", "96"], (False, False, 96)),

@@ -30,19 +30,27 @@ def given_tokens(config: Any) -> int | None:
     return None if tokens is None or tokens == AUTO else int(tokens)
 
 
+def chooses_layers(config: Any) -> bool:
+    """Return whether options of checkpointing choose the layers that are recomputed, as "auto" would."""
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    return any("every_n_layers" in (getattr(config, name, None) or {}) for name in names)
+
+
 def resolve(config: Any) -> None:
     """Read both settings of a `DPOConfig` into bool or "auto", and int, None or "auto".
 
+    `gradient_checkpointing` is "auto" by default, unless other settings choose layers or move their activations away.
     `activation_checkpointing`, the name in newer transformers, becomes True with `auto`, so that transformers prepares
     the model for checkpointing; the trainer then chooses the layers.
 
     Raises:
         ValueError: a value is none of these.
     """
-    given = True if config.gradient_checkpointing is None else config.gradient_checkpointing
-    if not isinstance(given, bool) and given != AUTO:
+    given, newer = config.gradient_checkpointing, getattr(config, "activation_checkpointing", None)
+    if given is None and newer is None:
+        given = True if chooses_layers(config) or config.activation_offloading else AUTO
+    if given is not None and not isinstance(given, bool) and given != AUTO:
         raise ValueError(f"gradient_checkpointing must be true, false or auto, got {given!r}")
-    newer = getattr(config, "activation_checkpointing", None)
     if newer is not None and not (newer and given == AUTO):
         given = newer
     config.activation_checkpointing = bool(given)

@@ -45,10 +45,10 @@ class DPOConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of the schedule."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
     gradient_checkpointing: bool | str | None = field(
-        default=True,
+        default=None,
         metadata={
-            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. `auto` recomputes "
-            "those of as few layers as the memory allows; see docs/memory.md.",
+            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. `auto`, the default, "
+            "recomputes those of as few layers as the memory allows; see docs/memory.md.",
             **{"action": Switch, "aliases": ["--no_gradient_checkpointing", "--no-gradient-checkpointing"], **SWITCH},
         },
     )

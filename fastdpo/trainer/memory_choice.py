@@ -3,7 +3,8 @@
 A run begins with as few recomputed layers as its largest batch allows by the memory model; see `fastdpo.plan.fit`. What
 a step computes does not depend on which layers are recomputed, nor on the cutting of a micro-batch into smaller ones,
 because the loss is a mean over the whole optimizer step. So a step that runs out of memory is computed again, with more
-layers recomputed or in smaller parts.
+layers recomputed or in smaller parts. Where no step can be computed again, as in several processes, a run begins with
+all layers recomputed, and chooses once its first steps have shown that the memory model is right.
 """
 
 import gc
@@ -27,6 +28,8 @@ logger = logging.getLogger("fastdpo")
 
 MEASURED_STEPS = 3
 """Steps after which the choice is corrected by the memory that they took."""
+AGREES = 1.25
+"""Measured by computed memory of a batch, up to which the memory model counts as right."""
 
 
 class MemoryChoice:
@@ -49,6 +52,7 @@ class MemoryChoice:
         self._places: dict[Any, int] | None = None
         self._most: int | None = None
         self._was_lowered, self._is_corrected = False, False
+        self._once = _why_once(trainer)
         self._rng: list[Tensor] = []
         self._chooses_tokens = args.tokens_per_batch == AUTO
         self.checkpointed: int | None = None
@@ -65,6 +69,9 @@ class MemoryChoice:
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
         layers = [m for m in unwrap(trainer.model).modules() if isinstance(m, GradientCheckpointingLayer)]
         usable, before = usable_memory(trainer), _rng_state()
+        if self._once and measured_peak(args.device) is None and not self._chooses_tokens:
+            self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
+            return
         try:
             self._fit = trainer._agree(lambda: fit_of(trainer, self._rows, len(layers), usable))
         except ValueError as error:
@@ -83,7 +90,8 @@ class MemoryChoice:
         if self.tokens is not None:  # a small dataset fills no batch
             self._largest_batch = min(self._largest_batch, int(found.examples.sum()))
         if chooses_layers:
-            self._layers, self.checkpointed = layers, found.fewest(self._largest_batch)
+            self._layers = layers
+            self.checkpointed = len(layers) if self._once else found.fewest(self._largest_batch)
         recomputed = len(layers) * bool(args.gradient_checkpointing) if self.checkpointed is None else self.checkpointed
         logger.info(
             "memory: %s; a step of at most %s tokens takes %.2f of %.2f GiB (computed)",
@@ -92,7 +100,8 @@ class MemoryChoice:
         )
 
     def _said_layers(self) -> str:
-        return f"gradient_checkpointing=auto recomputes {self.checkpointed} of {len(self._layers)} layers"
+        said = f"gradient_checkpointing=auto recomputes {self.checkpointed} of {len(self._layers)} layers"
+        return f"{said} in the first {MEASURED_STEPS} steps" if self._once and not self._is_corrected else said
 
     def _said_tokens(self, kept: int | None) -> list[str]:
         if not self._chooses_tokens:
@@ -106,7 +115,8 @@ class MemoryChoice:
         self.tokens = kept or self.tokens
         said = ["gradient_checkpointing=auto recomputes all layers"] if chooses_layers else []
         said += self._said_tokens(kept)
-        logger.warning("memory: %s, because the memory of a step is not known: %s", " and ".join(said), why)
+        level = logging.WARNING if self._chooses_tokens else logging.INFO  # all layers are what `true` recomputes
+        logger.log(level, "memory: %s, because the memory of a step is not known: %s", " and ".join(said), why)
 
     # In each step
 
@@ -166,12 +176,9 @@ class MemoryChoice:
     def _lower(self, at: int) -> bool:
         """Choose to take less memory from now on; return whether that was possible."""
         trainer = self._trainer
-        args, number = trainer.args, trainer.state.global_step + 1
-        why = None
-        if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            why = "several processes, FSDP or DeepSpeed can't compute a step again"
-        elif "lomo" in str(args.optim):
-            why = f"optim={args.optim} changes the weights in the backward pass, so no step can be computed again"
+        number, why = trainer.state.global_step + 1, None
+        if self._once:
+            why = self._once
         elif self._layers and self.checkpointed is not None and self.checkpointed < len(self._layers):
             half = len(self._layers) // 2
             self.checkpointed = half if self.checkpointed < half else len(self._layers)
@@ -188,7 +195,10 @@ class MemoryChoice:
         return True
 
     def _correct(self, steps: int) -> None:
-        """Choose once more after the first steps, by the memory that they took."""
+        """Choose once more after the first steps, by the memory that they took.
+
+        All processes call this after the same step, and come to `sharding.largest` together.
+        """
         trainer, found = self._trainer, self._fit
         if self._is_corrected or steps < MEASURED_STEPS:
             return
@@ -200,13 +210,15 @@ class MemoryChoice:
             return
         fixed, computed = found.full.persistent, found.peak(self.checkpointed, self._largest_seen)
         scale = min(max((measured - fixed) / max(computed - fixed, 1.0), 0.5), 4.0)
-        new = found.fewest(self._largest_batch, scale)
-        several = trainer.args.world_size > 1
-        if several:
-            new = sharding.largest(new, trainer.args.device)
-        if several or self._was_lowered:  # where a lack of memory can't be mended, or was seen, none is risked
-            new = max(new, self.checkpointed)
-        if new != self.checkpointed:
+        if self._once is None:
+            new = found.fewest(self._largest_batch, scale)
+            if self._was_lowered:  # where a lack of memory was seen, none is risked
+                new = max(new, self.checkpointed)
+        else:
+            new = found.fewest(self._largest_batch, max(scale, 1.0)) if scale <= AGREES else self.checkpointed
+            if trainer.args.world_size > 1:
+                new = sharding.largest(new, trainer.args.device)
+        if new != self.checkpointed or self._once:
             self.checkpointed = new
             sizes = (measured / GIB, computed / GIB)
             logger.info(
@@ -256,6 +268,16 @@ class MemoryChoice:
     def _place(self, key: Any) -> int:
         assert self._places is not None
         return self._places[key]
+
+
+def _why_once(trainer: Any) -> str | None:
+    """Return why no step of a trainer can be computed again after it ran out of memory; None if it can be."""
+    args = trainer.args
+    if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "several processes, FSDP or DeepSpeed can't compute a step again"
+    if "lomo" in str(args.optim):
+        return f"optim={args.optim} changes the weights in the backward pass, so no step can be computed again"
+    return None
 
 
 def _size(batch: Any) -> int:

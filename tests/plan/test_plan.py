@@ -23,7 +23,7 @@ from fastdpo.model.attention.key_paths import key_paths
 from fastdpo.model.attention.registered import METADATA
 from fastdpo.model.scoring_forward import patch_forward
 from fastdpo.plan import memory as memory_module
-from fastdpo.plan import plan
+from fastdpo.plan import plan, tables
 from fastdpo.plan.memory import Memory
 from fastdpo.plan.resident import Job
 from fastdpo.plan.token_stats import epoch, token_stats
@@ -171,7 +171,7 @@ def test_grouped_batches_hold_what_the_collator_makes_of_them(tmp_path: Path) ->
     assert stats.grouped[2] > stats.grouped[4]
     assert list(stats.grouped) == [2, 4]
     assert stats.ungrouped == example_sizes(examples, "shared").sum() - len(examples)
-    assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in plan._grouping(stats)
+    assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in tables._grouping(stats)
 
 
 @pytest.mark.parametrize("options", [{"tokens_per_batch": 60}, {"per_device_train_batch_size": 3}], ids=str)
@@ -367,7 +367,7 @@ def test_padded_batches_have_no_memory_model(tmp_path: Path, caplog: pytest.LogC
     run = RunConfig(dataset_name="unused", config_name=str(tmp_path))
     made = plan.make_plan(run, settings(tmp_path, max_length=10), Dataset.from_list(ROWS[:2]), TOKENIZER, gpu_memory=4)
     assert (made.memory, made.fits) == ({}, {})
-    text = plan.tables(made)
+    text = tables.tables(made)
     assert "memory: not computed, because batches are padded" in text
     assert "peak" not in text
 
@@ -391,11 +391,13 @@ def test_a_larger_workspace_is_advised_where_probabilities_do_not_fit() -> None:
     memory = Memory(**sizes, workspace_per_row=2**18, timeline=moments, head_workspace=2**30)
     assert memory.peak(2000) == 100 + 7 * 2000 + 2000 * 2**18 + 2**28, "it works in 256 MiB"
     assert memory.peak(8000) == 100 + 7 * 8000 + 2**30 + 2**28
-    (advice,) = plan._head_advice(memory, 8000)
+    (advice,) = tables._head_advice(memory, 8000)
     assert "head_workspace=1.00 GiB holds 50% of" in advice
     assert "head_workspace=2.1GiB holds all of them, for 1.01 GiB more memory and 14% fewer" in advice
-    assert plan._head_advice(memory, 3000) == []
-    assert plan._head_advice(replace(memory, timeline=(Moment(7.0, 100.0, 1),)), 8000) == [], "a frozen head keeps none"
+    assert tables._head_advice(memory, 3000) == []
+    assert tables._head_advice(replace(memory, timeline=(Moment(7.0, 100.0, 1),)), 8000) == [], (
+        "a frozen head keeps none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_a_plan_says_when_precomputing_the_reference_pays(
     options.pop("use_peft", None)
     args = settings(tmp_path, per_device_train_batch_size=1, disable_dropout=False, **options)
     run = RunConfig(dataset_name="unused", config_name=str(tmp_path), use_peft=uses_peft)
-    text = plan.tables(plan.make_plan(run, args, Dataset.from_list(ROWS[:4]), TOKENIZER))
+    text = tables.tables(plan.make_plan(run, args, Dataset.from_list(ROWS[:4]), TOKENIZER))
     said = [line for line in text.splitlines() if line.startswith("reference:")]
     assert len(said) == (expected is not None)
     assert all(re.search(str(expected), line) for line in said), said
@@ -445,9 +447,9 @@ def test_plan_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     run = RunConfig(dataset_name="unused", config_name=str(tmp_path))
     caplog.set_level(logging.ERROR, "fastdpo")
     made = plan.make_plan(run, args, Dataset.from_list(ROWS), TOKENIZER, gpu_memory=4)
-    text = plan.tables(made)
+    text = tables.tables(made)
     assert made.steps == 1
-    assert made.checkpointing
+    assert made.checkpointing == "auto"
     for fact in (
         "left out: `chosen` is empty",
         "1 (first: row 5)",
@@ -462,10 +464,15 @@ def test_plan_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         assert made.memory[on].peak(rows) < 3 * plan.GIB < made.memory[on].peak(2 * rows)
     tight = plan.Plan(**vars(made) | {"gpu_memory": 1.001})
     assert tight.fits == {True: 0, False: 0}
-    assert "none" in plan.tables(tight)
+    assert "nothing fits into 1.001 GiB" in tables.tables(tight)
+    assert f"on auto, which recomputes {made.layers} of {made.layers} layers for" in tables.tables(tight)
+    assert f"on auto, which recomputes 0 of {made.layers} layers for the largest batch" in text
+    assert "which recomputes as few layers" in tables.tables(plan.Plan(**vars(made) | {"gpu_memory": None}))
+    assert tight.reference_share == pytest.approx(1 / 5)
+    assert made.reference_share == pytest.approx(1 / 4), "nothing is recomputed"
 
     picture = tmp_path / "plan.png"
-    plan.draw_lengths(made.stats, picture)
+    tables.draw_lengths(made.stats, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="gpu_memory must be above 0 GiB, got -1"):
         plan.make_plan(run, args, Dataset.from_list(ROWS), TOKENIZER, gpu_memory=-1)
