@@ -1,6 +1,6 @@
-"""Tables of docs/benchmarks.md about whole training steps, from the measurements in benchmarks/results/."""
+"""Tables of docs/benchmarks.md and docs/grouping.md about whole training steps, from the measurements in benchmarks/results/."""
 
-from fastdpo.benchmarks.report import RESULTS, machine, rows_of, step_cases
+from fastdpo.benchmarks.report import LENGTHS, RESULTS, machine, rows_of, step_cases
 from fastdpo.benchmarks.training import PHASES
 from fastdpo.benchmarks.training_cases import VARIANTS
 
@@ -39,6 +39,26 @@ def real_model() -> str:
                 f"{row['loss']:.5f}",
             )
         )
+    return f"{markdown(lines)}\n{machine(rows)}\n"
+
+
+def grouped() -> str:
+    """Return the steps whose batches have all pairs of their prompts, by lengths and pairs of a prompt."""
+    lines = [
+        ("lengths like", "pairs of a prompt", "over responses", "pairs per second", "TRL's", "ratio")
+        + ("ratio without graphs", "peak memory, MiB", "TRL's", "difference of losses")
+    ]
+    rows = rows_of("grouped.jsonl")
+    cases = {key: {} for key in sorted({(row["pairs_per_prompt"], row["lengths"], row["responses"]) for row in rows})}
+    for row in rows:
+        cases[row["pairs_per_prompt"], row["lengths"], row["responses"]][row["impl"]] = row
+    for (pairs, lengths, responses), found in cases.items():
+        ours, without, trl = (found[name] for name in ("fastdpo", "fastdpo, no graphs", "TRL"))
+        speeds = (f"{ours['pairs_per_second']:.2f}", f"{trl['pairs_per_second']:.2f}")
+        ratios = (f"**{1 / ours['ratio_to_trl']:.1f}**", f"{1 / without['ratio_to_trl']:.1f}")
+        memory = (f"{ours['peak_mib']:.0f}", f"{trl['peak_mib']:.0f}")
+        differs = f"{abs(ours['loss'] - trl['loss']):.0e}"
+        lines.append((LENGTHS[lengths], str(pairs), str(responses), *speeds, *ratios, *memory, differs))
     return f"{markdown(lines)}\n{machine(rows)}\n"
 
 

@@ -109,9 +109,17 @@ def measured() -> dict[str, str]:
     }
 
 
+def grouping() -> dict[str, str]:
+    """Return the table of grouping.md."""
+    from docs import step_tables
+
+    return {"the grouped steps": step_tables.grouped()}
+
+
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "../README.md": steps,
     "benchmarks.md": measured,
+    "grouping.md": grouping,
     "migrating.md": migrating,
     "settings.md": settings,
 }
