@@ -60,8 +60,10 @@ from fastdpo.benchmarks.peers import first_line, require_trl
 from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, make_tokenizer, rows
 from fastdpo.report.page import summary_table
 
-OF_ONE_CASE = ("model", "lengths", "pairs_file", "lora_r", "pairs", "steps", "max_length")
-OF_ONE_CASE += ("per_prompt", "responses", "no_checkpointing")
+OF_ONE_CASE = (
+    *("model", "lengths", "pairs_file", "lora_r", "pairs", "steps", "max_length"),
+    *("per_prompt", "responses", "no_checkpointing"),
+)
 PHASES = ("body", "head", "reference", "data", "rest")
 
 
