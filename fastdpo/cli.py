@@ -310,7 +310,7 @@ def _report(
             "took": timedelta(seconds=round(time.time() - started)),
             "device": facts.device(args.device, args.world_size),
         },
-        config=asdict(run) | args.to_dict(),
+        config=asdict(run) | args.to_dict() | {"output_dir": chosen.get("output_dir") or OUTPUT_DIR},  # as it was given
         given=chosen,
         facts={"Versions": facts.versions()},
         histograms=trainer.histograms,

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
         args, processing_class = trl.resolve(model, args, processing_class, **others)
+        args.output_dir = os.path.abspath(args.output_dir)  # wherever the process goes, checkpoints stay together
         data_collator = resolve_collator(data_collator, args)
         liger.prepare(args)
         if train_dataset is None:

@@ -91,6 +91,20 @@ def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> 
     assert_same(resumed, through)
 
 
+def test_checkpoints_stay_together_if_the_process_goes_elsewhere(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = make(output_dir="runs/one", **BASE | {"max_steps": 4, "save_steps": 2})
+    monkeypatch.chdir("elsewhere")
+    trainer.train()
+    trainer.save_model()
+    assert sorted(checkpoints(tmp_path / "runs" / "one")) == [2, 4]
+    assert (tmp_path / "runs" / "one" / "model.safetensors").exists()
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
 def test_a_model_that_is_saved_under_other_names_resumes(make: Make, tmp_path: Path) -> None:
     """A mixture of experts is saved expert by expert; the best checkpoint, which is not the last, is loaded, too."""
     settings = BASE | {"eval_dataset": rows(4, 9), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
