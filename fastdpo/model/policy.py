@@ -109,8 +109,9 @@ def load_weights(model: Any, folder: Path | str) -> None:
     Raises:
         ValueError: the folder's weights are not those of this model.
     """
-    # the widest dtype holds the weights of all others exactly
-    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    # the widest dtype holds the weights of all others exactly; torch can't compare those of 8 bits, the narrowest
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtype = functools.reduce(torch.promote_types, {each for each in dtypes if each.itemsize > 1})
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     loaded, info = type(model).from_pretrained(folder, dtype=dtype, **options)
     own, found = model.state_dict(), loaded.state_dict()

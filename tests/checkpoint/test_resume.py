@@ -91,6 +91,19 @@ def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> 
     assert_same(resumed, through)
 
 
+def test_frozen_weights_of_8_bits_are_read(tmp_path: Path) -> None:
+    """A model with such a weight resumes, though torch can't say which dtype holds both kinds of weights."""
+    models = [tiny_llama(), tiny_llama()]
+    for i, model in enumerate(models):
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter((layer.weight.detach() + i).to(torch.float8_e4m3fn), requires_grad=False)
+        model.lm_head.weight.data += i
+    models[1].save_pretrained(tmp_path)
+    load_weights(models[0], tmp_path)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert models[0].model.layers[1].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+
+
 def test_checkpoints_stay_together_if_the_process_goes_elsewhere(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
