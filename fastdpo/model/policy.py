@@ -103,12 +103,15 @@ def load_weights(model: Any, folder: Path | str) -> None:
     parameters, and its Trainer, which compares names, leaves such a model as it is. `from_pretrained` converts them.
 
     Args:
-        model: a `PreTrainedModel` without an adapter.
+        model: a `PreTrainedModel`, without PEFT's wrapper; of one with `model.add_adapter`, only the adapter is read.
         folder: where `save_pretrained` wrote a model of the same class.
 
     Raises:
         ValueError: the folder's weights are not those of this model.
     """
+    if adapters.is_in_place(model):
+        adapters.load_in_place(model, folder)
+        return
     # the widest dtype holds the weights of all others exactly; torch can't compare those of 8 bits, the narrowest
     dtypes = {parameter.dtype for parameter in model.parameters()}
     dtype = functools.reduce(torch.promote_types, {each for each in dtypes if each.itemsize > 1})
