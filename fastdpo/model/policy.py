@@ -225,7 +225,14 @@ def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class", 
         )
     check_model_folder(setting, name, trusts_code=args.trust_remote_code)
     with loading(setting, name):
-        return (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
+        loaded = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
+    if images and not hasattr(loaded, "image_processor"):
+        raise ValueError(
+            f"{setting}: {name!r} holds no processor of images that transformers can load, only a "
+            f"{type(loaded).__name__}, and the dataset has images; save the model's own processor there, or remove the "
+            "column of images"
+        )
+    return loaded
 
 
 def align_pad_token(model: Any, tokenizer: Any) -> None:

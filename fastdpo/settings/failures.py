@@ -170,6 +170,8 @@ def _broken_file(folder: Path, types: set[str], error: Exception) -> str | None:
         return f"holds weights that can't be read, perhaps because they were copied incompletely: {_flat(error)}"
     if "no file named" in str(error) and "model.safetensors" in str(error):
         return "holds no weights (model.safetensors); give it as config_name to start from random weights"
+    if "load image processor" in str(error):
+        return "holds no processor of images; save the model's own there, or remove the dataset's column of images"
     if "backend tokenizer" in str(error):
         return "holds no tokenizer that can be loaded; save one there with tokenizer.save_pretrained"
     return None
