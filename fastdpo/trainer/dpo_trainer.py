@@ -231,7 +231,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             if args.group_by_prompt and isinstance(rows, IterableDataset):
                 count = args.train_batch_size if name == "train" else args.eval_batch_size
                 rows = grouped_stream(rows, args.group_by_prompt, count)
-            return with_raw_columns(rows, raw)
+            return with_raw_columns(rows, raw, wanted=not args.remove_unused_columns)
 
         self._prepare_dataset = prepared
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache
