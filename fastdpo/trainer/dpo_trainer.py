@@ -64,7 +64,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             the model's name and `-DPO` as `output_dir`.
         data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`, which also
             replaces TRL's own collators; for rows with images, a `fastdpo.data.vision.batch.VisionCollator`.
-        train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too.
+        train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too,
+            unless they are streamed.
         eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
         processing_class: the tokenizer, or for rows with images the processor; None loads the one at the model's path.
         compute_metrics: must be None, because packed batches have no logits to give to it; it is here because TRL's
