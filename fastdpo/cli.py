@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             if not came or os.environ.get("RANK", "0") == "0":
                 print(f"fastdpo: {printable(message)}", file=sys.stderr, flush=True)  # noqa: T201
             if came:
-                sys.exit(128 + came[0])
+                sys.exit(130 if came[0] == signal.SIGINT else EXIT_CODE)
             sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -408,6 +408,10 @@ def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, mon
     newest = tmp_path / "checkpoint-7"
     expected = f"nothing was saved after {newest}; the same command continues from that checkpoint"
     assert expected in run("train", QUICKSTART, "--output_dir", tmp_path, "--resume_from_checkpoint", newest).err
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    ended = run("train", QUICKSTART, "--output_dir", tmp_path)
+    assert ended.code == 143
+    assert ended.err.startswith("fastdpo: stopped by SIGUSR1; nothing was saved, because")
     monkeypatch.setitem(cli.COMMANDS, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     ended = run("precompute", QUICKSTART)
     assert ended.code == 143
