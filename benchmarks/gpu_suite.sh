@@ -109,8 +109,9 @@ head_table() { # CASES SECONDS
 
 training_table() { # CASES SECONDS; it ends early, because a case begun in its last seconds would be cut off
     local left=$((deadline - SECONDS))
+    local most=$((($2 < left ? $2 : left) - 10))
     part training "$2" training.log "1 3 5 124 137" "$python" -m fastdpo bench training --cases "$1" \
-        --seconds "$((($2 < left ? $2 : left) - 10))" --out "$out/training.jsonl" "${variants[@]}"
+        --seconds "$((most > 0 ? most : 0))" --out "$out/training.jsonl" "${variants[@]}"
 }
 
 if [[ ${SUITE_SIZE:-full} == smoke ]]; then

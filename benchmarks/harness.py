@@ -7,6 +7,7 @@ before the timed calls.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -177,12 +178,27 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_seconds(self) -> None:
+        self.add_argument(
+            "--seconds",
+            type=_seconds,
+            default=math.inf,
+            help="time limit; a case starts only if the longest so far would fit",
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
 
     def parse(self, words: list[str]) -> argparse.Namespace:
         """Return the arguments; a flag is the same with `_` as with `-`."""
         return self.parse_args([_dashed(word) if word.startswith("--") else word for word in words])
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
 
 
 def _dashed(word: str) -> str:

@@ -60,6 +60,10 @@ from fastdpo.benchmarks.peers import first_line, require_trl
 from fastdpo.benchmarks.training_cases import CASES, MODELS, VARIANTS, Case, Trainer, make_model, make_tokenizer, rows
 from fastdpo.report.page import summary_table
 
+OF_ONE_CASE = (
+    *("model", "lengths", "pairs_file", "lora_r", "pairs", "steps", "max_length"),
+    *("per_prompt", "responses", "no_checkpointing"),
+)
 PHASES = ("body", "head", "reference", "data", "rest")
 
 
@@ -328,18 +332,29 @@ def main(argv: list[str] | None = None) -> None:
         "--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"what to measure; by default all: {names}"
     )
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
-    )
+    parser.add_seconds()
     parser.add_argument("--cpu-time", action="store_true", help="measure time of the CPU, on a machine with other work")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     if args.variants is None:
         require_trl("fastdpo bench training", "--variants fastdpo")
         args.variants = list(VARIANTS)
-    for name in ("pairs", "steps", "max_length", "per_prompt", "responses", "repetitions"):
-        if (number := getattr(args, name)) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {number}")
+    least = dict.fromkeys(("pairs", "steps", "per_prompt", "responses", "repetitions"), 1)
+    for name, number in (least | {"max_length": 2, "lora_r": 0}).items():
+        if (given := getattr(args, name)) < number:
+            parser.error(f"--{name.replace('_', '-')} must be at least {number}, got {given}")
+    fixed = sorted(name for name in OF_ONE_CASE if getattr(args, name) != parser.get_default(name))
+    if args.cases and fixed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        parser.error(f"--cases has its own settings in place of {flags}; leave out one or the other")
+    if args.pairs % args.per_prompt:
+        parser.error(
+            f"--pairs {args.pairs} must be a multiple of --per-prompt {args.per_prompt}, as a step has whole prompts"
+        )
+    if args.per_prompt > max(most := math.comb(args.responses, 2), 1):
+        parser.error(
+            f"--responses {args.responses} of a prompt give {most} pairs, fewer than --per-prompt {args.per_prompt}"
+        )
     if args.pairs_file is not None and not args.pairs_file.is_file():
         parser.error(f"--pairs-file: there is no file {str(args.pairs_file)!r}")
     args.out = args.out or results_folder() / "training.jsonl"
@@ -371,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(5)
         found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
         failed |= not {name for name in variants if not name.startswith("TRL")} <= {row["impl"] for row in found}
-        print(f"{case}; {where}\n{table(found)}", flush=True)
+        print(f"{case}; {where}\n{table(found) if found else 'no variant could be measured'}", flush=True)
         record(args.out, found)
         longest = max(longest, time.monotonic() - began)
     if failed:

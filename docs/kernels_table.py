@@ -37,14 +37,14 @@ CHIPS = (80, 90, 100)
 
 def jobs() -> list[Any]:
     """Return what is compiled, without what no chip runs: TMA before sm_90."""
-    from tests.kernels.test_aot import JOBS, Job
+    from benchmarks.studies.ahead_of_time import JOBS, Job
 
     wanted = [Job(name.split()[0], chip, "bf16", v) for name, v in VARIANTS.items() for chip in CHIPS]
     return [job for job in wanted if job in JOBS]
 
 
 def rows(compiled: dict[Any, Any]) -> list[str]:
-    """Return the rows of those jobs that are among `tests.kernels.test_aot.Compiled` by job."""
+    """Return the rows of those jobs that are among `benchmarks.studies.ahead_of_time.Compiled` by job."""
     lines = []
     for job in jobs():
         if (made := compiled.get(job)) is None:
@@ -68,8 +68,8 @@ def table(compiled: dict[Any, Any]) -> str:
 
 def write() -> None:
     """Replace the table of the page."""
+    from benchmarks.studies.ahead_of_time import compile_kernel
     from fastdpo.benchmarks.report import replace
-    from tests.kernels.test_aot import compile_kernel
 
     os.environ.pop("TRITON_INTERPRET", None)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

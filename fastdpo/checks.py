@@ -182,7 +182,13 @@ def first_loss_is_known(
 
 
 def check_first_loss(
-    losses: Tensor, scaled_logps: Tensor, dtype: torch.dtype, *, precomputed: bool = False, compiled: bool = False
+    losses: Tensor,
+    scaled_logps: Tensor,
+    dtype: torch.dtype,
+    *,
+    precomputed: bool = False,
+    compiled: bool = False,
+    router: str = "",
 ) -> None:
     """Raise unless the mean loss of the first batch is ln 2; call this only if `first_loss_is_known`.
 
@@ -193,6 +199,7 @@ def check_first_loss(
             times the largest of them.
         dtype: dtype of the forward: autocast's if it is on, else the weights'.
         precomputed: the reference values come from the dataset or the cache.
+        router: why the model's router may be the cause; "" if it has none.
         compiled: torch.compile made other code for the policy, which has gradients, than for the reference; in 16 bits
             it rounds elsewhere.
 
@@ -213,6 +220,7 @@ def check_first_loss(
             "the precomputed reference values belong to another model, to other token ids (another tokenizer, template "
             f"or max_length) or to another precision; or {causes}"
         )
+    causes = f"{router}; or {causes}" if router else causes
     raise ValueError(
         f"the first loss is {loss:.7f}, but policy and reference are the same model, so it must be ln 2 = "
         f"{math.log(2):.7f} within {bound:.1g} in {str(dtype).removeprefix('torch.')}. The reference is not what it "

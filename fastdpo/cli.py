@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             if not came or os.environ.get("RANK", "0") == "0":
                 print(f"fastdpo: {printable(message)}", file=sys.stderr, flush=True)  # noqa: T201
             if came:
-                sys.exit(128 + came[0])
+                sys.exit(130 if came[0] == signal.SIGINT else EXIT_CODE)
             sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -221,13 +222,17 @@ def _train(chosen: dict[str, Any]) -> None:
 
 def precompute(config: Path | None, overrides: dict[str, Any]) -> None:
     """Compute the reference's log-probs of the datasets and keep them in a cache that `train` uses."""
-    chosen = read_settings(config, overrides | {"precompute_ref_log_probs": True, "report_to": "none"})
+    fixed = {"precompute_ref_log_probs": True, "report_to": "none", "push_to_hub": False}
+    chosen = read_settings(config, overrides | fixed)
 
     from fastdpo.reference.precompute import reference_folder
     from fastdpo.run import make_configs
 
-    run, args = make_configs(chosen)
-    _trainer(run, args)  # the trainer precomputes when it is made, before a first step
+    with tempfile.TemporaryDirectory() as nothing:  # the trainer makes its output_dir, though nothing is written there
+        run, args = make_configs(chosen | {"output_dir": nothing})
+        if not args.precompute_ref_log_probs:
+            raise ValueError(f"loss_type {', '.join(args.loss_type)} uses no reference that could be precomputed")
+        _trainer(run, args)  # the trainer precomputes when it is made, before a first step
     if args.process_index == 0:
         print(f"reference log-probs: {reference_folder(args.reference_cache_dir)}")  # noqa: T201
 
@@ -248,24 +253,13 @@ def score(config: Path | None, overrides: dict[str, Any]) -> None:
 
 
 def plan(config: Path | None, overrides: dict[str, Any]) -> None:
-    """Count the tokens of a run and compute the memory it needs, without loading weights; draw `plan.png`."""
+    """Count the tokens of a run and compute the memory it needs, without loading weights."""
     options = {name: overrides.pop(name) for name in OPTIONS["plan"] if name in overrides}
     chosen = read_settings(config, overrides | {"deepspeed": None})
 
-    from fastdpo.plan.plan import make_plan
-    from fastdpo.plan.tables import draw_lengths, tables
-    from fastdpo.run import load_datasets, load_tokenizer, make_configs
+    from fastdpo.commands.plan import plan_run
 
-    run, args = make_configs(chosen)
-    if args.process_index > 0:  # the first process makes the plan
-        return
-    options.setdefault("processes", args.world_size)
-    dataset, _ = load_datasets(run, args.seed)
-    found = make_plan(run, args, dataset, load_tokenizer(run, args, dataset), **options)
-    picture = Path(args.output_dir) / "plan.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_lengths(found.stats, picture)
-    print(f"{tables(found)}\npicture: {picture}")  # noqa: T201
+    plan_run(chosen, options)
 
 
 def _trainer(run: Any, args: Any) -> Any:
@@ -316,7 +310,7 @@ def _report(
             "took": timedelta(seconds=round(time.time() - started)),
             "device": facts.device(args.device, args.world_size),
         },
-        config=asdict(run) | args.to_dict(),
+        config=asdict(run) | args.to_dict() | {"output_dir": chosen.get("output_dir") or OUTPUT_DIR},  # as it was given
         given=chosen,
         facts={"Versions": facts.versions()},
         histograms=trainer.histograms,

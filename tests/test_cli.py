@@ -95,6 +95,26 @@ def test_plan_tells_what_will_happen_without_doing_it(run: Callable[..., Any], t
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
 
 
+def test_what_is_to_be_known_or_cached_leaves_nothing_in_the_current_folder(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`precompute` says how many rows were cached."""
+    quickstart = Path(QUICKSTART).resolve().with_suffix("")
+    rows = (quickstart / "train.jsonl").read_text().splitlines()[7:16]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:7]))
+    (tmp_path / "more.jsonl").write_text("\n".join(rows))
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    model = ("--config_name", quickstart / "model", "--reference_cache_dir", tmp_path / "cache")
+    assert "picture: none, because no output_dir is set" in run("plan", *model, "--dataset_name", "../rows.jsonl").out
+    for name, cached, computed in (("rows", "0 of 7", 7), ("more", "7 of 9", 2), ("more", "9 of 9", 0)):
+        assert run("precompute", *model, "--dataset_name", f"../{name}.jsonl").code == 0
+        assert f"{cached} rows are cached in {tmp_path / 'cache'}, and {computed} are computed now" in caplog.text
+    assert not [*Path().iterdir()]
+    refused = run("precompute", *model, "--dataset_name", "../rows.jsonl", "--loss_type", "orpo").err.splitlines()[-1]
+    assert refused == "fastdpo: loss_type orpo uses no reference that could be precomputed"
+
+
 @pytest.mark.slow
 def test_precompute_then_train_then_score(run: Callable[..., Any], tmp_path: Path) -> None:
     """What precompute kept, training in another process finds; what was trained is scored against its start."""
@@ -388,6 +408,10 @@ def test_a_signal_before_anything_is_saved_says_so(run: Run, tmp_path: Path, mon
     newest = tmp_path / "checkpoint-7"
     expected = f"nothing was saved after {newest}; the same command continues from that checkpoint"
     assert expected in run("train", QUICKSTART, "--output_dir", tmp_path, "--resume_from_checkpoint", newest).err
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    ended = run("train", QUICKSTART, "--output_dir", tmp_path)
+    assert ended.code == 143
+    assert ended.err.startswith("fastdpo: stopped by SIGUSR1; nothing was saved, because")
     monkeypatch.setitem(cli.COMMANDS, "precompute", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     ended = run("precompute", QUICKSTART)
     assert ended.code == 143

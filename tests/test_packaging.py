@@ -51,7 +51,8 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_wheel(tree: Path, out: Path) -> Path:
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, tree, cwd=out)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    run(sys.executable, "-W", "error", "-c", code, cwd=tree)  # setuptools warns of folders that it takes for packages
     return next(out.glob("*.whl"))
 
 

@@ -22,7 +22,6 @@ if a variant never returned or took the device down, which ends the process; a s
 
 import gc
 import logging
-import math
 import os
 import sys
 import time
@@ -336,9 +335,7 @@ def parse(words: list[str]) -> Any:
         "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"whom to compare with; by default all: {names}"
     )
     parser.add_argument("--repetitions", type=int, default=5, help="timed calls of each variant (5)")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="time limit; a case starts only if the longest so far would fit"
-    )
+    parser.add_seconds()
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
     args = parser.parse(words)
@@ -360,6 +357,8 @@ def parse(words: list[str]) -> Any:
         args.repetitions = 2
     if args.rows < 2 or args.rows % 2:
         parser.error(f"--rows {args.rows}: half of the rows are those of chosen responses, so give an even number")
+    if args.vocab == 1:
+        parser.error("--vocab must be at least 2, got 1: the only token of a vocabulary has a log-prob of 0")
     if (least := min(args.hidden, args.vocab, args.repetitions)) < 1:
         parser.error(f"--hidden, --vocab and --repetitions must be positive, got {least}")
     return args

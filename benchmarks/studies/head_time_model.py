@@ -34,6 +34,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.studies.ahead_of_time import Compiled, Job, compile_kernel
+from benchmarks.studies.ahead_of_time_gluon import compile_variant
+
 PROCESSORS = 132
 TENSOR = 4096  # FLOP of a multiprocessor in a clock
 VENDOR, VENDOR_SHARE = 790e12, 0.88  # FLOP/s of a vendor matmul, which is this share of the tensor cores' clocks
@@ -118,16 +121,15 @@ class Shape(NamedTuple):
 def compile_kernels(arch: int = 90) -> dict[str, Kernel]:
     """Compile for a chip, in processes of their own, because Triton's interpreter cannot be left."""
     os.environ.pop("TRITON_INTERPRET", None)
-    aot = import_module("tests.kernels.test_aot")
     named = JOBS if arch == 90 else {name: JOBS[name] for name in SPARSE} | {"forward": (FORWARDS[arch], "masses")}
-    jobs = [aot.Job(kernel, arch, "bf16", variant) for kernel, variant in named.values()]
+    jobs = [Job(kernel, arch, "bf16", variant) for kernel, variant in named.values()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(aot.compile_kernel, jobs))
+        found = list(pool.map(compile_kernel, jobs))
     return {name: read(compiled) for name, compiled in zip(named, found, strict=True)}
 
 
-def read(compiled: Any) -> Kernel:
-    """Return what the model reads of a `tests.kernels.test_aot.Compiled`."""
+def read(compiled: Compiled) -> Kernel:
+    """Return what the model reads of a `benchmarks.studies.ahead_of_time.Compiled`."""
     launch = compiled.launch
     block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
     numbers = compiled.registers, compiled.shared_bytes, compiled.loops, compiled.at_once
@@ -140,9 +142,8 @@ def compile_gluon() -> tuple[int, Any] | None:
 
     if not has_gluon():
         return None
-    aot = import_module("tests.kernels.test_gluon_aot")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        compiled = pool.submit(aot.compile_variant, "masses").result()
+        compiled = pool.submit(compile_variant, "masses").result()
     return max(compiled.epilogues), import_module(GLUON_FORWARD).CONFIG
 
 

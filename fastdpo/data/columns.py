@@ -1,10 +1,13 @@
 """Tell what each column of a dataset is used for, which kind of rows the columns make, and which text is never read."""
 
 import difflib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value, concatenate_datasets
+
+logger = logging.getLogger("fastdpo")
 
 RAW_COLUMNS = {
     "preference": ("chosen", "rejected"),
@@ -140,17 +143,25 @@ def _strings(value: Any) -> str:
     return "\n".join(map(_strings, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
 
 
-def with_raw_columns(rows: Any, raw: Any) -> Any:
+def with_raw_columns(rows: Any, raw: Any, *, wanted: bool = False) -> Any:
     """Return tokenised rows with those columns of the raw rows that they lack, for callbacks that read the text.
 
-    No batch holds them, because the Trainer leaves out the columns that no batch reads. A stream, rows that came
-    tokenised and rows that a transform of the user's makes are returned as they are.
+    The collator sees them only with `remove_unused_columns=False`. A stream, rows that came tokenised and rows that a
+    transform of the user's makes are returned as they are.
 
     Args:
         rows: what `fastdpo.data.prepare.prepare_dataset` made of the raw rows.
         raw: the dataset as the user passed it.
+        wanted: the user has set `remove_unused_columns=False`; the log says if that has no effect.
     """
-    if not isinstance(raw, Dataset) or "pair_index" in raw.column_names or raw.format["type"] == "custom":
+    if "pair_index" in (raw.column_names or ()):
+        return rows
+    if not isinstance(raw, Dataset) or raw.format["type"] == "custom":
+        if wanted:
+            logger.warning(
+                "remove_unused_columns=False has no effect on rows that are streamed or that a transform makes: only "
+                "their tokens and numbers are kept; load the dataset whole to keep its other columns"
+            )
         return rows
     extra = [name for name in raw.column_names if name not in rows.column_names]
     kept = raw.with_format(None).select_columns(extra).select(rows["pair_index"])  # without the rows that were dropped

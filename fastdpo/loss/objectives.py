@@ -28,6 +28,13 @@ from torch import Tensor
 Beta: TypeAlias = float | Tensor
 Objective: TypeAlias = Callable[..., Tensor]
 
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Compute sigmoid(x) with a gradient that keeps its digits; torch's y (1 - y) loses them where y is near 1."""
+    smaller = torch.where(x > 0, -x, x).sigmoid()
+    return torch.where(x > 0, 1 - smaller, smaller)
+
+
 # Pairs, as functions of the margin z
 
 
@@ -68,8 +75,8 @@ def exo_pair(z: Tensor, label_smoothing: float) -> Tensor:
 
     Eq. 16 of https://arxiv.org/abs/2402.00856, which recommends e = 0.001.
     """
-    kept = z.sigmoid() * (F.logsigmoid(z) - math.log1p(-label_smoothing))
-    return kept + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(label_smoothing))
+    kept = _sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    return kept + _sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
 
 
 def discopop(z: Tensor, discopop_tau: float) -> Tensor:
@@ -79,7 +86,7 @@ def discopop(z: Tensor, discopop_tau: float) -> Tensor:
 
     Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, because exp(-z) alone overflows.
     """
-    logistic = -F.logsigmoid(z) * (-z / discopop_tau).sigmoid()
+    logistic = -F.logsigmoid(z) * _sigmoid(-z / discopop_tau)
     return logistic + (F.logsigmoid(z / discopop_tau) - z).exp()
 
 
@@ -143,7 +150,7 @@ def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
     Eq. 7 of https://arxiv.org/abs/2408.06266.
     """
-    return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
+    return _sigmoid(-beta * chosen_logratios) + _sigmoid(beta * rejected_logratios)
 
 
 def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
@@ -153,7 +160,7 @@ def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
     Eq. 8 of https://arxiv.org/abs/2408.06266.
     """
-    return (beta * chosen_logratios).sigmoid() + (beta * (rejected_logratios - chosen_logratios)).sigmoid()
+    return _sigmoid(beta * chosen_logratios) + _sigmoid(beta * (rejected_logratios - chosen_logratios))
 
 
 # Pairs, sorted over the optimizer step
@@ -262,9 +269,10 @@ def plackett_luce(ranked_logratios: Tensor, ranked_mask: Tensor, beta: Beta) -> 
     """
     K = ranked_logratios.shape[1]
     rewards = (beta[:, None] if isinstance(beta, Tensor) else beta) * ranked_logratios
-    differences = rewards[:, None, :] - rewards[:, :, None]  # [B, k, j]
-    from_k_on = torch.ones(K, K, dtype=torch.bool, device=rewards.device).triu(1) & ranked_mask[:, None, :]
     itself = torch.eye(K, dtype=torch.bool, device=rewards.device)
+    # a constant 0 instead of c_k - c_k, whose two gradients near 1 would cancel the digits of small ones
+    differences = (rewards[:, None, :] - rewards[:, :, None]).masked_fill(itself, 0.0)  # [B, k, j]
+    from_k_on = torch.ones(K, K, dtype=torch.bool, device=rewards.device).triu(1) & ranked_mask[:, None, :]
     terms = differences.masked_fill(~(from_k_on | itself), -math.inf).logsumexp(-1)
     return terms.where(ranked_mask, 0.0).sum(-1)
 
@@ -283,7 +291,7 @@ def kto(
     `fastdpo.loss.whole_step`.
     """
     sign, weights = _by_label(label, logratios, desirable_weight, undesirable_weight)
-    return weights * (-sign * beta * (logratios - kl)).sigmoid()
+    return weights * _sigmoid(-sign * beta * (logratios - kl))
 
 
 def apo_zero_unpaired(
@@ -294,7 +302,7 @@ def apo_zero_unpaired(
     Eq. 7 of https://arxiv.org/abs/2408.06266: the label chooses which of its two terms a response gets.
     """
     sign, weights = _by_label(label, logratios, desirable_weight, undesirable_weight)
-    return weights * (-sign * beta * logratios).sigmoid()
+    return weights * _sigmoid(-sign * beta * logratios)
 
 
 def _by_label(label: Tensor, like: Tensor, desirable: float, undesirable: float) -> tuple[Tensor, Tensor]:
@@ -331,8 +339,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """Compute exp(x) - 1, constant above a limit near which the dtype would overflow."""
-    return x.clamp(max=700.0 if x.dtype == torch.float64 else 80.0).expm1()
+    """Compute exp(x) - 1, constant above a limit near which the dtype would overflow.
+
+    The gradient of torch's `expm1`, which adds 1 to the result, loses its digits where the result is near -1.
+    """
+    x = x.clamp(max=700.0 if x.dtype == torch.float64 else 80.0)
+    return torch.where(x < -1, x.exp() - 1, x.expm1())
 
 
 def reverse_kl(logratios: Tensor, f_alpha_divergence_coef: float) -> Tensor:

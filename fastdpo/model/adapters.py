@@ -5,9 +5,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
@@ -29,9 +31,11 @@ def wrap_adapter(model: Any, peft_config: Any | None, *, keeps_reference: bool) 
         ValueError: both are given, or the adapter can't be trained on packed batches.
         ImportError: `peft_config` is given and PEFT is not installed.
     """
+    if peft_config is not None and (is_peft_model(model) or is_in_place(model)):
+        raise ValueError("model already has an adapter; pass peft_config or a model with an adapter, not both")
+    if is_in_place(model):
+        _check_in_place(model)
     if is_peft_model(model):
-        if peft_config is not None:
-            raise ValueError("model already has an adapter; pass peft_config or a PEFT model, not both")
         check_adapter(model.active_peft_config)
         if keeps_reference:
             keep_ref_adapter(model)
@@ -59,6 +63,43 @@ def is_peft_model(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def is_in_place(model: Any) -> bool:
+    """Whether `model.add_adapter` of transformers put an adapter into the model, without PEFT's wrapper."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _check_in_place(model: Any) -> None:
+    """Refuse an adapter that packed batches can't train, and trained weights that would not be saved with it."""
+    for name in model.active_adapters():
+        check_adapter(model.peft_config[name])
+    saved = {tensor.data_ptr() for tensor in model.get_adapter_state_dict().values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+    if lost:
+        raise ValueError(
+            f"weights outside the model's adapter are trained ({', '.join(lost[:3])}, {len(lost)} in all), but only "
+            "what model.add_adapter added would be saved; freeze them, or pass peft_config with modules_to_save instead"
+        )
+
+
+def load_in_place(model: Any, folder: Path | str) -> None:
+    """Read the adapter of a checkpoint into a model for which `is_in_place` holds.
+
+    Raises:
+        ValueError: the checkpoint does not hold this adapter.
+    """
+    from peft import set_peft_model_state_dict
+
+    path = Path(folder) / "adapter_model.safetensors"
+    saved = {name.removeprefix("base_model.model."): t for name, t in load_file(path).items()} if path.is_file() else {}
+    own = model.get_adapter_state_dict()
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved.items()}:
+        raise ValueError(
+            f"{folder} does not hold the adapter {model.active_adapters()} of this {type(model).__name__}: its "
+            f"{len(saved)} tensors are not the adapter's {len(own)}"
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=model.active_adapters()[0])
 
 
 def is_saved(model: Any, name: str, tensor: Tensor) -> bool:

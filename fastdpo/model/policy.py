@@ -103,14 +103,18 @@ def load_weights(model: Any, folder: Path | str) -> None:
     parameters, and its Trainer, which compares names, leaves such a model as it is. `from_pretrained` converts them.
 
     Args:
-        model: a `PreTrainedModel` without an adapter.
+        model: a `PreTrainedModel`, without PEFT's wrapper; of one with `model.add_adapter`, only the adapter is read.
         folder: where `save_pretrained` wrote a model of the same class.
 
     Raises:
         ValueError: the folder's weights are not those of this model.
     """
-    # the widest dtype holds the weights of all others exactly
-    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+    if adapters.is_in_place(model):
+        adapters.load_in_place(model, folder)
+        return
+    # the widest dtype holds the weights of all others exactly; torch can't compare those of 8 bits, the narrowest
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtype = functools.reduce(torch.promote_types, {each for each in dtypes if each.itemsize > 1})
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     loaded, info = type(model).from_pretrained(folder, dtype=dtype, **options)
     own, found = model.state_dict(), loaded.state_dict()
@@ -221,7 +225,14 @@ def load_tokenizer(model: Any, args: Any, *, setting: str = "processing_class", 
         )
     check_model_folder(setting, name, trusts_code=args.trust_remote_code)
     with loading(setting, name):
-        return (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
+        loaded = (AutoProcessor if images else AutoTokenizer).from_pretrained(name, **files)
+    if images and not hasattr(loaded, "image_processor"):
+        raise ValueError(
+            f"{setting}: {name!r} holds no processor of images that transformers can load, only a "
+            f"{type(loaded).__name__}, and the dataset has images; save the model's own processor there, or remove the "
+            "column of images"
+        )
+    return loaded
 
 
 def align_pad_token(model: Any, tokenizer: Any) -> None:

@@ -56,6 +56,20 @@ def coefficient(model: Any, given: float | None) -> float:
     return 0.0
 
 
+def why_it_differs(config: Any) -> str:
+    """Return why the router of a model with this config may compute a batch in another way; "" if it has no router."""
+    settings = vars(config.get_text_config())
+    if not any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings.items()):
+        return ""
+    noise = ", ".join(f"{name}={value}" for name, value in settings.items() if "jitter" in name and value)
+    if noise:
+        return (
+            f"the router draws experts or noise at random in training, but not in the reference ({noise} in the "
+            "model's config; pass ref_model to train with it)"
+        )
+    return "the router sends a token that is nearly tied between experts elsewhere when sums round otherwise"
+
+
 def balancing_loss(
     forward: Callable[..., Any], decoder: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any], hidden: Tensor
 ) -> Tensor:

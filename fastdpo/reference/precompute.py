@@ -154,6 +154,9 @@ def token_logps(
         cache = _open(folder, model, autocast)
         known = [item for item in items if all(key in cache for key in item.keys)]
         others_check = largest(len(known)) > 0
+        cached = f"{len(known):,} of {len(items):,} rows are cached" + (f" in {folder}" if folder else "")
+        told = (name, by, cached, f"{len(items) - len(known):,}")
+        logger.info("log-probs of the %s dataset under the %s: %s, and %s are computed now", *told)
         if known:
             _check(cache, known, model, name, options)
         elif others_check:

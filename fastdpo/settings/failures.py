@@ -170,6 +170,8 @@ def _broken_file(folder: Path, types: set[str], error: Exception) -> str | None:
         return f"holds weights that can't be read, perhaps because they were copied incompletely: {_flat(error)}"
     if "no file named" in str(error) and "model.safetensors" in str(error):
         return "holds no weights (model.safetensors); give it as config_name to start from random weights"
+    if "load image processor" in str(error):
+        return "holds no processor of images; save the model's own there, or remove the dataset's column of images"
     if "backend tokenizer" in str(error):
         return "holds no tokenizer that can be loaded; save one there with tokenizer.save_pretrained"
     return None
@@ -178,8 +180,11 @@ def _broken_file(folder: Path, types: set[str], error: Exception) -> str | None:
 # Ctrl-C and SIGTERM
 
 
+_OF_SCHEDULERS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGHUP") if hasattr(signal, name))
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came; raised in the main thread."""
+    """Ctrl-C or another signal of `signals_raise` came; raised in the main thread."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {name_of(signum)}")
@@ -192,13 +197,16 @@ def name_of(signum: int) -> str:
 
 @contextmanager
 def signals_raise() -> Iterator[list[int]]:
-    """Inside the block, Ctrl-C and SIGTERM raise `Interrupted` once; a second signal ends the process at once.
+    """Inside the block, Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP raise `Interrupted` once; a second one ends the process.
+
+    SIGUSR1 and SIGHUP do so only if they would end the process otherwise: SIGHUP stays ignored under nohup.
 
     Yields:
         The numbers of the signals that came, by which the caller knows of a signal even if code inside the block turned
         `Interrupted` into another exception.
     """
-    before = {signum: signal.signal(signum, _on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    taken = [signum for signum in _OF_SCHEDULERS if signal.getsignal(signum) is signal.SIG_DFL]
+    before = {signum: signal.signal(signum, _on_signal) for signum in (signal.SIGINT, signal.SIGTERM, *taken)}
     _came.clear()
     try:
         yield _came
@@ -230,10 +238,12 @@ def is_ours(handler: object) -> bool:
 
 
 def _leave_signals_to_the_parent() -> None:
-    """Ignore Ctrl-C in data-loading workers: the terminal sends it to them too, but the parent ends them."""
+    """Ignore Ctrl-C and the like in data-loading workers: these get them too, but the parent ends its workers."""
     if signal.getsignal(signal.SIGTERM) is _on_signal:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum in filter(lambda each: signal.getsignal(each) is _on_signal, _OF_SCHEDULERS):
+            signal.signal(signum, signal.SIG_IGN)
 
 
 os.register_at_fork(after_in_child=_leave_signals_to_the_parent)

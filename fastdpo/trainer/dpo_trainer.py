@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             the model's name and `-DPO` as `output_dir`.
         data_collator: makes a packed batch of tokenised rows; None means `fastdpo.shared_prefix_batch`, which also
             replaces TRL's own collators; for rows with images, a `fastdpo.data.vision.batch.VisionCollator`.
-        train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too.
+        train_dataset: preference rows, see `fastdpo.data.prepare`. The trainer's datasets keep the raw columns too,
+            unless they are streamed.
         eval_dataset: rows of the same format, or a dict from names to datasets of such rows.
         processing_class: the tokenizer, or for rows with images the processor; None loads the one at the model's path.
         compute_metrics: must be None, because packed batches have no logits to give to it; it is here because TRL's
@@ -103,6 +105,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         log_output.show()
         others |= {"compute_metrics": compute_metrics, "quantization_config": quantization_config}
         args, processing_class = trl.resolve(model, args, processing_class, **others)
+        args.output_dir = os.path.abspath(args.output_dir)  # wherever the process goes, checkpoints stay together
         data_collator = resolve_collator(data_collator, args)
         liger.prepare(args)
         if train_dataset is None:
@@ -229,7 +232,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             if args.group_by_prompt and isinstance(rows, IterableDataset):
                 count = args.train_batch_size if name == "train" else args.eval_batch_size
                 rows = grouped_stream(rows, args.group_by_prompt, count)
-            return with_raw_columns(rows, raw)
+            return with_raw_columns(rows, raw, wanted=not args.remove_unused_columns)
 
         self._prepare_dataset = prepared
         with args.main_process_first(desc="tokenising the datasets"):  # the other processes read its cache

@@ -24,6 +24,7 @@ from fastdpo.loss.options import ObjectiveSettings
 from fastdpo.loss.whole_step import StepTotals, step_context, step_totals
 from fastdpo.model import adapters
 from fastdpo.model.layout import Layout
+from fastdpo.model.router import why_it_differs
 from fastdpo.model.scoring_forward import TokenScores, evaluating
 from fastdpo.reference.share import ReferenceTime
 from fastdpo.report import metrics
@@ -128,7 +129,8 @@ class PackedTrainer(Trainer):
                 mixed = torch.get_autocast_dtype(self.args.device.type) if self.args.bf16 or self.args.fp16 else None
                 dtype = mixed or next(self.model.parameters()).dtype
                 beta = inputs["beta"].max() if "beta" in inputs else self._settings.beta
-                known = {"precomputed": ref_logps is None, "compiled": self.args.torch_compile}
+                known: dict[str, Any] = {"precomputed": ref_logps is None, "compiled": self.args.torch_compile}
+                known["router"] = why_it_differs(self.model.config)
                 checks.check_first_loss(out.losses, beta * out.sequence_logps, dtype, **known)
             self._first_loss_is_known = False
             pair_index = inputs["pair_index"]

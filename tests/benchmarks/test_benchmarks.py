@@ -206,7 +206,15 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
         ),
         (["head", "--inputs", "small-lm", "--model", "gpt2"], "--inputs has its own settings in place of --model;"),
         (["training", "--max_length", "long"], "argument --max-length: invalid int value: 'long'"),
-        (["training", "--repetitions", "0"], "--repetitions must be positive, got 0"),
+        (["head", "--vocab", "1"], "--vocab must be at least 2, got 1"),
+        (["head", "--seconds", "nan"], "argument --seconds: must be at least 0, got nan"),
+        (["training", "--repetitions", "0"], "--repetitions must be at least 1, got 0"),
+        (["training", "--max-length", "1"], "--max-length must be at least 2, got 1"),
+        (["training", "--lora-r=-8"], "--lora-r must be at least 0, got -8"),
+        (["training", "--seconds=-1"], "argument --seconds: must be at least 0, got -1"),
+        (["training", "--cases=cpu", "--steps=9", "--lora-r=4"], "settings in place of --lora-r, --steps; leave out"),
+        (["training", "--pairs=9", "--per-prompt=2"], "--pairs 9 must be a multiple of --per-prompt 2"),
+        (["training", "--pairs=8", "--per-prompt=4", "--responses=3"], "--responses 3 of a prompt give 3 pairs, fewer"),
         (["training", "--model", ".", "--pairs-file", "none.jsonl"], "--pairs-file: there is no file 'none.jsonl'"),
         (["haed"], "no benchmark 'haed'; did you mean 'head'?: fastdpo bench head|training|report"),
         ([], "name a benchmark: fastdpo bench head|training|report"),
@@ -365,13 +373,16 @@ def test_training_without_trl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "│ fastdpo " in printed
 
 
-def test_our_own_failure_in_training_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_failure_in_training_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("no such layout")
 
     monkeypatch.setitem(training.VARIANTS, "fastdpo, no sharing", fails)
     with pytest.raises(SystemExit, match="4"):
         training.main(["--model", "toy", "--lengths", "toy", "--repetitions", "1", "--variants", "fastdpo, no sharing"])
+    assert capsys.readouterr().out.splitlines()[-1] == "no variant could be measured"
 
 
 def test_lengths_are_those_of_the_tokenizer() -> None:

@@ -71,12 +71,16 @@ def test_a_shuffled_stream_resumes_in_the_pass_where_it_was(make: Make, tmp_path
     assert_same(resumed, through)
 
 
-@pytest.mark.parametrize("own_reference", [False, True], ids=["base", "ref-adapter"])
-def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> None:
+@pytest.mark.parametrize("kind", ["base", "ref-adapter", "in-place"])
+def test_an_adapter_resumes(make: Make, tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
 
     def trainer() -> Any:
-        if not own_reference:
+        if kind == "in-place":  # by transformers' own integration, without PEFT's wrapper
+            model = tiny_llama()
+            model.add_adapter(lora(), adapter_name="mine")
+            return make(model, **BASE)
+        if kind == "base":
             return make(peft_config=lora(lora_dropout=0.1), disable_dropout=False, **BASE)
         torch.manual_seed(3)
         return make(peft.get_peft_model(tiny_llama(), lora(init_lora_weights=False)), **BASE)
@@ -85,10 +89,51 @@ def test_an_adapter_resumes(make: Make, tmp_path: Path, own_reference: bool) -> 
     through.train()
     saved = {path.name for path in (tmp_path / "out" / "checkpoint-4").iterdir()}
     assert {"adapter_model.safetensors", "fastdpo_manifest.json"} <= saved
-    assert ("ref" in saved) is own_reference
+    assert ("ref" in saved) is (kind == "ref-adapter")
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert_same(resumed, through)
+
+
+def test_what_would_get_lost_beside_an_adapter_in_place_is_refused(make: Make, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = tiny_llama()
+    model.add_adapter(lora())
+    with pytest.raises(ValueError, match="pass peft_config or a model with an adapter, not both"):
+        make(model, peft_config=lora())
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not hold the adapter \['default'\].* its 0 tensors are not"):
+        load_weights(model, tmp_path)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"outside the model's adapter are trained \(lm_head.weight, 1 in all\)"):
+        make(model)
+
+
+def test_frozen_weights_of_8_bits_are_read(tmp_path: Path) -> None:
+    """A model with such a weight resumes, though torch can't say which dtype holds both kinds of weights."""
+    models = [tiny_llama(), tiny_llama()]
+    for i, model in enumerate(models):
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter((layer.weight.detach() + i).to(torch.float8_e4m3fn), requires_grad=False)
+        model.lm_head.weight.data += i
+    models[1].save_pretrained(tmp_path)
+    load_weights(models[0], tmp_path)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert models[0].model.layers[1].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_checkpoints_stay_together_if_the_process_goes_elsewhere(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = make(output_dir="runs/one", **BASE | {"max_steps": 4, "save_steps": 2})
+    monkeypatch.chdir("elsewhere")
+    trainer.train()
+    trainer.save_model()
+    assert sorted(checkpoints(tmp_path / "runs" / "one")) == [2, 4]
+    assert (tmp_path / "runs" / "one" / "model.safetensors").exists()
+    assert not [*(tmp_path / "elsewhere").iterdir()]
 
 
 def test_a_model_that_is_saved_under_other_names_resumes(make: Make, tmp_path: Path) -> None:

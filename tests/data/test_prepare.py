@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data import prepare as prepare_module
+from fastdpo.data.columns import with_raw_columns
 from fastdpo.data.text import rows as rows_module
 from tests.helpers.byte_tokenizer import VOCAB, byte_tokenizer, messages
 
@@ -244,3 +245,17 @@ def test_merged_boundary_is_said_once(caplog: pytest.LogCaptureFixture, monkeypa
         prepare_module.tokenize_row({"prompt": "ca", "chosen": "b", "rejected": "c"}, 1, merging, None, 5)
     assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([4], [3, 0], [1, 4, 0])
     assert caplog.text.count("tokenised differently from 'a' on") == 1
+
+
+@pytest.mark.parametrize("source", ["whole", "stream", "transform"])
+def test_columns_that_cannot_be_kept_are_said(
+    source: str, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `remove_unused_columns=False`, which keeps them where the dataset is loaded whole."""
+    whole = Dataset.from_list([{"chosen": "aye aye", "rejected": "aye no", "source": "a ship"}])
+    made = {"stream": whole.to_iterable_dataset, "transform": lambda: whole.with_transform(lambda batch: batch)}
+    raw = made.get(source, lambda: whole)()
+    rows = prepare_module.prepare_dataset(raw, tokenizer, max_length=None, vocab_size=VOCAB)
+    kept = with_raw_columns(rows, raw, wanted=True)
+    assert ("source" in kept.column_names) is (source == "whole")
+    assert ("remove_unused_columns=False has no effect" in caplog.text) is (source != "whole")

@@ -172,6 +172,29 @@ def test_margins_of_a_thousand_nats_stay_finite_and_exact(name: str) -> None:
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(TRUTHS.keys() - {"orpo"}))  # from whose gradient `evaluate` takes another one
+def test_the_gradient_of_a_saturated_loss_keeps_its_digits(name: str) -> None:
+    """Where a loss is flat, float32 has the digits of a gradient of 1e-8, or of 1e-22."""
+    ratios = torch.tensor([-170.0, -61.5, 61.5, 170.0]).double()
+    ref = torch.full((2, 16), -500.0).double()
+    logps = torch.cat((ref + torch.cartesian_prod(ratios, ratios).T, ref))
+    lengths = torch.tensor([[9.0], [7.0]]).double().expand(2, 16)
+    _, exact = truth(name, "reverse_kl", logps, lengths, 0.3)
+    _, gradient = evaluate(name, "reverse_kl", logps.float(), lengths.float(), 0.3)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-37)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_gradient_of_a_saturated_divergence_keeps_its_digits(name: str) -> None:
+    x = torch.tensor([-61.5, -17.0, -1.01, -0.99, -1e-3, 0.0, 0.3, 17.0, 61.5])
+    found = []
+    for point in (x.requires_grad_(), x.detach().double().requires_grad_()):
+        scores = DIVERGENCES[name](point, ALPHA)
+        found += [scores, *torch.autograd.grad(scores.sum(), point)]
+    torch.testing.assert_close(found[0].double(), found[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), found[3], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "exo_pair", "robust", "discopop", "sigmoid_norm"])
 def test_divergences_stay_finite_at_a_thousand_nats(name: str, divergence: str) -> None:
@@ -253,6 +276,19 @@ def test_plackett_luce_at_a_thousand_nats_is_finite_in_float32() -> None:
     torch.testing.assert_close(losses, torch.tensor([0.0, 3000.0, math.log(6)]))
     (gradient,) = torch.autograd.grad(losses.sum(), logratios)
     assert gradient.isfinite().all()
+
+
+def test_saturated_ranks_and_labels_have_gradients_with_all_their_digits() -> None:
+    ranks = torch.tensor([[19.0, 0.0, -20.0], [-19.0, 0.0, 20.0]])  # where float64 has the digits in any case
+    logratios, label = torch.tensor([-18.0, 18.0, -20.0, 20.0]), torch.tensor([True, False, False, True])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = ranks.to(dtype).requires_grad_(), logratios.to(dtype).requires_grad_()
+        losses = plackett_luce(a, mask, 1.0).sum() + kto(b, label, torch.zeros(1), 1.0, 1.0, 1.0).sum()
+        gradients.append(torch.autograd.grad(losses, (a, b)))
+    for actual, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kl", [0.0, 2.5])

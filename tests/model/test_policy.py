@@ -1,6 +1,8 @@
 """fastdpo.model.policy and fastdpo.run: what a config says of the weights is what they are."""
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.studies.tiny_vision import llava_processor
 from fastdpo.config import DPOConfig
-from fastdpo.model.policy import _keep_differentiable, load_policy, smallest_vocab
+from fastdpo.model.policy import _keep_differentiable, load_policy, load_tokenizer, smallest_vocab
 from fastdpo.run import RunConfig, load_model, lora
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import tiny_llama
@@ -117,6 +120,28 @@ def test_a_folder_without_a_tokenizer_is_named(saved: str, tmp_path: Path) -> No
     run = RunConfig(dataset_name="none", model_name_or_path=saved)
     with pytest.raises(OSError, match=f"model_name_or_path: {saved!r} holds no tokenizer that can be loaded"):
         load_model(run, config(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        (False, "holds no processor of images that transformers can load, only a "),
+        (True, "holds no processor of images; save the model's own there"),
+    ],
+)
+def test_a_folder_without_a_processor_of_images_is_named(tmp_path: Path, removed: bool, message: str) -> None:
+    """For the user of the command line, who passes no processor."""
+    llava_processor().save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        settings = json.loads((tmp_path / name).read_text()) | {"processor_class": "ProcessorOfNobody"}
+        (tmp_path / name).write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava" if removed else "llama"}))
+    if removed:
+        (tmp_path / "processor_config.json").unlink()
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+    setting = "model_name_or_path"
+    with pytest.raises((OSError, ValueError), match=re.escape(f"{setting}: {str(tmp_path)!r} {message}")):
+        load_tokenizer(str(tmp_path), DPOConfig(output_dir=str(tmp_path)), setting=setting, images=True)
 
 
 def test_all_linear_is_the_word_of_peft() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastdpo
-from fastdpo.model.router import coefficient
+from fastdpo.checks import check_first_loss
+from fastdpo.model.router import coefficient, why_it_differs
 from fastdpo.model.scoring_forward import patch_forward
 from tests.helpers.tiny import PAIRS, assert_same_gradients, make_model, make_pairs, sequences, stock
 from tests.helpers.trainers import NoTokenizer
@@ -259,6 +260,20 @@ def test_trains_an_adapter_by_it(tmp_path: Path) -> None:
     trainer = train(tmp_path, model, peft_config=config, router_aux_loss_coef=None)
     expected = float(stock_aux_loss(moe("mixtral"), DATA).detach())
     assert trainer.state.log_history[0]["aux_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "cause"),
+    [
+        ("phimoe", "the router draws experts or noise at random in training.*router_jitter_noise=0.01"),
+        ("qwen3-moe", "the router sends a token that is nearly tied between experts elsewhere"),
+        ("llama", "The reference is not what it seems: dropout"),
+    ],
+)
+def test_a_first_loss_that_is_not_ln_2_names_the_router(family: str, cause: str) -> None:
+    router = why_it_differs(make_model(family).config)
+    with pytest.raises(ValueError, match=cause):
+        check_first_loss(torch.full((3,), 0.71), torch.tensor([-9.0]), torch.float32, router=router)
 
 
 def test_refuses_before_training(tmp_path: Path) -> None:

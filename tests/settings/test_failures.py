@@ -191,7 +191,7 @@ def test_tries_to_reach_the_hub_are_one_line(caplog: pytest.LogCaptureFixture) -
 # Signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_raises_once_and_handlers_come_back(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(failures.os, "_exit", lambda code: codes.append(code))
@@ -201,14 +201,22 @@ def test_a_signal_raises_once_and_handlers_come_back(signum: int, monkeypatch: p
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signum)
         assert came == [signum]
-        assert (
-            stopped_by() == "stopped by " + {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(signum)]
-        )
+        assert stopped_by() == f"stopped by {signal.Signals(signum).name}".replace("SIGINT", "Ctrl-C")
         assert not codes
         with pytest.raises(Interrupted):  # in truth the process has ended by here
             os.kill(os.getpid(), signum)
         assert codes == [128 + signum]
     assert signal.getsignal(signum) == before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals_raise() as came:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not came
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_workers_leave_signals_to_their_parent() -> None:
@@ -217,6 +225,7 @@ def test_workers_leave_signals_to_their_parent() -> None:
         failures._leave_signals_to_the_parent()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) is not before
     ours = signal.getsignal(signal.SIGTERM)
     failures._leave_signals_to_the_parent()  # outside the block nothing is changed

@@ -33,7 +33,8 @@ def count_loops(cubin: bytes) -> Loops | None:
         file.write(cubin)
         file.flush()
         lines = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout.splitlines()
-    code, labels = [], {}
+    code: list[str] = []
+    labels: dict[str, int] = {}
     for line in lines:
         if label := re.match(r"\s*\.(L_x_\d+):", line):
             labels[label[1]] = len(code)
@@ -53,9 +54,9 @@ def count_loops(cubin: bytes) -> Loops | None:
     after, k, skipped = 0, end + 1, False
     while k <= last:
         after += "NOP" not in code[k]
-        to = jumps.get(k, k)
-        if not skipped and code[k].startswith("@") and to - k > SKIPPED and to <= last:
-            skipped, k = True, to
+        target = jumps.get(k, k)
+        if not skipped and code[k].startswith("@") and target - k > SKIPPED and target <= last:
+            skipped, k = True, target
         else:
             k += 1
     return Loops(step, start - first, after)
