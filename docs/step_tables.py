@@ -1,4 +1,4 @@
-"""Tables of docs/benchmarks.md and docs/grouping.md about whole training steps, from the measurements in benchmarks/results/."""
+"""Tables of docs/ about whole training steps, from the measurements in benchmarks/results/."""
 
 from fastdpo.benchmarks.report import LENGTHS, RESULTS, machine, rows_of, step_cases
 from fastdpo.benchmarks.training import PHASES
@@ -44,11 +44,8 @@ def real_model() -> str:
 
 def grouped() -> str:
     """Return the steps whose batches have all pairs of their prompts, by lengths and pairs of a prompt."""
-    lines = [
-        ("lengths like", "pairs of a prompt", "over responses", "pairs per second", "TRL's", "ratio")
-        + ("ratio without graphs", "peak memory, MiB", "TRL's", "difference of losses")
-    ]
-    rows = rows_of("grouped.jsonl")
+    head = ("lengths like", "pairs of a prompt", "over responses", "pairs per second", "TRL's", "ratio")
+    lines, rows = [(*head, "without graphs", "peak memory, MiB", "TRL's", "difference of losses")], rows_of("grouped.jsonl")
     cases = {key: {} for key in sorted({(row["pairs_per_prompt"], row["lengths"], row["responses"]) for row in rows})}
     for row in rows:
         cases[row["pairs_per_prompt"], row["lengths"], row["responses"]][row["impl"]] = row
