@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.models.llama import modeling_llama
@@ -16,7 +17,7 @@ from fastdpo import DPOConfig
 from fastdpo.compat import liger
 from fastdpo.model.scoring_forward import is_patched
 from tests.helpers.tiny import make_model
-from tests.helpers.trainers import losses, rows, tiny_llama
+from tests.helpers.trainers import losses, tiny_llama
 
 CALLS: list[int] = []
 
@@ -152,7 +153,13 @@ def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.Monkey
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _interpret_liger(monkeypatch)
-    settings = {"use_cpu": on_cpu, "max_steps": 2, "per_device_train_batch_size": 1, "data": rows(2)}
+    # few tokens, because the interpreter runs a program for each
+    short = [
+        {"prompt_ids": [1, 7], "chosen_ids": [9, 10, 2], "rejected_ids": [41, 2]},
+        {"prompt_ids": [1, 60, 3, 8], "chosen_ids": [61, 2], "rejected_ids": [4, 90, 2]},
+    ]
+    data = Dataset.from_list(short)
+    settings = {"use_cpu": on_cpu, "max_steps": 2, "per_device_train_batch_size": 1, "data": data}
     plain = make(tiny_llama(num_hidden_layers=1), **settings)
     plain.train()
     trainer = make(tiny_llama(num_hidden_layers=1), use_liger_kernel=True, **settings)
