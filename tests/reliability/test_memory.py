@@ -8,6 +8,8 @@ import mmap
 import os
 import random
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,8 @@ from fastdpo.kernels.logits_tile import Config
 from fastdpo.kernels.sparse_dhidden import sparse_dhidden
 from fastdpo.kernels.sparse_dlogits import sparse_dlogits
 from fastdpo.kernels.sparse_dweight import Sum, sparse_dweight
-from tests.helpers import forks
 
+ROOT = Path(__file__).parent.parent.parent
 N, V, D, R = 37, 69, 21, 3  # several tiles of each, the last one smaller, and an odd number of cells
 TILE = 16
 CONFIG = Config(16, TILE, 16, 4, 2)
@@ -251,8 +253,8 @@ GUARDED = {
 }
 
 
-def run_each_in_a_fork(out: Path) -> None:
-    """Write the exit codes of all of `GUARDED` to a file: each runs in a fork, which may die."""
+def run_each_in_a_fork() -> None:
+    """Print the exit codes of all of `GUARDED`: one process imports everything, and its forks may die."""
     small_blocks(setattr)
     codes, expected = {}, {name: run() for name, run in KERNELS.items()}
     for name, arguments in GUARDED.items():
@@ -267,17 +269,16 @@ def run_each_in_a_fork(out: Path) -> None:
             finally:
                 os._exit(code)
         codes[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    out.write_text(json.dumps(codes))
+    json.dump(codes, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def exit_codes(once: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def exit_codes(once: Any) -> dict[str, int]:
     def run() -> Any:
-        folder = tmp_path_factory.mktemp("guarded")
-        process = forks.start(run_each_in_a_fork, folder / "codes", log=folder / "log", OMP_NUM_THREADS="1")
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()
-        return json.loads((folder / "codes").read_text())
+        code = "from tests.reliability.test_memory import run_each_in_a_fork as run; run()"
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code]
+        return json.loads(subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
     codes: dict[str, int] = once("guarded-kernels", run)
     return codes
