@@ -45,7 +45,8 @@ def real_model() -> str:
 def grouped() -> str:
     """Return the steps whose batches have all pairs of their prompts, by lengths and pairs of a prompt."""
     head = ("lengths like", "pairs of a prompt", "over responses", "pairs per second", "TRL's", "ratio")
-    lines, rows = [(*head, "without graphs", "peak memory, MiB", "TRL's", "difference of losses")], rows_of("grouped.jsonl")
+    lines = [(*head, "without graphs", "peak memory, MiB", "TRL's", "difference of losses")]
+    rows = rows_of("grouped.jsonl")
     cases = {key: {} for key in sorted({(row["pairs_per_prompt"], row["lengths"], row["responses"]) for row in rows})}
     for row in rows:
         cases[row["pairs_per_prompt"], row["lengths"], row["responses"]][row["impl"]] = row

@@ -106,8 +106,18 @@ def poison_uninitialised_memory() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first: one of them at the end would leave the other workers idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Each of pytest-xdist's processes begins with slow tests: one at the end would leave the others idle."""
+    quick = [item for item in items if item.get_closest_marker("slow") is None]
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    files = [list(tests) for _, tests in itertools.groupby(slow, key=lambda item: item.path)]
+    processes, left = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items)
+    items.clear()
+    for i in range(processes):
+        part = list(itertools.chain(*files[i::processes]))
+        share = left // (processes - i)  # as `--dist worksteal` divides the tests, in this order
+        part += [quick.pop(0) for _ in range(min(len(quick), max(0, share - len(part))))]
+        left -= len(part)
+        items += part
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -84,7 +84,7 @@ class Compiled(NamedTuple):
     barriers: int
     stores: list[str]
     loops: list[int]
-    """`benchmarks.studies.sass.Loops` of a matmul on tensor cores; empty for other kernels."""
+    """`benchmarks.studies.sass.Loops` of a matmul on tensor cores; empty for others, or if not counted."""
     at_once: int
 
 
@@ -103,8 +103,11 @@ JOBS += [Job("forward-tma", 120, "bf16", v) for v in FORWARD[2:4]]
 JOBS += [Job(k, AMD, "bf16", v) for k in POINTERS for v in VARIANTS[k]]
 
 
-def compile_kernel(job: Job) -> Compiled:
-    """Compile for sizes and strides that are multiples of 16 where the kernel is specialised to it, or odd ones."""
+def compile_kernel(job: Job, counts_loops: bool = True) -> Compiled:
+    """Compile for sizes and strides that are multiples of 16 where the kernel is specialised to it, or odd ones.
+
+    To count the loops takes half a second, as long as a small kernel takes to compile.
+    """
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -219,7 +222,7 @@ def compile_kernel(job: Job) -> Compiled:
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
         instructions = {name: f"{name}." for name in ("mma.sync", "wgmma", "tcgen05", "cp.async.bulk.tensor")}
     loops = []
-    if job.arch in (80, 90, 100) and TENSOR_CORE[job.arch] in assembly:
+    if counts_loops and job.arch in (80, 90, 100) and TENSOR_CORE[job.arch] in assembly:
         loops = list(count_loops(compiled.asm["cubin"]) or ())
     lines, start = inspect.getsourcelines(kernel.fn)
     barriers = [i for i, line in enumerate(lines, start) if "tl.debug_barrier()" in line]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.models.llama import modeling_llama
@@ -15,8 +16,9 @@ from transformers.models.llama import modeling_llama
 from fastdpo import DPOConfig
 from fastdpo.compat import liger
 from fastdpo.model.scoring_forward import is_patched
+from fastdpo.trainer import dpo_trainer
 from tests.helpers.tiny import make_model
-from tests.helpers.trainers import losses, rows, tiny_llama
+from tests.helpers.trainers import losses, tiny_llama
 
 CALLS: list[int] = []
 
@@ -152,7 +154,14 @@ def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.Monkey
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         _interpret_liger(monkeypatch)
-    settings = {"use_cpu": on_cpu, "max_steps": 2, "per_device_train_batch_size": 1, "data": rows(2)}
+    # few tokens and no self-check, because the interpreter runs five programs for each token of a forward
+    monkeypatch.setattr(dpo_trainer, "agreed_layout", lambda trainer, layout, *_, **__: layout)
+    short = [
+        {"prompt_ids": [1, 7], "chosen_ids": [9, 10, 2], "rejected_ids": [41, 2]},
+        {"prompt_ids": [1, 60, 3, 8], "chosen_ids": [61, 2], "rejected_ids": [4, 90, 2]},
+    ]
+    data = Dataset.from_list(short)
+    settings = {"use_cpu": on_cpu, "max_steps": 2, "per_device_train_batch_size": 1, "data": data}
     plain = make(tiny_llama(num_hidden_layers=1), **settings)
     plain.train()
     trainer = make(tiny_llama(num_hidden_layers=1), use_liger_kernel=True, **settings)

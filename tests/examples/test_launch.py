@@ -173,9 +173,9 @@ def test_slurm_starts_a_process_per_gpu_and_queues_a_preempted_job_again(
 @pytest.mark.slow
 def test_two_machines_go_on_from_the_last_checkpoint_after_a_worker_is_killed(commands: Path, tmp_path: Path) -> None:
     """They end as an uninterrupted run does, in every bit. Each "machine" is a torchrun of its own."""
-    program = f'"${{options[@]}}" {ROOT}/tests/helpers/restarted_ranks.py {tmp_path}'
     until_the_program = 'for word; do [ "$word" = -m ] && break; options+=("$word"); done'
-    script(commands, "torchrun", f"{until_the_program}\nexec {sys.executable} -m torch.distributed.run {program}")
+    torchrun = f'{sys.executable} -m tests.helpers.torchrun {tmp_path} "${{options[@]}}"'
+    script(commands, "torchrun", f"{until_the_program}\nexec {torchrun}")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

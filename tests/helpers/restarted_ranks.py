@@ -1,4 +1,4 @@
-"""Run by tests/examples/test_launch.py under torchrun, again after each restart.
+"""Run by tests/examples/test_launch.py under `tests.helpers.torchrun`, again after each restart.
 
 A run is trained through; then it is trained again, and one of its processes is killed on the way, once.
 """
@@ -6,7 +6,6 @@ A run is trained through; then it is trained again, and one of its processes is 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,3 @@ def main(folder: Path) -> None:
     if not (folder / "killed").exists():
         run(folder / "through")
     run(folder / "killed" / "run", Kill(folder / "killed" / "marker"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

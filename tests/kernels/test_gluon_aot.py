@@ -58,13 +58,11 @@ def test_compiles_for_hopper(variant: str, compilations: dict[str, Compiled]) ->
 
 
 def main() -> None:
-    variants = TESTED if "--json" in sys.argv else VARIANTS
+    if "--json" in sys.argv:
+        json.dump([(variant, compile_variant(variant)) for variant in TESTED], sys.stdout)
+        return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # importing costs as much as compiling
-        results = zip(variants, pool.map(compile_variant, variants), strict=True)
-        if "--json" in sys.argv:
-            json.dump(list(results), sys.stdout)
-            return
-        for variant, compiled in results:
+        for variant, compiled in zip(VARIANTS, pool.map(compile_variant, VARIANTS), strict=True):
             sys.stdout.write(f"{variant:15} {' '.join(f'{k}={v}' for k, v in compiled._asdict().items())}\n")
 
 

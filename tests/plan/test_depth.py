@@ -30,9 +30,9 @@ def test_equals_the_trace_of_all_layers(config: Any, options: dict[str, Any], mo
     ran = []
     own = depth.trace
 
-    def trace(model: Any, *rest: Any) -> Any:
+    def trace(model: Any, *rest: Any, **options: Any) -> Any:
         ran.append(len(depth.find_head(model).decoder.layers))
-        return own(model, *rest)
+        return own(model, *rest, **options)
 
     monkeypatch.setattr(depth, "trace", trace)
     found = memory_model(config, Ratios(1.4, 0.5, 1.6), **options)

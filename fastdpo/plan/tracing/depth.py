@@ -56,7 +56,8 @@ def traces(
     stacks = stacks_of(model, reference)
     for stack in stacks:
         stack.cut(PERIODS[0])
-    _check_alike(model, [trace(model, reference, n, setting)[0] for n in PROBED_ROWS])
+    for each in filter(None, (model, reference)):
+        _check_alike(each, [trace(each, None, n, setting, stops_at_head=True)[0] for n in PROBED_ROWS])
     if stacks:
         steps = []
         for periods in PERIODS:
