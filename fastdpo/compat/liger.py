@@ -2,9 +2,12 @@
 
 import logging
 import os
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.integrations import liger
 from transformers.utils import is_liger_kernel_available
 
@@ -46,7 +49,8 @@ def apply(model: Any, args: DPOConfig) -> None:
         args: settings; nothing happens unless `use_liger_kernel` is set.
 
     Raises:
-        ValueError: Liger cannot change this model, or an adapter wraps a module that it changes.
+        ValueError: Liger cannot change this model, computes another activation than the model does, or an adapter wraps
+            a module that it changes.
     """
     if not args.use_liger_kernel:
         return
@@ -66,13 +70,41 @@ def apply(model: Any, args: DPOConfig) -> None:
             f"Liger replaces the forward of {wrapped}, which an adapter wraps, so one of the two would have no effect; "
             "leave that module out of the adapter, or set liger_kernel_config={'rms_norm': False, ...}"
         )
-    replaced = sum(map(_is_replaced, base.modules()))
-    logger.info("Liger's kernels are in %d modules of %s; its cross-entropy is off", replaced, name)
+    if other := _other_activation(base):
+        raise ValueError(
+            f"Liger would compute {other}; set liger_kernel_config={{'swiglu': False, 'geglu': False}}, "
+            "or use_liger_kernel=False"
+        )
+    kinds = Counter(_kind(module) for module in base.modules() if _is_replaced(module))
+    if not kinds:
+        logger.warning("use_liger_kernel has no effect on a module of %s", name)
+        return
+    said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    logger.info("Liger's kernels are in %d modules of %s (%s); its cross-entropy is off", kinds.total(), name, said)
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return getattr(forward, "__module__", "").startswith("liger_kernel")
+    places = (getattr(vars(module).get("forward"), "__module__", ""), type(module).__module__)
+    return any(place.startswith("liger_kernel") for place in places)
+
+
+def _kind(module: nn.Module) -> str:
+    """Return the name of Liger's class whose forward a module runs."""
+    forward = vars(module).get("forward", type(module).forward)
+    return str(getattr(forward, "__qualname__", type(module).__name__)).split(".")[0]
+
+
+def _other_activation(model: nn.Module) -> str | None:
+    """Say where the activation of an MLP is not that of Liger's kernel, which is put there unseen; else None."""
+    x = torch.linspace(-4, 4, 65)
+    for name, module in model.named_modules():
+        own = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if own is None or not _is_replaced(module):
+            continue
+        kernel = "gelu_pytorch_tanh" if "GEGLU" in _kind(module) else "silu"
+        if not torch.allclose(own(x), ACT2FN[kernel](x), rtol=0, atol=1e-5):
+            return f"{kernel} in {name} of {type(model).__name__}, whose own activation is {own}"
+    return None
 
 
 def _inside_an_adapter(model: nn.Module) -> str | None:

@@ -14,8 +14,9 @@ from transformers.models.llama import modeling_llama
 
 from fastdpo import DPOConfig
 from fastdpo.compat import liger
-from fastdpo.model.scoring_forward import is_patched
-from tests.helpers.tiny import make_model
+from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.model.scoring_forward import is_patched, patch_forward
+from tests.helpers.tiny import assert_same_gradients, gradients, make_model, make_pairs, stock, stock_logps
 from tests.helpers.trainers import losses, rows, tiny_llama
 
 CALLS: list[int] = []
@@ -143,6 +144,69 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         liger.prepare(DPOConfig(use_cpu=True, use_liger_kernel=True))
 
 
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The package itself; return a function that makes a model whose modeling module is as before after the test."""
+    pytest.importorskip("liger_kernel")
+    if not torch.cuda.is_available():
+        _interpret_liger(monkeypatch)
+
+    def make(family: str, **changes: Any) -> Any:
+        model = make_model(family, num_hidden_layers=1, **changes)
+        module = sys.modules[type(model).__module__]
+        for name, value in vars(module).items():
+            if not name.startswith("__"):
+                monkeypatch.setattr(module, name, value)
+        return model
+
+    return make
+
+
+def put_into(model: Any, **config: bool) -> None:
+    args = DPOConfig(use_cpu=not torch.cuda.is_available(), use_liger_kernel=True, liger_kernel_config=config)
+    liger.prepare(args)
+    liger.apply(model, args)
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "qwen3": ({}, "5 LigerRMSNorm, 1 LigerSwiGLUMLP"),  # with norms of queries and keys
+    "gemma": ({}, "1 LigerGEGLUMLP, 3 LigerRMSNorm"),  # adds 1 to the weights of norms
+    "phi3": ({"partial_rotary_factor": 0.5}, "1 LigerPhi3SwiGLUMLP, 3 LigerRMSNorm"),
+    "mixtral": ({}, "1 LigerExperts, 3 LigerRMSNorm"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KINDS)
+def test_kernels_of_other_families(
+    family: str, package: Callable[..., Any], caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    caplog.set_level("INFO", "fastdpo")
+    changes, said = KINDS[family]
+    model = package(family, **changes).to(device)
+    expected = stock_logps(own := stock(model), pairs := make_pairs([(4, 0, 3, 2), (2, 1, 2, 3)]))
+    grads = gradients(own, expected)  # before Liger changes functions of the module
+    put_into(model)
+    patch_forward(model)
+    logps = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in shared_prefix_batch(pairs).items()})
+    torch.testing.assert_close(logps.logps, expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, logps.logps), grads)
+    assert f" of {type(model).__name__} ({said}); its cross-entropy is off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kernel"),
+    [("granite", {"hidden_act": "gelu"}, "silu"), ("gemma2", {"hidden_activation": "gelu"}, "gelu_pytorch_tanh")],
+)
+def test_another_activation_is_refused(
+    family: str, changes: dict[str, Any], kernel: str, package: Callable[..., Any]
+) -> None:
+    """Liger does not look which one a model has."""
+    with pytest.raises(ValueError, match=rf"Liger would compute {kernel} in model.layers.0.mlp of \w+, .* own .*GELU"):
+        put_into(package(family, **changes))
+    put_into(package(family, **changes), swiglu=False, geglu=False)
+
+
 @pytest.mark.slow
 def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All its kernels for Llama, in Triton's interpreter where there is no GPU."""
@@ -163,10 +227,10 @@ def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.Monkey
 
 
 def _interpret_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the interpreter of Triton 3.9 lacks: a float that a kernel is given is a scalar in it, and libdevice."""
+    """What the interpreter of Triton 3.9 lacks: a float given to a kernel is a scalar in it, libdevice, and timing."""
     import numpy as np
     import triton.language as tl
-    from liger_kernel.ops import rms_norm
+    from liger_kernel.ops import fused_moe_kernels, geglu, rms_norm
     from triton.runtime import interpreter
 
     convert = interpreter._implicit_cvt
@@ -178,3 +242,7 @@ def _interpret_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # looked up inside of the interpreter
+    monkeypatch.setattr(geglu, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    for kernel in vars(fused_moe_kernels).values():
+        if hasattr(kernel, "configs"):
+            monkeypatch.setattr(kernel, "configs", kernel.configs[:1])  # nothing can be timed
