@@ -75,12 +75,14 @@ def apply(model: Any, args: DPOConfig) -> None:
             f"Liger would compute {other}; set liger_kernel_config={{'swiglu': False, 'geglu': False}}, "
             "or use_liger_kernel=False"
         )
-    kinds = Counter(_kind(module) for module in base.modules() if _is_replaced(module))
-    if not kinds:
-        logger.warning("use_liger_kernel has no effect on a module of %s", name)
-        return
-    said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    logger.info("Liger's kernels are in %d modules of %s (%s); its cross-entropy is off", kinds.total(), name, said)
+    replaced = kinds(base)
+    said = ", ".join(f"{count} {kind}" for kind, count in sorted(replaced.items())) or "none"
+    logger.info("Liger's kernels are in %d modules of %s (%s); its cross-entropy is off", replaced.total(), name, said)
+
+
+def kinds(model: nn.Module) -> Counter[str]:
+    """Return the names of Liger's classes that run in a model, and the number of modules that each one replaced."""
+    return Counter(_kind(module) for module in model.modules() if _is_replaced(module))
 
 
 def _is_replaced(module: nn.Module) -> bool:
