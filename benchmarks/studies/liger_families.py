@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.studies.tiny_configs import NotBuildableError, class_names, make_tiny
 from fastdpo import DPOConfig, shared_prefix_batch
 from fastdpo.compat import liger
-from fastdpo.model.layout import only_padded
+from fastdpo.model.layout import choose_layout
 from fastdpo.model.scoring_forward import patch_forward
 
 PAIRS = [
@@ -73,7 +73,7 @@ def compare(model: Any) -> dict[str, Any]:
         liger.prepare(args)
         liger.apply(model, args)
         patch_forward(model)
-        layout: Any = "padded" if only_padded(model) else "shared"
+        layout = choose_layout([model], True)
         batch = shared_prefix_batch(PAIRS, layout=layout)
         device = next(model.parameters()).device
         logps = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).logps

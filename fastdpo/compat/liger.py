@@ -1,5 +1,6 @@
 """`use_liger_kernel`: Liger's kernels in the layers of a model, together with fastdpo's head."""
 
+import inspect
 import logging
 import os
 from collections import Counter
@@ -61,19 +62,25 @@ def apply(model: Any, args: DPOConfig) -> None:
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         logger.warning("use_liger_kernel has no effect: Liger has no kernels for %s", name)
         return
+    options = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[base.config.model_type]).parameters.keys() - {"model"}
+    if unused := sorted(set(args.liger_kernel_config or ()) - options - set(_OF_THE_HEAD)):
+        logger.warning(
+            "liger_kernel_config: %s has no effect on %s, for which Liger has the options %s",
+            *(" and ".join(unused), name, ", ".join(sorted(options - set(_OF_THE_HEAD)))),
+        )
     try:
         liger.apply_liger_kernel(model, args.liger_kernel_config)
-    except (AttributeError, TypeError, ValueError, AssertionError) as error:
+    except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"Liger cannot change {name}: {error}; set use_liger_kernel=False") from error
     if wrapped := _inside_an_adapter(base):
         raise ValueError(
             f"Liger replaces the forward of {wrapped}, which an adapter wraps, so one of the two would have no effect; "
             "leave that module out of the adapter, or set liger_kernel_config={'rms_norm': False, ...}"
         )
-    if other := _other_activation(base):
+    if found := _other_activation(base):
+        kernel, other = found
         raise ValueError(
-            f"Liger would compute {other}; set liger_kernel_config={{'swiglu': False, 'geglu': False}}, "
-            "or use_liger_kernel=False"
+            f"Liger would compute {other}; set liger_kernel_config={{'{kernel}': False}} or use_liger_kernel=False"
         )
     replaced = kinds(base)
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(replaced.items())) or "none"
@@ -96,16 +103,19 @@ def _kind(module: nn.Module) -> str:
     return str(getattr(forward, "__qualname__", type(module).__name__)).split(".")[0]
 
 
-def _other_activation(model: nn.Module) -> str | None:
-    """Say where the activation of an MLP is not that of Liger's kernel, which is put there unseen; else None."""
+def _other_activation(model: nn.Module) -> tuple[str, str] | None:
+    """Return Liger's option of an MLP's kernel that computes another activation than the MLP, and say where; else None.
+
+    Liger replaces an MLP by the model's type, without a look at its activation.
+    """
     x = torch.linspace(-4, 4, 65)
     for name, module in model.named_modules():
         own = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
         if own is None or not _is_replaced(module):
             continue
-        kernel = "gelu_pytorch_tanh" if "GEGLU" in _kind(module) else "silu"
-        if not torch.allclose(own(x), ACT2FN[kernel](x), rtol=0, atol=1e-5):
-            return f"{kernel} in {name} of {type(model).__name__}, whose own activation is {own}"
+        kernel, activation = ("geglu", "gelu_pytorch_tanh") if "GEGLU" in _kind(module) else ("swiglu", "silu")
+        if not torch.allclose(own(x), ACT2FN[activation](x), rtol=0, atol=1e-5):
+            return kernel, f"{activation} in {name} of {type(model).__name__}, whose own activation is {own}"
     return None
 
 

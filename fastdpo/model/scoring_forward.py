@@ -136,8 +136,8 @@ def compile_layers(model: Any, **options: Any) -> int:
     """Compile the layers of the decoder in place, for packed and padded batches of all lengths; return their number.
 
     The code around them stays as it is, because it depends on the batch and on who wraps the model. Layers with equal
-    settings share what is compiled. The names of the weights stay too, and a `copy.deepcopy` is not compiled. A call that
-    scores no batch, such as those of `generate()`, runs the layers as they are.
+    settings share what is compiled. The names of the weights stay too, and a `copy.deepcopy` is not compiled. Calls
+    that score no batch, such as those of `generate()`, run the layers as they are.
 
     Args:
         model: a patched model.

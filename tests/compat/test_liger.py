@@ -90,14 +90,17 @@ def test_what_the_user_chose_is_kept_but_for_the_head(
     make: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = {"rms_norm": False, "fused_linear_cross_entropy": True}
+    config = {"rms_norm": False, "fused_linear_cross_entropy": True, "swigu": False}
     trainer = make(use_liger_kernel=True, liger_kernel_config=config, max_steps=1)
     assert trainer.args.liger_kernel_config == {
         "rms_norm": False,
+        "swigu": False,
         "fused_linear_cross_entropy": False,
         "cross_entropy": False,
     }
     assert "liger_kernel_config: fused_linear_cross_entropy is switched off: fastdpo" in caplog.text
+    said = "liger_kernel_config: swigu has no effect on LlamaForCausalLM, for which Liger has the options rms_norm"
+    assert said in caplog.text
     trainer.train()
     assert not CALLS
     assert config["fused_linear_cross_entropy"]
@@ -114,6 +117,23 @@ def test_a_reference_that_is_given_gets_it_too(make: Callable[..., Any]) -> None
 def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     make(make_model("qwen2", vocab_size=331), use_liger_kernel=True, max_steps=1)
     assert "use_liger_kernel has no effect: Liger has no kernels for Qwen2ForCausalLM" in caplog.text
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    "error", [ImportError("cannot import X"), NotImplementedError("no rope"), TypeError("no tower")]
+)
+def test_what_liger_cannot_change_is_refused(
+    error: Exception, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails in these ways with models that it knows by name, or with options that it has not for them."""
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["liger_kernel.transformers"], "_apply_liger_kernel_to_instance", fail)
+    with pytest.raises(ValueError, match=f"Liger cannot change LlamaForCausalLM: {error}; set use_liger_kernel=False"):
+        make(use_liger_kernel=True)
 
 
 @pytest.mark.usefixtures("installed")
@@ -187,16 +207,19 @@ def test_kernels_of_other_families(family: str, package: Callable[..., Any], dev
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "kernel"),
-    [("granite", {"hidden_act": "gelu"}, "silu"), ("gemma2", {"hidden_activation": "gelu"}, "gelu_pytorch_tanh")],
+    ("family", "changes", "kernel", "activation"),
+    [
+        ("granite", {"hidden_act": "gelu"}, "swiglu", "silu"),
+        ("gemma2", {"hidden_activation": "gelu"}, "geglu", "gelu_pytorch_tanh"),
+    ],
 )
 def test_another_activation_is_refused(
-    family: str, changes: dict[str, Any], kernel: str, package: Callable[..., Any]
+    family: str, changes: dict[str, Any], kernel: str, activation: str, package: Callable[..., Any]
 ) -> None:
-    """Liger does not look which one a model has."""
-    with pytest.raises(ValueError, match=rf"Liger would compute {kernel} in model.layers.0.mlp of \w+, .* own .*GELU"):
+    said = rf"compute {activation} in model.layers.0.mlp of \w+, whose own .*GELU.*; set .*=\{{'{kernel}': False\}}"
+    with pytest.raises(ValueError, match=said):
         put_into(package(family, **changes))
-    put_into(package(family, **changes), swiglu=False, geglu=False)
+    put_into(package(family, **changes), **{kernel: False})
 
 
 @pytest.mark.slow
