@@ -50,8 +50,8 @@ def one_line(error: BaseException) -> str | None:
         return "another process of this run has ended, so this one ends too; the log of the other may say why"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_COMPILER):
         return (
-            "there is no C++ compiler, with which torch.compile and Triton build what they generate: install one, such as "
-            "g++, or name it in CC and CXX; without torch_compile, a CPU needs none"
+            "there is no C++ compiler, with which torch.compile and Triton build what they generate: install one, such "
+            "as g++, or name it in CC and CXX; without torch_compile, a CPU needs none"
         )
     if isinstance(error, ImportError):
         return _missing(error)

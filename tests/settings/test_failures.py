@@ -112,7 +112,7 @@ def test_that_another_process_has_ended_is_no_bug(said: str) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet TORCH",
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet",
         "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl.",
     ],
 )
