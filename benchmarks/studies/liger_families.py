@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.studies.tiny_configs import NotBuildableError, class_names, make_tiny
 from fastdpo import DPOConfig, shared_prefix_batch
 from fastdpo.compat import liger
-from fastdpo.model.layout import choose_layout
+from fastdpo.model.layout import Layout, choose_layout
 from fastdpo.model.scoring_forward import patch_forward
 
 PAIRS = [
@@ -74,9 +74,10 @@ def compare(model: Any) -> dict[str, Any]:
         liger.apply(model, args)
         patch_forward(model)
         layout = choose_layout([model], True)
-        batch = shared_prefix_batch(PAIRS, layout=layout)
-        device = next(model.parameters()).device
-        logps = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).logps
+        try:
+            logps = _scored(model, layout)
+        except ValueError:  # a trainer pads, too, where a model can't do without
+            logps = _scored(model, layout := "padded")
         found = _gradients(model, logps)
     sizes = {name: gradient.abs().max().item() for name, gradient in gradients.items()}
     largest = max(sizes.values())
@@ -112,6 +113,12 @@ def _alone(model: Any) -> Tensor:
             logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             parts.append(logps[first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0])
     return torch.cat(parts)
+
+
+def _scored(model: Any, layout: Layout) -> Tensor:
+    batch, device = shared_prefix_batch(PAIRS, layout=layout), next(model.parameters()).device
+    logps: Tensor = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).logps
+    return logps
 
 
 def _gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
