@@ -20,7 +20,7 @@ logger = logging.getLogger("fastdpo")
 FIRST_STEPS = 3
 """Steps after which the compilations so far are logged."""
 MOST_LATER = 8
-"""Most graphs that may be compiled later without a warning, such as those of an evaluation."""
+"""Graphs that may be compiled later without a warning, such as those of an evaluation; no fewer than at first."""
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes in which inductor runs what it has compiled as CUDA graphs."""
 RECOMPILE_LIMIT = 64
@@ -34,7 +34,8 @@ def take_over(trainer: Any) -> dict[str, Any] | None:
     From then on accelerate compiles nothing.
 
     Raises:
-        ValueError: the layers carry a state, or DeepSpeed runs them, which has not been tested.
+        ValueError: the layers carry a state, DeepSpeed runs them, which has not been tested, or they are to be compiled
+            without a break and can't be.
     """
     args = trainer.args
     plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -42,6 +43,11 @@ def take_over(trainer: Any) -> dict[str, Any] | None:
     if plugin.backend == DynamoBackend.NO or plugin.disable:
         return None
     args.torch_compile = True  # for the checks of what it goes together with
+    if plugin.fullgraph and trainer._aux_coef > 0:
+        raise ValueError(
+            "torch_compile with fullgraph is not possible with the balancing loss of a router, whose logits "
+            "transformers collects outside of compiled code; leave fullgraph out, or set router_aux_loss_coef=0"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("torch_compile is not supported with DeepSpeed yet; take dynamo out of accelerate's settings")
     if has_state(model := unwrap(trainer.model)):
@@ -81,7 +87,7 @@ class _Count(TrainerCallback):
     """Log how many graphs were compiled in the first steps, and warn once if it does not stop."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._steps, self._warned = what, 0, False
+        self._what, self._steps, self._first, self._warned = what, 0, 0, False
         self._known, self._started = compiled_graphs(), time.perf_counter()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -96,8 +102,8 @@ class _Count(TrainerCallback):
                 "torch_compile: %d graphs compiled for %s; the first %d steps took %.0f s",
                 *(made, self._what, self._steps, seconds),
             )
-            self._known += made
-        elif self._steps > FIRST_STEPS and made > MOST_LATER and not self._warned:
+            self._known, self._first = self._known + made, made
+        elif self._steps > FIRST_STEPS and made > max(MOST_LATER, self._first) and not self._warned:
             self._warned = True
             logger.warning(
                 "torch_compile: %d more graphs were compiled in steps %d to %d; if this goes on, training is slower "

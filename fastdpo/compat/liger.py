@@ -1,10 +1,14 @@
 """`use_liger_kernel`: Liger's kernels in the layers of a model, together with fastdpo's head."""
 
+import inspect
 import logging
 import os
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.integrations import liger
 from transformers.utils import is_liger_kernel_available
 
@@ -46,7 +50,8 @@ def apply(model: Any, args: DPOConfig) -> None:
         args: settings; nothing happens unless `use_liger_kernel` is set.
 
     Raises:
-        ValueError: Liger cannot change this model, or an adapter wraps a module that it changes.
+        ValueError: Liger cannot change this model, computes another activation than the model does, or an adapter wraps
+            a module that it changes.
     """
     if not args.use_liger_kernel:
         return
@@ -57,22 +62,61 @@ def apply(model: Any, args: DPOConfig) -> None:
     if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         logger.warning("use_liger_kernel has no effect: Liger has no kernels for %s", name)
         return
+    options = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN[base.config.model_type]).parameters.keys() - {"model"}
+    if unused := sorted(set(args.liger_kernel_config or ()) - options - set(_OF_THE_HEAD)):
+        logger.warning(
+            "liger_kernel_config: %s has no effect on %s, for which Liger has the options %s",
+            *(" and ".join(unused), name, ", ".join(sorted(options - set(_OF_THE_HEAD)))),
+        )
     try:
         liger.apply_liger_kernel(model, args.liger_kernel_config)
-    except (AttributeError, TypeError, ValueError, AssertionError) as error:
+    except (AssertionError, AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"Liger cannot change {name}: {error}; set use_liger_kernel=False") from error
     if wrapped := _inside_an_adapter(base):
         raise ValueError(
             f"Liger replaces the forward of {wrapped}, which an adapter wraps, so one of the two would have no effect; "
             "leave that module out of the adapter, or set liger_kernel_config={'rms_norm': False, ...}"
         )
-    replaced = sum(map(_is_replaced, base.modules()))
-    logger.info("Liger's kernels are in %d modules of %s; its cross-entropy is off", replaced, name)
+    if found := _other_activation(base):
+        kernel, other = found
+        raise ValueError(
+            f"Liger would compute {other}; set liger_kernel_config={{'{kernel}': False}} or use_liger_kernel=False"
+        )
+    replaced = kinds(base)
+    said = ", ".join(f"{count} {kind}" for kind, count in sorted(replaced.items())) or "none"
+    logger.info("Liger's kernels are in %d modules of %s (%s); its cross-entropy is off", replaced.total(), name, said)
+
+
+def kinds(model: nn.Module) -> Counter[str]:
+    """Return the names of Liger's classes that run in a model, and the number of modules that each one replaced."""
+    return Counter(_kind(module) for module in model.modules() if _is_replaced(module))
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return getattr(forward, "__module__", "").startswith("liger_kernel")
+    places = (getattr(vars(module).get("forward"), "__module__", ""), type(module).__module__)
+    return any(place.startswith("liger_kernel") for place in places)
+
+
+def _kind(module: nn.Module) -> str:
+    """Return the name of Liger's class whose forward a module runs."""
+    forward = vars(module).get("forward", type(module).forward)
+    return str(getattr(forward, "__qualname__", type(module).__name__)).split(".")[0]
+
+
+def _other_activation(model: nn.Module) -> tuple[str, str] | None:
+    """Return Liger's option of an MLP's kernel that computes another activation than the MLP, and say where; else None.
+
+    Liger replaces an MLP by the model's type, without a look at its activation.
+    """
+    x = torch.linspace(-4, 4, 65)
+    for name, module in model.named_modules():
+        own = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if own is None or not _is_replaced(module):
+            continue
+        kernel, activation = ("geglu", "gelu_pytorch_tanh") if "GEGLU" in _kind(module) else ("swiglu", "silu")
+        if not torch.allclose(own(x), ACT2FN[activation](x), rtol=0, atol=1e-5):
+            return kernel, f"{activation} in {name} of {type(model).__name__}, whose own activation is {own}"
+    return None
 
 
 def _inside_an_adapter(model: nn.Module) -> str | None:

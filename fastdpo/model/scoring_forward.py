@@ -13,7 +13,7 @@ Shapes: T rows of a packed batch, R padded rows of L tokens, M targets, D hidden
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -136,7 +136,8 @@ def compile_layers(model: Any, **options: Any) -> int:
     """Compile the layers of the decoder in place, for packed and padded batches of all lengths; return their number.
 
     The code around them stays as it is, because it depends on the batch and on who wraps the model. Layers with equal
-    settings share what is compiled. The names of the weights stay too, and a `copy.deepcopy` is not compiled.
+    settings share what is compiled. The names of the weights stay too, and a `copy.deepcopy` is not compiled. Calls
+    that score no batch, such as those of `generate()`, run the layers as they are.
 
     Args:
         model: a patched model.
@@ -199,7 +200,10 @@ def _make_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("logit_index") is not None:
             return _score(self, *args, **kwargs)
-        return _own_forward(self)(*args, **kwargs)
+        # generation would compile the layers again, for its cache and for each prompt
+        as_they_are = vars(self)["_fastdpo"].compiled
+        with torch.compiler.set_stance("force_eager") if as_they_are else nullcontext():
+            return _own_forward(self)(*args, **kwargs)
 
     # generate() and Trainer read the signature; __wrapped__ would let accelerate unwrap the patch
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]

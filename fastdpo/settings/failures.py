@@ -24,6 +24,8 @@ OUT_OF_MEMORY = (
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
 """What gloo and NCCL say when another process of the run has ended."""
+NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")
+"""What torch.compile and Triton say."""
 NO_SPACE = ("No space left on device", "os error 28", "Disk quota exceeded", ". unexpected pos ", "PytorchStreamWriter")
 """The last two are how `torch.save` says that it could not write all of a file."""
 
@@ -46,6 +48,11 @@ def one_line(error: BaseException) -> str | None:
         return OUT_OF_MEMORY + (f" (tried to allocate {wanted[1]})" if wanted else "")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in PEER_GONE):
         return "another process of this run has ended, so this one ends too; the log of the other may say why"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_COMPILER):
+        return (
+            "there is no C++ compiler, with which torch.compile and Triton build what they generate: install one, such "
+            "as g++, or name it in CC and CXX; without torch_compile, a CPU needs none"
+        )
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, OSError):

@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM
 
 from fastdpo import DPOConfig
 from fastdpo.compat import compiling
+from fastdpo.model.attention import opaque
+from fastdpo.trainer import memory_choice
 from tests.helpers.tiny import make_model
 from tests.helpers.trainers import VOCAB, losses, make_trainer, rows, tiny_llama, weights
 
@@ -47,12 +49,77 @@ def test_a_compiled_run_is_the_same_run(
     assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
     line = r"torch_compile: [2-4] graphs compiled for 1 layers of LlamaForCausalLM \(backend aot_eager\); the"
     assert re.search(line, caplog.text)
+    graphs = compiling.compiled_graphs()
+    generated = [trainer.model.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=3) for trainer in (plain, compiled)]
+    assert torch.equal(*generated)
+    assert compiling.compiled_graphs() == graphs
     compiled.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert not [name for name in saved if "_orig_mod" in name]
     again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(weights(again), weights(compiled.model))
     torch.testing.assert_close(weights(again), weights(plain.model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_lack_of_memory_in_compiled_code_is_met_by_recomputing_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the second step, first in its forward and then in its backward, until all layers are recomputed."""
+    caplog.set_level("INFO", "fastdpo")
+    monkeypatch.setattr(memory_choice, "usable_memory", lambda _: 2**40)
+    settings = {"max_steps": 4, "precompute_ref_log_probs": True}
+    plain = make_trainer(tmp_path / "plain", **settings)
+    plain.train()
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": "auto"}
+    ours = make_trainer(tmp_path / "ours", **settings, **compiled)
+    attend, backward, failed, place = opaque._plainly, ours.accelerator.backward, [], ["forward"]
+
+    def attend_or_fail(*args: Any) -> Any:
+        saves_all = all(layer.gradient_checkpointing for layer in ours.model.model.layers)
+        if ours.state.global_step == 1 and not saves_all and place[0] not in failed:
+            failed.append(place[0])
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return attend(*args)
+
+    def run_backward(loss: Any, **kwargs: Any) -> None:
+        place[0] = "backward"
+        try:
+            backward(loss, **kwargs)
+        finally:
+            place[0] = "forward"
+
+    monkeypatch.setattr(opaque, "_plainly", attend_or_fail)
+    ours.accelerator.backward = run_backward
+    ours.train()
+    assert failed == ["forward", "backward"]
+    assert caplog.text.count("step 2 ran out of memory and is computed again") == 2
+    assert re.search(r"torch_compile: [1-4] graphs compiled for 2 layers", caplog.text)
+    assert losses(ours) == losses(plain)
+    assert torch.equal(weights(ours.model), weights(plain.model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_balancing_loss_of_a_router_breaks_graphs_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fastdpo")
+    args = {"router_aux_loss_coef": 0.1, "gradient_checkpointing": True, "precompute_ref_log_probs": True}
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 3}
+    plain = make_trainer(tmp_path / "plain", make_model("mixtral", **sizes), **args)
+    args |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = make_trainer(tmp_path / "compiled", make_model("mixtral", **sizes), **args)
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-6)
+    assert re.search(r"torch_compile: \d graphs compiled for 3 layers of MixtralForCausalLM", caplog.text)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
+    with pytest.raises(ValueError, match="torch_compile with fullgraph is not possible with the balancing loss"):
+        make_trainer(tmp_path / "refused", make_model("mixtral", **sizes), **args)
 
 
 def test_accelerate_compiles_nothing_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+from benchmarks.studies import liger_families
 from fastdpo import DPOConfig
 from fastdpo.compat import liger
 from fastdpo.model.scoring_forward import is_patched
@@ -50,6 +51,11 @@ def apply_to_instance(
         vars(layer.input_layernorm)["forward"] = MethodType(norm_forward, layer.input_layernorm)
 
 
+def apply_known_options(model: Any, **options: bool) -> None:
+    """Liger drops the options that it has not for a model, without a word."""
+    apply_to_instance(model, **{name: given for name, given in options.items() if name != "swigu"})
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that patches as Liger does, with kernels that run anywhere."""
@@ -57,7 +63,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ModuleType(f"liger_kernel{name}") for name in ("", ".transformers", ".transformers.monkey_patch")
     )
     package.transformers, transformers.monkey_patch = transformers, patches  # type: ignore[attr-defined]
-    transformers._apply_liger_kernel_to_instance = apply_to_instance  # type: ignore[attr-defined]
+    transformers._apply_liger_kernel_to_instance = apply_known_options  # type: ignore[attr-defined]
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_instance}  # type: ignore[attr-defined]
     for module in (package, transformers, patches):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -91,14 +97,17 @@ def test_what_the_user_chose_is_kept_but_for_the_head(
     make: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = {"rms_norm": False, "fused_linear_cross_entropy": True}
+    config = {"rms_norm": False, "fused_linear_cross_entropy": True, "swigu": False}
     trainer = make(use_liger_kernel=True, liger_kernel_config=config, max_steps=1)
     assert trainer.args.liger_kernel_config == {
         "rms_norm": False,
+        "swigu": False,
         "fused_linear_cross_entropy": False,
         "cross_entropy": False,
     }
     assert "liger_kernel_config: fused_linear_cross_entropy is switched off: fastdpo" in caplog.text
+    said = "liger_kernel_config: swigu has no effect on LlamaForCausalLM, for which Liger has the options rms_norm"
+    assert said in caplog.text
     trainer.train()
     assert not CALLS
     assert config["fused_linear_cross_entropy"]
@@ -115,6 +124,23 @@ def test_a_reference_that_is_given_gets_it_too(make: Callable[..., Any]) -> None
 def test_a_model_without_kernels_is_told(make: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     make(make_model("qwen2", vocab_size=331), use_liger_kernel=True, max_steps=1)
     assert "use_liger_kernel has no effect: Liger has no kernels for Qwen2ForCausalLM" in caplog.text
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    "error", [ImportError("cannot import X"), NotImplementedError("no rope"), TypeError("no tower")]
+)
+def test_what_liger_cannot_change_is_refused(
+    error: Exception, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails in these ways with models that it knows by name, or with options that it has not for them."""
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["liger_kernel.transformers"], "_apply_liger_kernel_to_instance", fail)
+    with pytest.raises(ValueError, match=f"Liger cannot change LlamaForCausalLM: {error}; set use_liger_kernel=False"):
+        make(use_liger_kernel=True)
 
 
 @pytest.mark.usefixtures("installed")
@@ -145,6 +171,65 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         liger.prepare(DPOConfig(use_cpu=True, use_liger_kernel=True))
 
 
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The package itself; return a function that makes a model whose modeling module is as before after the test."""
+    pytest.importorskip("liger_kernel")
+    if not torch.cuda.is_available():
+        liger_families.interpret(monkeypatch.setattr)
+
+    def make(family: str, **changes: Any) -> Any:
+        model = make_model(family, num_hidden_layers=1, **changes)
+        module = sys.modules[type(model).__module__]
+        for name, value in vars(module).items():
+            if not name.startswith("__"):
+                monkeypatch.setattr(module, name, value)
+        return model
+
+    return make
+
+
+def put_into(model: Any, **config: bool) -> None:
+    args = DPOConfig(use_cpu=not torch.cuda.is_available(), use_liger_kernel=True, liger_kernel_config=config)
+    liger.prepare(args)
+    liger.apply(model, args)
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "qwen3": ({}, {"LigerRMSNorm": 5, "LigerSwiGLUMLP": 1}),  # with norms of queries and keys
+    "gemma": ({}, {"LigerGEGLUMLP": 1, "LigerRMSNorm": 3}),  # adds 1 to the weights of norms
+    "phi3": ({"partial_rotary_factor": 0.5}, {"LigerPhi3SwiGLUMLP": 1, "LigerRMSNorm": 3}),
+    "mixtral": ({}, {"LigerExperts": 1, "LigerRMSNorm": 3}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KINDS)
+def test_kernels_of_other_families(family: str, package: Callable[..., Any], device: torch.device) -> None:
+    changes, kinds = KINDS[family]
+    found = liger_families.compare(package(family, **changes).to(device))
+    assert found["replaced"] == kinds
+    assert found["logps"] < 1e-5
+    assert found["gradients"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kernel", "activation"),
+    [
+        ("granite", {"hidden_act": "gelu"}, "swiglu", "silu"),
+        ("gemma2", {"hidden_activation": "gelu"}, "geglu", "gelu_pytorch_tanh"),
+    ],
+)
+def test_another_activation_is_refused(
+    family: str, changes: dict[str, Any], kernel: str, activation: str, package: Callable[..., Any]
+) -> None:
+    model, other = (package(family, **changes) for _ in range(2))
+    said = rf"compute {activation} in model.layers.0.mlp of \w+, whose own .*GELU.*; set .*=\{{'{kernel}': False\}}"
+    with pytest.raises(ValueError, match=said):
+        put_into(model)
+    put_into(other, **{kernel: False})
+
+
 @pytest.mark.slow
 def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All its kernels for Llama, in Triton's interpreter where there is no GPU."""
@@ -153,7 +238,7 @@ def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.Monkey
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        _interpret_liger(monkeypatch)
+        liger_families.interpret(monkeypatch.setattr)
     # few tokens and no self-check, because the interpreter runs five programs for each token of a forward
     monkeypatch.setattr(dpo_trainer, "agreed_layout", lambda trainer, layout, *_, **__: layout)
     short = [
@@ -169,21 +254,3 @@ def test_the_package_itself(make: Callable[..., Any], monkeypatch: pytest.Monkey
         assert sum(map(liger._is_replaced, model.modules())) == 4  # three norms and an MLP
     trainer.train()
     assert losses(trainer) == pytest.approx(losses(plain), abs=1e-4)
-
-
-def _interpret_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the interpreter of Triton 3.9 lacks: a float that a kernel is given is a scalar in it, and libdevice."""
-    import numpy as np
-    import triton.language as tl
-    from liger_kernel.ops import rms_norm
-    from triton.runtime import interpreter
-
-    convert = interpreter._implicit_cvt
-
-    def with_floats(arg: Any) -> Any:
-        if not isinstance(arg, float):
-            return convert(arg)
-        return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))  # looked up inside of the interpreter

@@ -109,6 +109,19 @@ def test_that_another_process_has_ended_is_no_bug(said: str) -> None:
     assert (one_line(RuntimeError(said)) or "").startswith("another process of this run has ended")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet",
+        "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl.",
+    ],
+)
+def test_that_a_compiler_is_missing_is_no_bug(said: str) -> None:
+    assert (one_line(RuntimeError(said)) or "").startswith(
+        "there is no C++ compiler, with which torch.compile and Triton"
+    )
+
+
 def test_out_of_memory_says_how_much_was_asked_for() -> None:
     assert (one_line(caught(out_of_memory)) or "").endswith("(tried to allocate 3.50 GiB)")
 
