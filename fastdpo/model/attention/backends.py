@@ -251,18 +251,17 @@ def _bucket(
     """
     Q, K = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scaling": scaling, "window": window}
-    # the first own row is at this place of its path, or this many places to either side, by how lengths are rounded
-    place, slack = (0, 0) if Q == K else (K - Q, ROUNDING - 1)
+    # the first own row is at most at this place of its path, because lengths are rounded up
+    place = 0 if Q == K else K - Q + ROUNDING - 1
     step = MOST_QUERIES if query.device.type == "cpu" and K >= 2 * MOST_QUERIES else Q
     parts = []
     for i in range(0, Q, step):
         end = min(i + step, Q)
-        first = max(place + i - slack - window + 1, 0) if window else 0
-        last = min(place + end + slack, K)
+        last = min(place + end, K)
         mask = None  # causal
         if Q < K or i > 0:
-            mask = _seen((start[:, None] if Q < K else 0) + torch.arange(i, end).view(1, -1), first, last, window)
-        part = (query[:, :, i:end], key[:, :, first:last], value[:, :, first:last])
+            mask = _seen((start[:, None] if Q < K else 0) + torch.arange(i, end).view(1, -1), last, window)
+        part = (query[:, :, i:end], key[:, :, :last], value[:, :, :last])
         if softcap is None and sinks is None:
             out = _sdpa(*part, mask=mask, **options)
         else:
@@ -271,11 +270,11 @@ def _bucket(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _seen(place: Tensor, first: int, last: int, window: int | None) -> Tensor:
-    """Return `[S, 1, Q, last - first]`: which of these entries of a path the queries at `place` `[S, Q]` see."""
+def _seen(place: Tensor, keys: int, window: int | None) -> Tensor:
+    """Return `[S, 1, Q, K]`: which of the first K entries of a path the queries at `place` `[S, Q]` see."""
     # the padding's queries stand at the last place, so that each sees something and no gradient is NaN
-    age = place.clamp(max=last - 1)[:, :, None] - torch.arange(first, last)
-    return ((age >= 0) & (age < (window or last)))[:, None]
+    age = place.clamp(max=keys - 1)[:, :, None] - torch.arange(keys)
+    return ((age >= 0) & (age < (window or keys)))[:, None]
 
 
 def _sdpa(
