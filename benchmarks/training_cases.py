@@ -134,7 +134,12 @@ def _fastdpo(layout: str = "shared", across_examples: bool = True, **options: An
             model=model,
             ref_model=ref_model,
             args=DPOConfig(**chosen | options),
-            data_collator=functools.partial(shared_prefix_batch, layout=layout, across_examples=across_examples),
+            data_collator=functools.partial(
+                shared_prefix_batch,
+                layout=layout,
+                across_examples=across_examples,
+                pad_to_multiple_of=8 if DEVICE == "cpu" else 64,  # as the trainer itself does
+            ),
             train_dataset=dataset(case),
             processing_class=tokenizer,
             peft_config=_adapter(case),

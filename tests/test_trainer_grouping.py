@@ -189,3 +189,12 @@ def test_a_collator_of_ones_own_is_said_to_decide(make: Callable[..., Any], capl
             processing_class=NoTokenizer(),  # type: ignore[arg-type]
         )
     assert "group_by_prompt brings examples of one prompt together" in caplog.text
+
+
+def test_a_cpu_computes_few_rows_that_nobody_needs(make: Callable[..., Any]) -> None:
+    trainer = make(tiny_llama(num_hidden_layers=1), data=DATA, per_device_train_batch_size=3)
+    batches = list(trainer.get_train_dataloader())
+    filled = [batch["input_ids"].shape[1] - batch["num_packed_tokens"] for batch in batches]
+    assert max(filled) < 8
+    assert any(filled)
+    assert {batch["input_ids"].shape[1] % 8 for batch in batches} == {0}

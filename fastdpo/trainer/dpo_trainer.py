@@ -195,6 +195,8 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
                     # examples with equal tokens may have other images
                     if self.collate is shared_prefix_batch and args.prefix_sharing and args.disable_dropout:
                         self.data_collator.keywords["across_examples"] = True
+                    if self.collate is shared_prefix_batch and args.device.type == "cpu":
+                        self.data_collator.keywords["pad_to_multiple_of"] = 8  # a CPU computes each filling row
                     if self.collate is shared_prefix_batch and compiling.wants_few_lengths(compile_options):
                         self.data_collator.keywords["few_lengths"] = True
                 self._prepare_reference(ref_model, may_use_cache=is_own_reference and data_collator is None)

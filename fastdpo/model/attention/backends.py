@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo.model.attention.key_paths import Paths, gather
+from fastdpo.model.attention.key_paths import ROUNDING, Paths, gather
 
 BACKENDS = ("varlen", "flash", "grid")
 """Names of the backends, in the order of preference."""
 
 SCORES = 2**24
 """Most scores that plain matmuls compute at a time: 64 MiB in float32, and a few times as much with the softmax."""
+
+MOST_QUERIES = 128
+"""On the CPU, most queries of a path that are computed together, if the path is at least twice as long."""
 
 
 class Usable(NamedTuple):
@@ -227,20 +230,50 @@ def _grid(
     ):
         q = q.unflatten(0, (s, q_length)).transpose(1, 2)
         k, v = (x.unflatten(0, (s, length)).transpose(1, 2) for x in (k, v))
-        mask = _seen_by_own_rows(start, q_length, length, window) if q_length < length else None
-        if softcap is None and sinks is None:
-            out = _sdpa(q, k, v, scaling, window, mask)
-        else:
-            out = plain(q, k, v, scaling=scaling, window=window, mask=mask, softcap=softcap, sinks=sinks)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
+        parts.append(_bucket(q, k, v, start, scaling, window, softcap, sinks).flatten(0, 1))
     return torch.cat(parts).index_select(0, paths.query_back)
 
 
-def _seen_by_own_rows(start: Tensor, queries: int, keys: int, window: int | None) -> Tensor:
-    """Return `[S, 1, Q, K]`: which entries of a path its segment's own rows see, the first of which is at `start`."""
+def _bucket(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return the attention `[S, Q, H, Dv]` of a bucket, with queries `[S, H, Q, D]` and keys `[S, G, K, D]`.
+
+    torch's kernel for the CPU computes nearly all scores that a mask leaves out. So there the queries of a long path
+    come a few at a time, with the keys that one of them may see, which depend on the lengths of the bucket alone.
+    """
+    Q, K = query.shape[2], key.shape[2]
+    options: dict[str, Any] = {"scaling": scaling, "window": window}
+    # the first own row is at most at this place of its path, because lengths are rounded up
+    place = 0 if Q == K else K - Q + ROUNDING - 1
+    step = MOST_QUERIES if query.device.type == "cpu" and K >= 2 * MOST_QUERIES else Q
+    parts = []
+    for i in range(0, Q, step):
+        end = min(i + step, Q)
+        last = min(place + end, K)
+        mask = None  # causal
+        if Q < K or i > 0:
+            mask = _seen((start[:, None] if Q < K else 0) + torch.arange(i, end).view(1, -1), last, window)
+        part = (query[:, :, i:end], key[:, :, :last], value[:, :, :last])
+        if softcap is None and sinks is None:
+            out = _sdpa(*part, mask=mask, **options)
+        else:
+            out = plain(*part, mask=mask, softcap=softcap, sinks=sinks, **options)
+        parts.append(out.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _seen(place: Tensor, keys: int, window: int | None) -> Tensor:
+    """Return `[S, 1, Q, K]`: which of the first K entries of a path the queries at `place` `[S, Q]` see."""
     # the padding's queries stand at the last place, so that each sees something and no gradient is NaN
-    place = (start[:, None] + torch.arange(queries)).clamp(max=keys - 1)
-    age = place[:, :, None] - torch.arange(keys)
+    age = place.clamp(max=keys - 1)[:, :, None] - torch.arange(keys)
     return ((age >= 0) & (age < (window or keys)))[:, None]
 
 
@@ -307,7 +340,7 @@ def plain(
             args: tuple[Any, ...] = (
                 query[a : a + n, :, i : i + q],
                 *(x[a : a + n, :, first:last] for x in (key, value)),
-                _seen(mask, slice(a, a + n), slice(i, i + q)) if mask is not None else (i - first, window),
+                _part(mask, slice(a, a + n), slice(i, i + q)) if mask is not None else (i - first, window),
                 *(scaling, softcap, sinks, dropout),
             )
             if torch.is_grad_enabled():
@@ -319,7 +352,7 @@ def plain(
     return torch.cat(blocks)
 
 
-def _seen(mask: Tensor, batch: slice, queries: slice) -> Tensor:
+def _part(mask: Tensor, batch: slice, queries: slice) -> Tensor:
     return (mask if mask.shape[0] == 1 else mask[batch])[:, :, queries]
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 MOST_BUCKETS = 4
 LEVELS = 32
 """Number of different lengths that the search for the buckets tells apart."""
-ROUNDING = 32
-"""On the CPU a bucket holds the paths of one length, rounded up to a multiple of this."""
+ROUNDING = 8
+"""On the CPU the segments of a bucket have paths of one length, and own rows of one length, rounded up to a multiple of
+this."""
 TOLERANCE = 1.1
 """The search adds no more buckets once the scores of the grid are at most this many times those of its paths."""
 
@@ -67,7 +68,7 @@ class Paths(NamedTuple):
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """For each bucket, the queries of a segment: as many as its longest path, or only those of its own rows."""
+        """The queries of a segment of each bucket: on the CPU its own rows, else as many as the longest path has."""
         return tuple(count for _, _, count in self._buckets())
 
     def _buckets(self) -> list[list[int]]:
@@ -151,8 +152,7 @@ def _own_buckets(
 ) -> tuple[tuple[tuple[int, int], ...], list[int], tuple[int, ...], list[int]]:
     """Return buckets like `_buckets`, but choose the bucket of each segment by its own lengths alone.
 
-    A branch that is short beside its path has a bucket in which only its own rows are queries: those of the prompt
-    before it are the trunk's.
+    The queries of a segment are its own rows, for those before them on its path have queries in segments of their own.
 
     SDPA on the CPU sums a path in blocks that depend on its padded length. Where that depends only on the path's own
     length, the path's result is the same, bit for bit, whatever else is in the batch. This makes precomputed reference
@@ -162,9 +162,7 @@ def _own_buckets(
         What `_buckets` returns; then the queries of a segment of each bucket, and the place of each segment's first own
         row among all queries.
     """
-    rounded = [
-        (_round(n), _round(q) if 2 * _round(q) < _round(n) else _round(n)) for n, q in zip(lengths, own, strict=True)
-    ]
+    rounded = [(_round(n), _round(q)) for n, q in zip(lengths, own, strict=True)]
     shapes, queries = [], []
     places, firsts, place, first = [0] * len(rounded), [0] * len(rounded), 0, 0
     for bucket in sorted(set(rounded), reverse=True):
@@ -172,7 +170,7 @@ def _own_buckets(
         members = [i for i, each in enumerate(rounded) if each == bucket]
         for i in members:
             places[i], place = place, place + length
-            # all places of a path are queries, or only those of the segment's own rows
+            # a segment that is a whole path has its queries where their keys are
             firsts[i] = first + (lengths[i] - own[i] if count == length else 0)
             first += count
         shapes.append((len(members), length))

@@ -1,0 +1,40 @@
+"""benchmarks.studies.step_profile: what was removed changes no result, and all time of a step belongs to a part."""
+
+import pytest
+
+from benchmarks.studies import step_profile
+from fastdpo.data.packing import shared_prefix_batch
+from tests.helpers.attention import assert_exact, make_qkv
+from tests.helpers.tiny import make_pairs
+
+
+@pytest.mark.parametrize("layout", ["shared", "tree", "packed"])
+def test_attention_computes_fewer_scores_and_the_same(layout: str) -> None:
+    batch = shared_prefix_batch(make_pairs([(150, 4, 37, 130), (6, 0, 290, 11)]), layout=layout)
+    qkv = make_qkv(batch)
+    now, _ = step_profile.attention(batch)
+    assert_exact(qkv, batch)
+    with step_profile.before():
+        before, _ = step_profile.attention(batch)
+        assert_exact(qkv, batch)
+    own, path = (batch[f"tree_cu_seqlens_{x}"].diff() for x in "qk")
+    assert int((own * path - own * (own - 1) // 2).sum()) < now < 0.8 * before
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in step_profile.SHARED:  # the profile wraps these for good
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    told, *table = step_profile.parts("toy", "toy").splitlines()
+    assert told.startswith("toy: the operations take ")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if "│" in line]
+    found = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[1:]}
+    once = {"data", "optimizer", "others", "loss and metrics"}
+    assert (
+        found.keys()
+        == {*step_profile.MODULES.values(), "attention, scores", "attention, gathers", "head", "residuals"} | once
+    )
+    assert sum(float(row["share"].rstrip("%")) for row in found.values()) == pytest.approx(100, abs=1)
+    assert sum(int(row["reads"]) for part, row in found.items() if part not in once) == 0
+    flops = {part: float(row["GFLOP of matmuls"]) for part, row in found.items()}
+    assert flops["head"] == flops["norms"] == 0
