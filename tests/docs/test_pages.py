@@ -16,6 +16,7 @@ from fastdpo.cli import COMMANDS, OPTIONS, _config_of
 from fastdpo.commands.tools import TOOLS
 from fastdpo.data.columns import find_kind
 from fastdpo.data.prepare import prepare_dataset
+from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.settings.fields import settings
 from fastdpo.settings.flags import overrides_of
 
@@ -131,6 +132,15 @@ def test_the_page_shows_every_kind_of_row() -> None:
     keys = [set(json.loads(text)) for text in ROWS]
     assert len(keys) == 5
     assert {"responses", "completion", "prompt_ids", "chosen"} <= set().union(*keys)
+
+
+def test_the_page_on_objectives_has_each_with_its_paper() -> None:
+    papers = dict(
+        re.findall(r"^\| `(\w+)` \|.*\| (.*?) ?\|$", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE)
+    )
+    for name, objective in OBJECTIVES.items():
+        of_code = re.findall(r"arxiv.org/abs/([\d.]+\d)", objective.__doc__)[:1]
+        assert re.findall(r"\[([\d.]+)\]", papers[name]) == of_code, name
 
 
 def test_the_page_on_metrics_names_each() -> None:
