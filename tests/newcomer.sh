@@ -65,7 +65,7 @@ stopped() { # as a scheduler does it, when the run has its first checkpoint
     wait $!
 }
 step 143 "a run that the scheduler stops" stopped
-step 0 "go on where it stopped" fastdpo train "${long[@]}" --resume_from_checkpoint auto
+step 0 "go on where it stopped" fastdpo train "${long[@]}" --max_steps 60 --resume_from_checkpoint auto
 test -f runs/long/model.safetensors
 
 step 0 "the reference, once for all runs" fastdpo precompute "${mine[@]}" --output_dir runs/cache
