@@ -14,7 +14,9 @@ def main() -> None:
     """Rewrite constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     constraints = ROOT / "constraints.txt"
-    lines = [line for line in constraints.read_text().splitlines() if not re.match("(numpy|torch|transformers)==", line)]
+    lines = [
+        line for line in constraints.read_text().splitlines() if not re.match("(numpy|torch|transformers)==", line)
+    ]
     bounds = [re.match(r"(numpy|torch|transformers)>=([\d.]+)", each) for each in project["dependencies"]]
     lines += [f"{found[1]}=={found[2]}" for found in bounds if found]
     constraints.write_text("\n".join(lines) + "\n")
