@@ -70,7 +70,7 @@ def machine(rows: list[dict[str, Any]]) -> str:
     facts = [row["provenance"] for row in rows]
     dates = sorted({fact["date"] for fact in facts})
     machines = " and ".join(dict.fromkeys(fact["machine"] for fact in facts))
-    versions = f"PyTorch {facts[0]['torch']}, TRL {facts[0]['trl']}"
+    versions = f"PyTorch {facts[0]['torch']}" + (f", TRL {facts[0]['trl']}" if facts[0]["trl"] != "none" else "")
     clock = " Times are those of the CPU." if any("time" in fact for fact in facts) else ""
     return f"Measured on {machines}, with {versions}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}.{clock}"
 
@@ -202,7 +202,10 @@ def _costs(row: dict[str, Any]) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> str:
-    return "-" if row.get("ratio_to_trl") is None else f"{row['ratio_to_trl']:.2f}"
+    """Return the time in proportion to TRL's; in milliseconds if TRL was not measured."""
+    if row.get("ratio_to_trl") is not None:
+        return f"{row['ratio_to_trl']:.2f}"
+    return f"{row['ms']:.3g} ms" if "ms" in row else "-"
 
 
 def _memory(row: dict[str, Any]) -> str:

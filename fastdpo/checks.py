@@ -327,9 +327,10 @@ def leave_checkpointing_to_fsdp(args: Any) -> None:
     else:
         names = ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
         checkpoints = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
-    if checkpoints and getattr(args, "activation_checkpointing", False):
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    if checkpoints and getattr(args, name):
         logger.info("gradient_checkpointing is off, because FSDP's activation_checkpointing does the same")
-        args.activation_checkpointing = False
+        setattr(args, name, False)
 
 
 def load_once_with_fsdp(args: Any) -> None:

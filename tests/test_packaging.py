@@ -93,8 +93,11 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
 
 
-def test_the_citation_names_this_version() -> None:
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastdpo.__version__
+def test_citation_and_changelog_name_this_version_and_one_date() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == fastdpo.__version__
+    releases = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[0] == f"{citation['version']} - {citation['date-released']}"
 
 
 def test_the_workflows_run_what_is_here_and_actions_of_fixed_commits() -> None:

@@ -104,6 +104,16 @@ def test_a_mixture_has_the_shares_asked_for(data: Path) -> None:
     assert sorted([*train["prompt"], *held_out["prompt"]]) == [*(f"a{i}" for i in range(6)), "b0", "b1", "b2"]
 
 
+def test_a_mixture_may_have_files_of_several_kinds(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\nthe name?,Ann,Bob\n")
+    entries = [
+        {"path": str(tmp_path / "train.csv")},
+        {"path": str(data / "a"), "columns": ["prompt", "chosen", "rejected"]},
+    ]
+    train, _ = load_datasets(RunConfig(datasets=entries))
+    assert train["prompt"][:2] == ["the name?", "a0"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -53,9 +53,12 @@ def resolve(config: Any) -> None:
         raise ValueError(f"gradient_checkpointing must be true, false or auto, got {given!r}")
     if newer is not None and not (newer and given == AUTO):
         given = newer
-    config.activation_checkpointing = bool(given)
     config.checkpointing_is_auto = given == AUTO
-    config.gradient_checkpointing = None  # transformers sets it, and would warn of this old name
+    if hasattr(config, "activation_checkpointing"):
+        config.activation_checkpointing = bool(given)
+        config.gradient_checkpointing = None  # transformers sets it, and would warn of this old name
+    else:  # transformers 5.17 has only this name
+        config.gradient_checkpointing = bool(given)
     tokens = config.tokens_per_batch
     if tokens is None or tokens == AUTO:
         return

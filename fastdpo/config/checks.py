@@ -81,7 +81,8 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
 
 def check_auto(config: Any) -> None:
     """Refuse options of checkpointing that choose layers, as `gradient_checkpointing=auto` does."""
-    if "every_n_layers" in (config.activation_checkpointing_kwargs or {}):
+    given = getattr(config, "activation_checkpointing_kwargs", None) or config.gradient_checkpointing_kwargs
+    if "every_n_layers" in (given or {}):
         raise ValueError(
             "gradient_checkpointing=auto chooses the layers that are recomputed, as every_n_layers of "
             "activation_checkpointing_kwargs does; leave one of the two out"

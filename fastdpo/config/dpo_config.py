@@ -335,7 +335,7 @@ class DPOConfig(TrainingArguments):
         if launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             self.mixed_precision = "no"
         leave_checkpointing_to_fsdp(self)
-        if self.checkpointing_is_auto and self.activation_checkpointing:
+        if self.checkpointing_is_auto and getattr(self, "activation_checkpointing", self.gradient_checkpointing):
             self.gradient_checkpointing = AUTO
             checks.check_auto(self)
         load_once_with_fsdp(self)

@@ -177,6 +177,7 @@ def make_plan(
         *(["no activations of the part that sees the images"] if has_images(dataset) else []),
     )
     steps = -(-len(batches.rows) // (processes * args.gradient_accumulation_steps))
+    checkpointing = bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))
     # the forward of reference and policy, and a backward that needs gradients of the weights too without an adapter
     passes = 3 if adapter else 4
     return Plan(
@@ -184,7 +185,7 @@ def make_plan(
         batches=batches,
         steps=steps,
         memory=memory,
-        checkpointing=AUTO if args.gradient_checkpointing == AUTO else bool(args.activation_checkpointing),
+        checkpointing=AUTO if args.gradient_checkpointing == AUTO else checkpointing,
         layers=sum(isinstance(module, GradientCheckpointingLayer) for module in models[0].modules()),
         assumed=assumed,
         gpu_memory=gpu_memory,

@@ -37,8 +37,8 @@ def is_complete(trainer: Trainer) -> bool:
     broadcast_object_list(held)  # a process whose own cache lacks them computes them
     if held[0]:
         logger.info(
-            "reference: log-probs of all rows are in %s, so the copy of the policy is not needed "
-            "(precompute_ref_log_probs=False ignores them and keeps it)",
+            "reference: log-probs of all rows are in %s, so the reference need not run "
+            "(precompute_ref_log_probs=False ignores them)",
             folder,
         )
     return held[0]

@@ -321,6 +321,8 @@ def _check_output(values: dict[str, Any]) -> None:
     if not os.access(nearest_there, os.W_OK):
         raise ValueError(f"output_dir {str(output)!r} can't be written: no permission in {str(nearest_there)!r}")
     resume = values.get("resume_from_checkpoint")
+    if str(resume).lower() in ("true", "false"):  # as text, if it was typed behind a command
+        values["resume_from_checkpoint"] = resume = str(resume).lower() == "true"
     if resume is True and newest_checkpoint(output) is None:
         raise ValueError(
             f"resume_from_checkpoint: there is no complete checkpoint in output_dir {str(output)!r}; auto would start "

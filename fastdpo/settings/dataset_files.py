@@ -16,6 +16,7 @@ from typing import IO, Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
@@ -173,7 +174,8 @@ def load_mixture(
         rows = concatenate_datasets(parts)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"datasets: their columns differ in name or type; set `columns` in each entry: {error}"
+            "datasets: their columns differ in name or type; name those to take in `columns` of each entry, or make "
+            f"their types alike: {error}"
         ) from error
     if test_split_size is None:
         return {"train": rows}
@@ -210,7 +212,16 @@ def _part(where: str, entry: Mapping[str, Any], streaming: bool) -> Any:
         if missing := [column for column in columns if column not in (rows.column_names or columns)]:
             raise ValueError(f"{where}: {path} has no column {missing[0]!r}{nearest(missing[0], rows.column_names)}")
         rows = rows.select_columns(columns)
-    return rows
+    return _with_plain_text(rows)
+
+
+def _with_plain_text(rows: Any) -> Any:
+    """Return rows whose text has the type `string`; CSV is read as `large_string`, which can't be mixed with it."""
+    if rows.features is None:  # of some streams
+        return rows
+    text = json.dumps(rows.features.to_dict())
+    plain = Features.from_dict(json.loads(text.replace('"large_string"', '"string"')))
+    return rows if plain == rows.features else rows.cast(plain)
 
 
 def _one_kind(folder: Path) -> Path:

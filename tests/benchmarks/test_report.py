@@ -46,6 +46,16 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_report_without_trl_has_times(tmp_path: Path) -> None:
+    alone = {"ratio_to_trl": None, "provenance": WHERE | {"trl": "none"}}
+    row = head_row("fastdpo torch, exact", 12.345, backward="exact") | alone
+    (tmp_path / "head.jsonl").write_text(json.dumps(row) + "\n")
+    main(["bench", "report", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "| **fastdpo torch, exact** | 12.3 ms | 25% | 17 |" in text
+    assert "with PyTorch 2.99, 2030-01-02." in text
+
+
 def test_a_report_of_own_results(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bench", "report", str(results)])
     text = (results / "report.md").read_text()

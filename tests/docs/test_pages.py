@@ -1,5 +1,6 @@
-"""The pages that people read: links lead somewhere, commands exist, and rows that a page shows can be trained on."""
+"""The pages that people read: links, commands, rows and errors on them are those of the code."""
 
+import ast
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from fastdpo.cli import COMMANDS, OPTIONS, _config_of
 from fastdpo.commands.tools import TOOLS
 from fastdpo.data.columns import find_kind
 from fastdpo.data.prepare import prepare_dataset
+from fastdpo.loss.objectives import OBJECTIVES
 from fastdpo.settings.fields import settings
 from fastdpo.settings.flags import overrides_of
 
@@ -78,6 +80,34 @@ def test_commands_exist(page: Path) -> None:
             assert set(overrides_of(flags, OPTIONS.get(command, {}))) <= {*settings(), *OPTIONS.get(command, {})}
 
 
+def modules_of(page: Path) -> list[tuple[str, list[str]]]:
+    """The module and the other words of every `python -m` command on a page that runs a module of this repository."""
+    command = r"python -m ((?:benchmarks|docs|examples|tests)[\w.]*)([^&|;#`\n]*)"
+    return [(module, words.split()) for module, words in re.findall(command, page.read_text().replace("\\\n", " "))]
+
+
+@each_page
+def test_modules_that_commands_run_exist_and_know_their_options(page: Path) -> None:
+    for module, words in modules_of(page):
+        path = ROOT.joinpath(*module.split("."))
+        files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
+        assert files, f"there is no module {module}"
+        for word in words:
+            if re.fullmatch(r"--\w[\w-]*", word):
+                assert f'"{word}"' in files[0].read_text(), f"{module} has no option {word}"
+
+
+@each_page
+def test_files_that_commands_name_exist(page: Path) -> None:
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+        for name in re.findall(r"(?<![\w/.-])(?:benchmarks|docs|examples|tests)/[\w./-]+", block):
+            assert (ROOT / name).exists(), name
+
+
+def test_pages_have_modules() -> None:
+    assert len([module for page in PAGES for module, _ in modules_of(page)]) > 30
+
+
 def test_the_readme_has_commands() -> None:
     assert ["train", "examples/quickstart.yaml"] in commands_of(ROOT / "README.md")
 
@@ -102,3 +132,54 @@ def test_the_page_shows_every_kind_of_row() -> None:
     keys = [set(json.loads(text)) for text in ROWS]
     assert len(keys) == 5
     assert {"responses", "completion", "prompt_ids", "chosen"} <= set().union(*keys)
+
+
+def test_the_page_on_objectives_has_each_with_its_paper() -> None:
+    papers = dict(
+        re.findall(r"^\| `(\w+)` \|.*\| (.*?) ?\|$", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE)
+    )
+    for name, objective in OBJECTIVES.items():
+        of_code = re.findall(r"arxiv.org/abs/([\d.]+\d)", objective.__doc__)[:1]
+        assert re.findall(r"\[([\d.]+)\]", papers[name]) == of_code, name
+
+
+def test_the_page_on_metrics_names_each() -> None:
+    sources = [ROOT / "fastdpo" / name for name in ("report/metrics.py", "trainer/balance.py", "reference/share.py")]
+    text = "".join(path.read_text() for path in sources)
+    names = set(re.findall(r'"((?:balance|count|head|logits|logps|reference|rewards)/\w+)"', text))
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert len(names) > 12
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
+def messages() -> list[str]:
+    """Every text in the package, with what a format puts into it left out."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.BinOp):
+            return text(node.left) + text(node.right)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "fastdpo").rglob("*.py")]
+    found = [text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)]
+    return [re.sub(r"%[sdr]|%\.?\d*[efg]", "\0", each) for each in found if " " in each]
+
+
+def test_the_errors_of_the_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text().partition("## Errors")[2]
+    lines = [line for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for line in re.findall("`(.+?)`", row)]
+    assert len(lines) > 40
+    known = messages()
+
+    def says(message: str, line: str) -> bool:
+        """Return whether a message has the parts of a line between its dots, in this order."""
+        at = 0
+        for part in filter(None, map(str.strip, line.split("..."))):
+            if (found := message.find(part, at)) < 0:
+                return False
+            at = found + len(part)
+        return True
+
+    assert [line for line in lines if not any(says(message, line) for message in known)] == []

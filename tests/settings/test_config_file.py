@@ -197,6 +197,8 @@ def test_the_newest_whole_checkpoint_goes_on(good: Path) -> None:
     assert newest_checkpoint(Path("out")) == Path("out/checkpoint-10")
     for wanted in (True, "auto"):  # the trainer looks for the newest undamaged one
         assert read_settings(good, {"resume_from_checkpoint": wanted})["resume_from_checkpoint"] == wanted
+    for typed, meant in (("true", True), ("false", False)):  # behind a command all values are text
+        assert read_settings(good, {"resume_from_checkpoint": typed})["resume_from_checkpoint"] is meant
 
 
 @pytest.mark.parametrize("given", [{"dtype": "float31"}, {"model_init_kwargs": {"torch_dtype": "float31"}}], ids=str)

@@ -130,7 +130,8 @@ class Needs(NamedTuple):
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast multiplies `x`, or None where it leaves `x` alone: if off, or for float64."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    compiling = torch.compiler.is_compiling()  # then the device has autocast, and torch 2.11 can't trace the question
+    if x.dtype == torch.float64 or not (compiling or torch.amp.is_autocast_available(device)):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
