@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from fastdpo.checks import check_loading
 from fastdpo.config import DPOConfig
@@ -139,14 +140,19 @@ def test_two_dtypes_that_differ_are_refused(yaml_file: Path, name: str) -> None:
         read_config(yaml_file, {"dtype": "float16", "model_init_kwargs": {name: "auto"}})
 
 
+newer = pytest.mark.skipif(
+    not hasattr(TrainingArguments, "activation_checkpointing"), reason="transformers 5.17 has only the old name"
+)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({}, "auto"),
         ({"gradient_checkpointing": True}, True),
         ({"gradient_checkpointing": False}, False),
-        ({"activation_checkpointing": True}, True),
-        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, True),
+        pytest.param({"activation_checkpointing": True}, True, marks=newer),
+        pytest.param({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, True, marks=newer),
         ({"activation_offloading": True}, True),
         ({"activation_offloading": True, "gradient_checkpointing": "auto"}, "auto"),
     ],
@@ -156,7 +162,8 @@ def test_checkpointing_is_chosen_by_memory_unless_something_else_is_asked_for(
     tmp_path: Path, given: dict[str, Any], expected: bool | str
 ) -> None:
     args = DPOConfig(output_dir=str(tmp_path), **given)
-    assert (args.gradient_checkpointing, args.activation_checkpointing) == (expected, bool(expected))
+    assert args.gradient_checkpointing == expected
+    assert getattr(args, "activation_checkpointing", bool(expected)) == bool(expected)
     again = DPOConfig(**{f: getattr(args, f) for f in ("output_dir", "gradient_checkpointing")} | given)
     assert again.gradient_checkpointing == expected
 
