@@ -334,6 +334,23 @@ def test_what_the_memory_model_does_not_know_is_trained_as_before(
         make(data=stream, **TOKENS).train()
 
 
+def test_a_memory_model_that_breaks_ends_no_run(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody asked for `auto`, which is the default, so an error in a strange model's code must not be fatal."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("rope_theta")
+
+    monkeypatch.setattr(fit, "memory_model", broken)
+    caplog.set_level(logging.INFO, "fastdpo")
+    ours = make(gradient_checkpointing=None, max_steps=1)
+    ours.train()
+    assert "recomputes all layers, because the memory of a step is not known: the memory model can't be" in caplog.text
+    assert "KeyError: 'rope_theta'" in caplog.text
+    assert all(layer.gradient_checkpointing for layer in ours.model.model.layers)
+
+
 def test_the_free_memory_of_a_container_is_what_its_limit_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ class MemoryChoice:
             self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
             return
         try:
-            self._fit = trainer._agree(lambda: fit_of(trainer, self._rows, len(layers), usable))
+            self._fit = trainer._agree(lambda: self._ask(len(layers), usable))
         except ValueError as error:
             self._say_unknown(chooses_layers, str(error))
             return
@@ -98,6 +98,16 @@ class MemoryChoice:
             "; ".join([*([self._said_layers()] if chooses_layers else []), *self._said_tokens(kept)]),
             *(f"{self._largest_batch:,}", found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
         )
+
+    def _ask(self, layers: int, usable: int | None) -> Fit:
+        """Ask the memory model; what it can't compute, in whatever way, is a `ValueError` and ends no run."""
+        try:
+            return fit_of(self._trainer, self._rows, layers, usable)
+        except ValueError:
+            raise
+        except Exception as error:  # `auto` is the default, and code of a strange model can raise anything
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ValueError(f"the memory model can't be computed for this model ({why})") from error
 
     def _said_layers(self) -> str:
         said = f"gradient_checkpointing=auto recomputes {self.checkpointed} of {len(self._layers)} layers"
