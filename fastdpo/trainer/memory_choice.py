@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
-from fastdpo.model.adapted_layers import unwrap
-from fastdpo.plan.fit import Fit, fit_of
+from fastdpo.plan.fit import Fit, fit_of, recomputable
 from fastdpo.plan.free_memory import GIB, measured_peak, usable_memory
 from fastdpo.settings.failures import is_out_of_memory
 
@@ -67,7 +65,7 @@ class MemoryChoice:
         chooses_layers = args.gradient_checkpointing == AUTO
         if self._chooses_tokens and not isinstance(self._rows, Dataset):
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
-        layers = [m for m in unwrap(trainer.model).modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = recomputable(trainer.model)
         usable, before = usable_memory(trainer), _rng_state()
         if self._once and measured_peak(args.device) is None and not self._chooses_tokens:
             self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
