@@ -12,7 +12,13 @@ import pytest
 import torch
 from datasets import IterableDataset
 from torch import nn
-from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    HfArgumentParser,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 import fastdpo
 from fastdpo.plan import fit, free_memory
@@ -336,6 +342,35 @@ def test_what_the_memory_model_does_not_know_is_trained_as_before(
     assert losses(unknown) == losses(fixed)
     with pytest.raises(ValueError, match=r"tokens_per_batch=auto needs a datasets.Dataset, .* this is a stream"):
         make(data=stream, **TOKENS).train()
+
+
+def test_a_memory_model_that_breaks_ends_no_run(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody asked for `auto`, which is the default, so an error in a strange model's code must not be fatal."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("rope_theta")
+
+    monkeypatch.setattr(fit, "memory_model", broken)
+    caplog.set_level(logging.INFO, "fastdpo")
+    ours = make(gradient_checkpointing=None, max_steps=1)
+    ours.train()
+    assert "recomputes all layers, because the memory of a step is not known: the memory model can't be" in caplog.text
+    assert "KeyError: 'rope_theta'" in caplog.text
+    assert all(layer.gradient_checkpointing for layer in ours.model.model.layers)
+
+
+def test_layers_of_a_tower_that_sees_images_are_not_counted() -> None:
+    """They come first in the model and do not run on text, so that recomputing them would save nothing."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    text = sizes | {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 60}
+    images = sizes | {"num_hidden_layers": 5, "image_size": 28, "patch_size": 14}
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+        )
+    assert fit.recomputable(model) == list(model.model.language_model.layers)
 
 
 def test_the_free_memory_of_a_container_is_what_its_limit_leaves(

@@ -204,8 +204,9 @@ def as_before(paths: list[int], own: list[int]) -> Any:
 def before() -> Iterator[None]:
     """Inside the block, attention computes what it did before."""
     settings: list[tuple[Any, str, Any]] = [
-        (key_paths, "_own_buckets", as_before), (backends, "ROUNDING", 32), (backends, "MOST_QUERIES", 2**30)
-    ]  # fmt: skip
+        (key_paths, "_own_buckets", as_before),
+        (backends, "MOST_QUERIES", 2**30),
+    ]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:
         for setting in settings:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
@@ -77,6 +78,14 @@ class Fit:
         else:
             found = full if checkpointing else none
         return max(64, found // 64 * 64)
+
+
+def recomputable(model: Any) -> list[Any]:
+    """Return the layers of a model's text decoder that can be recomputed one by one, in the order in which they run.
+
+    Those of a tower that sees images are left out: on text they do not run, so that recomputing them saves nothing.
+    """
+    return [each for each in unwrap(model).get_decoder().modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def fit_of(trainer: Any, dataset: Any, layers: int, free: int | None) -> Fit:

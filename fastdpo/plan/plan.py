@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo.config import DPOConfig
 from fastdpo.config.auto import AUTO
@@ -24,7 +23,7 @@ from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.policy import configs_of, disable_dropout
-from fastdpo.plan.fit import Fit
+from fastdpo.plan.fit import Fit, recomputable
 from fastdpo.plan.free_memory import GIB, KEPT_FREE, RESERVED
 from fastdpo.plan.memory import Memory, memory_model, meta_model
 from fastdpo.plan.resident import Job
@@ -186,7 +185,7 @@ def make_plan(
         steps=steps,
         memory=memory,
         checkpointing=AUTO if args.gradient_checkpointing == AUTO else checkpointing,
-        layers=sum(isinstance(module, GradientCheckpointingLayer) for module in models[0].modules()),
+        layers=len(recomputable(models[0])),
         assumed=assumed,
         gpu_memory=gpu_memory,
         job=job,

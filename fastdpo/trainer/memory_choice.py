@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
-from fastdpo.model.adapted_layers import unwrap
-from fastdpo.plan.fit import Fit, fit_of
+from fastdpo.plan.fit import Fit, fit_of, recomputable
 from fastdpo.plan.free_memory import GIB, measured_peak, usable_memory
 from fastdpo.settings.failures import is_out_of_memory
 
@@ -67,13 +65,13 @@ class MemoryChoice:
         chooses_layers = args.gradient_checkpointing == AUTO
         if self._chooses_tokens and not isinstance(self._rows, Dataset):
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
-        layers = [m for m in unwrap(trainer.model).modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = recomputable(trainer.model)
         usable, before = usable_memory(trainer), _rng_state()
         if self._once and measured_peak(args.device) is None and not self._chooses_tokens:
             self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
             return
         try:
-            self._fit = trainer._agree(lambda: fit_of(trainer, self._rows, len(layers), usable))
+            self._fit = trainer._agree(lambda: self._ask(len(layers), usable))
         except ValueError as error:
             self._say_unknown(chooses_layers, str(error))
             return
@@ -98,6 +96,16 @@ class MemoryChoice:
             "; ".join([*([self._said_layers()] if chooses_layers else []), *self._said_tokens(kept)]),
             *(f"{self._largest_batch:,}", found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
         )
+
+    def _ask(self, layers: int, usable: int | None) -> Fit:
+        """Ask the memory model; what it can't compute, in whatever way, is a `ValueError` and ends no run."""
+        try:
+            return fit_of(self._trainer, self._rows, layers, usable)
+        except ValueError:
+            raise
+        except Exception as error:  # `auto` is the default, and code of a strange model can raise anything
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ValueError(f"the memory model can't be computed for this model ({why})") from error
 
     def _said_layers(self) -> str:
         said = f"gradient_checkpointing=auto recomputes {self.checkpointed} of {len(self._layers)} layers"

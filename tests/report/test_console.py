@@ -292,6 +292,7 @@ def test_a_script_says_how_its_batches_are_computed_and_nothing_else(tmp_path: P
         "batches hold no padding",
         "attention of LlamaAttention",
         "self-check of the model passed",
+        "memory",
         "step 1/1  epoch 1.00  done   mean loss 0.6931  took 0",
     ]
     assert done.stdout == ""

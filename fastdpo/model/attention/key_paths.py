@@ -17,7 +17,7 @@ from torch import Tensor
 MOST_BUCKETS = 4
 LEVELS = 32
 """Number of different lengths that the search for the buckets tells apart."""
-ROUNDING = 8
+ROUNDING = 32
 """On the CPU the segments of a bucket have paths of one length, and own rows of one length, rounded up to a multiple of
 this."""
 TOLERANCE = 1.1
