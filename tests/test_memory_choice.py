@@ -33,6 +33,7 @@ TOKENS: dict[str, Any] = {"tokens_per_batch": "auto"}
 PAIRS = rows(40, seed=7)
 NEW_NAME = hasattr(TrainingArguments, "activation_checkpointing")
 """Whether transformers has its new name of `gradient_checkpointing`, which 5.17 lacks."""
+PREFIX = "activation" if NEW_NAME else "gradient"
 newer = pytest.mark.skipif(not NEW_NAME, reason="this transformers has no activation_checkpointing")
 
 
@@ -144,7 +145,7 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
 def test_a_step_takes_no_more_than_the_chord(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory model run with k layers is below the straight line between none and all."""
     config = tiny_llama(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256).config
-    name = "activation_checkpointing_enable" if NEW_NAME else "gradient_checkpointing_enable"
+    name = f"{PREFIX}_checkpointing_enable"
     enable, ratios = getattr(LlamaForCausalLM, name), Ratios(1.3, 0.7, 2.0)
 
     def step_of(first: int) -> Any:
@@ -421,7 +422,7 @@ def test_the_flags_of_transformers_parser(flags: list[str], expected: tuple[Any,
         ({"gradient_checkpointing": "some"}, "gradient_checkpointing must be true, false or auto, got 'some'"),
         ({"tokens_per_batch": "many"}, "tokens_per_batch must be a number of tokens or auto, got 'many'"),
         ({"tokens_per_batch": "0"}, "tokens_per_batch must be at least 1, got 0"),
-        (AUTO | {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "auto chooses the layers"),
+        (AUTO | {f"{PREFIX}_checkpointing_kwargs": {"every_n_layers": 2}}, "auto chooses the layers"),
     ],
     ids=str,
 )
