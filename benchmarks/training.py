@@ -359,10 +359,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--pairs-file: there is no file {str(args.pairs_file)!r}")
     args.out = args.out or results_folder() / "training.jsonl"
     record(args.out, [])  # so that a file that can't be written shows before hours of measuring
-    print(f"results: {args.out}", flush=True)
-
     Clock.of_cpu = args.cpu_time
     where = provenance() | ({"time": "of the CPU"} if args.cpu_time else {})
+    print(f"results: {args.out}\n{', '.join(f'{name}: {value}' for name, value in where.items())}", flush=True)
     here = [row for row in rows_of(args.out) if row["provenance"]["machine"] == where["machine"]]
     if (args.model not in MODELS) != (args.pairs_file is not None):
         parser.error(f"--model must be {models}, which needs --pairs-file, and only that does; got {args.model!r}")
@@ -386,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(5)
         found = [row | {"provenance": where} for row in run(case, variants, args.repetitions)]
         failed |= not {name for name in variants if not name.startswith("TRL")} <= {row["impl"] for row in found}
-        print(f"{case}; {where}\n{table(found) if found else 'no variant could be measured'}", flush=True)
+        print(f"{case}\n{table(found) if found else 'no variant could be measured'}", flush=True)
         record(args.out, found)
         longest = max(longest, time.monotonic() - began)
     if failed:

@@ -93,10 +93,11 @@ class Case:
         checkpointing = "with" if self.checkpointing else "without"
         shared = f" ({self.per_prompt} per prompt over {self.responses} responses)" if self.per_prompt > 1 else ""
         size = f"{self.pairs} pairs a step{shared}"
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         size += f" in TRL and up to {self.tokens} tokens in fastdpo" if self.tokens else ""
         return (
             f"{self.key['model']} {self.dtype}{f', LoRA of rank {self.lora_r}' if self.lora_r else ''}, "
-            f"lengths of {self.key['lengths']}, {size}, {self.steps} steps, {checkpointing} gradient checkpointing"
+            f"lengths of {self.key['lengths']}, {size}, {steps}, {checkpointing} gradient checkpointing"
         )
 
 

@@ -19,6 +19,8 @@ from fastdpo.report.plots import BLUE, GREEN, GREY, GRID, INK, PURPLE
 
 WORTH_GROUPING = 0.1
 """Share of the computed tokens that grouping must save to be recommended, because it changes the order of examples."""
+ENOUGH_PROMPTS = 8
+"""Prompts in an optimizer step with which grouping costs nothing that shows, see docs/grouping.md."""
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -39,8 +41,8 @@ def tables(plan: Plan) -> str:
         ("tokens computed in a batch: median", f"{np.median(batches.rows):,.0f}"),
         ("tokens computed in a batch: largest", f"{batches.rows.max():,}"),
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
-        ("tokens shared, share of the unpadded batch", f"{batches.shared:.1%}"),
-        *_grouping(stats),
+        ("tokens shared within prompts, share of the unpadded batch", f"{batches.shared:.1%}"),
+        *_grouping(stats, len(stats.prompts) / plan.steps),
     ]
     n, job = plan.job.processes, plan.job
     title = "memory (computed, not measured)" if n == 1 else f"memory of each of {n} GPUs, {job.strategy} (computed)"
@@ -125,17 +127,23 @@ def _reference_advice(plan: Plan) -> list[str]:
     ]
 
 
-def _grouping(stats: TokenStats) -> list[tuple[str, str]]:
+def _grouping(stats: TokenStats, examples_per_step: float) -> list[tuple[str, str]]:
     """Say what `group_by_prompt` would save, and which value is the smallest that saves nearly as much as any."""
     if not stats.grouped:
         return []
     saved = {n: 1 - rows / stats.ungrouped for n, rows in stats.grouped.items()}
     best = max(saved.values())
-    advice = next(n for n, share in saved.items() if share >= 0.9 * best) if best >= WORTH_GROUPING else None
+    advice = "no grouping"
+    if best >= WORTH_GROUPING:
+        most = next(n for n, share in saved.items() if share >= 0.9 * best)
+        prompts = examples_per_step / min(most, stats.per_prompt)
+        advice = f"group_by_prompt={most}"
+        if prompts < ENOUGH_PROMPTS:
+            advice += f" if steps get larger: {ENOUGH_PROMPTS} prompts or more, now about {max(prompts, 1):.0f}"
     return [
         ("examples of one prompt: largest number", f"{stats.per_prompt:,}"),
         *((f"tokens saved by group_by_prompt={n}", f"{share:.1%}") for n, share in saved.items()),
-        ("recommended (see docs/grouping.md)", f"group_by_prompt={advice}" if advice else "no grouping"),
+        ("recommended (see docs/grouping.md)", advice),
     ]
 
 

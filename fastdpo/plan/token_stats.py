@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
 from fastdpo.config.auto import given_tokens
-from fastdpo.data.grouping import Groups, arrays, group_sizes, groups_of
-from fastdpo.data.packing import kind_of, responses_of
+from fastdpo.data.grouping import Groups, arrays
+from fastdpo.data.packing import kind_of, responses_of, shared_prefix_batch
 from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
 from fastdpo.data.sampler import BudgetSampler, planned_sizes
 from fastdpo.loss.options import from_config
@@ -25,6 +25,8 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 GROUP_SIZES = (2, 4, 8, 16)
 """Values of `group_by_prompt` that are tried."""
+SAMPLED = 32
+"""Most batches that are packed for each of them."""
 _RESPONSES = {
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
@@ -50,10 +52,10 @@ class TokenStats:
     """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`."""
     groups: Groups | None
     """With `group_by_prompt`, the groups of examples that batches take."""
-    grouped: dict[int, int]
-    """For several values of `group_by_prompt`, the rows that all groups take; empty if all prompts differ."""
-    ungrouped: int
-    """The rows that all examples take, each by itself."""
+    grouped: dict[int, float]
+    """For several values of `group_by_prompt`, the rows per example of batches; empty if all prompts differ."""
+    ungrouped: float
+    """The rows per example of batches that are not grouped; 0 if all prompts differ."""
     per_prompt: int
     """The most examples of one prompt."""
     responses: list[list[int]]
@@ -158,7 +160,7 @@ def token_stats(
         for prompt, several in zip(prompts, zip(*responses, strict=True), strict=True)
     ]
     sizes, groups = planned_sizes(kept, layout, args.group_by_prompt, given_tokens(args))
-    per_prompt, grouped = _grouped(kept, layout)
+    per_prompt, ungrouped, grouped = _grouped(kept, layout, args)
     return TokenStats(
         given=len(dataset),
         lengths={name: np.array([n for each in values for n in each]) for name, values in lengths.items()},
@@ -167,7 +169,7 @@ def token_stats(
         sizes=sizes,
         groups=groups,
         grouped=grouped,
-        ungrouped=int(sizes.prod(1).sum()),
+        ungrouped=ungrouped,
         per_prompt=per_prompt,
         responses=_numbered(kept),
         layout=layout,
@@ -176,14 +178,35 @@ def token_stats(
     )
 
 
-def _grouped(kept: Dataset, layout: str) -> tuple[int, dict[int, int]]:
-    """Return the most examples of one prompt, and the rows that groups of several sizes take."""
+def _grouped(kept: Dataset, layout: str, args: DPOConfig) -> tuple[int, float, dict[int, float]]:
+    """Return the most examples of one prompt, and the rows per example without groups and with groups of several sizes.
+
+    Some batches of an epoch are packed, because prompts that differ may begin alike, with a system prompt for example.
+    """
     prompts = Counter(example["prompt_ids"].tobytes() for example in arrays(kept.select_columns(["prompt_ids"])))
     most = max(prompts.values())
     if most == 1 or layout == "packed" or "images_key" in kept.column_names:  # equal tokens may be other images
-        return most, {}
+        return most, 0.0, {}
     sizes = [n for n in GROUP_SIZES if n // 2 < most]
-    return most, {n: int(group_sizes(kept, groups_of(kept, n), layout).prod(1).sum()) for n in sizes}
+    return (
+        most,
+        _rows_per_example(kept, layout, args, None),
+        {n: _rows_per_example(kept, layout, args, n) for n in sizes},
+    )
+
+
+def _rows_per_example(kept: Dataset, layout: str, args: DPOConfig, group_by_prompt: int | None) -> float:
+    budget = given_tokens(args)
+    sizes, groups = planned_sizes(kept, layout, group_by_prompt, budget)
+    count = None if budget else args.train_batch_size
+    batches = BudgetSampler(sizes, tokens_per_batch=budget, batch_size=count, seed=0, groups=groups).plan(0)
+    batches = batches[:: -(-len(batches) // SAMPLED)]
+    rows = 0
+    for batch in batches:
+        examples = kept.select(batch).to_list()
+        packed = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=1, across_examples=True)
+        rows += packed["input_ids"].numel()
+    return rows / sum(map(len, batches))
 
 
 def _numbered(kept: Dataset) -> list[list[int]]:

@@ -92,7 +92,7 @@ class MemoryChoice:
             self.checkpointed = len(layers) if self._once else found.fewest(self._largest_batch)
         recomputed = len(layers) * bool(args.gradient_checkpointing) if self.checkpointed is None else self.checkpointed
         logger.info(
-            "memory: %s; a step of at most %s tokens takes %.2f of %.2f GiB (computed)",
+            "memory: %s; a step of at most %s tokens takes %.2f GiB (computed) of the %.2f GiB that it may use",
             "; ".join([*([self._said_layers()] if chooses_layers else []), *self._said_tokens(kept)]),
             *(f"{self._largest_batch:,}", found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
         )

@@ -167,11 +167,27 @@ def test_grouped_batches_hold_what_the_collator_makes_of_them(tmp_path: Path) ->
     assert batches.targets.tolist() == [len(batch["target_ids"]) for batch in made]
     assert batches.unshared.tolist() == [batch["num_tokens"] - batch["num_sequences"] for batch in made]
     assert stats.per_prompt == 4
-    assert stats.grouped[4] == sum(batch["num_packed_tokens"] for batch in made)
-    assert stats.grouped[2] > stats.grouped[4]
+    assert stats.grouped[4] == sum(batch["num_packed_tokens"] for batch in made) / 24
+    assert stats.ungrouped > stats.grouped[2] > stats.grouped[4]
     assert list(stats.grouped) == [2, 4]
-    assert stats.ungrouped == example_sizes(examples, "shared").sum() - len(examples)
-    assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in tables._grouping(stats)
+    assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in tables._grouping(stats, 32)
+    assert "larger: 8 prompts or more, now about 2" in tables._grouping(stats, 8)[-1][1]
+
+
+def test_a_start_that_all_prompts_share_is_not_saved_by_grouping(tmp_path: Path) -> None:
+    """A batch shares it in any case, so that grouping saves little of what its pairs alone would take."""
+    system = "w8 " * 40
+    rows = [row | {"prompt": system + row["prompt"]} for row in lengths.pairs_of_prompts("toy", 24, 4, 4, VOCAB, 32)]
+    args = settings(tmp_path, max_length=96, per_device_train_batch_size=8)
+    stats = token_stats(Dataset.from_list(rows), TOKENIZER, args, VOCAB)
+    examples: Any = prepare_dataset(Dataset.from_list(rows), TOKENIZER, max_length=96, vocab_size=VOCAB)
+    batches = BudgetSampler(stats.sizes, batch_size=8, seed=0).plan(0)
+    made = [
+        shared_prefix_batch([examples[i] for i in batch], pad_to_multiple_of=1, across_examples=True)
+        for batch in batches
+    ]
+    assert stats.ungrouped == sum(batch["num_packed_tokens"] for batch in made) / 24
+    assert stats.ungrouped < 40, "the system prompt is computed once in a batch"
 
 
 @pytest.mark.parametrize("options", [{"tokens_per_batch": 60}, {"per_device_train_batch_size": 3}], ids=str)
