@@ -96,6 +96,10 @@ def peak_memory(fn: Callable[[], object]) -> float:
     return peak
 
 
+WRITTEN = (":!docs", ":!benchmarks/results")
+"""What measuring itself rewrites; changes of all other files make a commit dirty."""
+
+
 def provenance() -> dict[str, str]:
     """Return where, when and on what a number was measured. Without git, the variable COMMIT names the commit."""
     if DEVICE == "cuda":
@@ -116,7 +120,7 @@ def provenance() -> dict[str, str]:
         "trl": _version("trl"),
         "liger-kernel": _version("liger-kernel"),
         "cut-cross-entropy": _version("cut-cross-entropy"),
-        "commit": commit + ("+dirty" if _git("status", "--porcelain") else ""),
+        "commit": commit + ("+dirty" if _git("status", "--porcelain", "--", *WRITTEN) else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
