@@ -107,3 +107,20 @@ def test_what_the_sparse_backward_skips() -> None:
         f"at most {max(each['worst'] for each in bounds):.2f} of the bound in a row",
         f"{least:.2f} to {most:.2f} of it over all rows of a setting",
     )
+
+
+def test_the_example_with_images() -> None:
+    found = json.loads((ROOT / "examples/vision/before_after.json").read_text())
+    before, after = found["before"], found["after"]
+    says(
+        "examples/vision/README.md",
+        f"| right captions, of {found['pictures']} | {before['right captions']} | {after['right captions']} |",
+        *(
+            f"| {what} | {before[name]:.{digits}f} | {after[name]:.{digits}f} |"
+            for what, name, digits in (
+                ("reward accuracy", "eval_rewards/accuracies", 3),
+                ("log-prob of the right caption", "eval_logps/chosen", 1),
+                ("log-prob of the wrong caption", "eval_logps/rejected", 1),
+            )
+        ),
+    )
