@@ -72,6 +72,13 @@ def test_softcap_and_sinks_in_bfloat16():
     assert_exact(make_qkv(batch, dtype=torch.bfloat16, sinks=True), batch, softcap=3.0)
 
 
+def test_weights_beside_sinks_add_up_to_one_at_large_scores():
+    batch = shared_prefix_batch(make_pairs([(9, 2, 31, 14), (4, 0, 6, 20)]))
+    query, key, value, sinks = make_qkv(batch, sinks=True)
+    out = attend([query, key, torch.ones_like(value), torch.full_like(sinks, -1e4)], batch, scaling=10.0)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)  # a score rounds by 1e-5
+
+
 def test_the_gradient_of_sinks_adds_up_many_blocks_without_rounding_each_sum(monkeypatch):
     monkeypatch.setattr(backends, "SCORES", 20_000)  # blocks of several queries
     batch = shared_prefix_batch(make_pairs([(31, 0, 80, 47), (3, 2, 45, 9)]))
