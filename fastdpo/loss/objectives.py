@@ -35,6 +35,12 @@ def _sigmoid(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1 - smaller, smaller)
 
 
+def _log_sigmoid(x: Tensor) -> Tensor:
+    """Compute log sigmoid(x) with derivatives that keep their digits; torch's second one is 0 above 17 in float32."""
+    smaller = torch.where(x > 0, -x, x)  # not -|x|, whose derivative at 0 is 0
+    return torch.where(x > 0, 0.0, x) - smaller.exp().log1p()
+
+
 # Pairs, as functions of the margin z
 
 
@@ -46,9 +52,9 @@ def sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
     With e = 0 this is Eq. 7 of Rafailov et al., https://arxiv.org/abs/2305.18290, else Eq. 3 of
     https://ericmitchell.ai/cdpo.pdf. A margin in z makes it ODPO, https://arxiv.org/abs/2402.10571.
     """
-    losses = -(1 - label_smoothing) * F.logsigmoid(z)
+    losses = -(1 - label_smoothing) * _log_sigmoid(z)
     if label_smoothing:
-        losses = losses - label_smoothing * F.logsigmoid(-z)
+        losses = losses - label_smoothing * _log_sigmoid(-z)
     return losses
 
 
@@ -64,7 +70,7 @@ def robust(z: Tensor, label_smoothing: float) -> Tensor:
 
     Section 3.1 of https://arxiv.org/abs/2403.00409.
     """
-    losses = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
+    losses = -(1 - label_smoothing) * _log_sigmoid(z) + label_smoothing * _log_sigmoid(-z)
     return losses / (1 - 2 * label_smoothing)
 
 
@@ -75,8 +81,8 @@ def exo_pair(z: Tensor, label_smoothing: float) -> Tensor:
 
     Eq. 16 of https://arxiv.org/abs/2402.00856, which recommends e = 0.001.
     """
-    kept = _sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
-    return kept + _sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+    kept = _sigmoid(z) * (_log_sigmoid(z) - math.log1p(-label_smoothing))
+    return kept + _sigmoid(-z) * (_log_sigmoid(-z) - math.log(label_smoothing))
 
 
 def discopop(z: Tensor, discopop_tau: float) -> Tensor:
@@ -86,8 +92,8 @@ def discopop(z: Tensor, discopop_tau: float) -> Tensor:
 
     Eq. 5 of https://arxiv.org/abs/2406.08414. m exp(-z) is one exponential here, because exp(-z) alone overflows.
     """
-    logistic = -F.logsigmoid(z) * _sigmoid(-z / discopop_tau)
-    return logistic + (F.logsigmoid(z / discopop_tau) - z).exp()
+    logistic = -_log_sigmoid(z) * _sigmoid(-z / discopop_tau)
+    return logistic + (_log_sigmoid(z / discopop_tau) - z).exp()
 
 
 # Pairs, averaged over their lengths
@@ -110,7 +116,7 @@ def sigmoid_norm(
 
     Tulu 3 trains with this loss, https://arxiv.org/abs/2411.15124.
     """
-    return -F.logsigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths))
+    return -_log_sigmoid(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths))
 
 
 # Pairs, as functions of each response's own log-ratio
@@ -124,7 +130,7 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
     Section 4.1 of https://arxiv.org/abs/2402.05369.
     """
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
-    return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
+    return -_log_sigmoid(chosen) - (_log_sigmoid(-chosen) + _log_sigmoid(-rejected)) / 2
 
 
 def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
@@ -132,7 +138,7 @@ def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -
 
     Section 4 of https://arxiv.org/abs/2404.04656, without its reward shift, as in TRL 1.16.
     """
-    return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
+    return -_log_sigmoid(beta * chosen_logratios) - _log_sigmoid(-beta * rejected_logratios)
 
 
 def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: Beta) -> Tensor:
@@ -247,7 +253,7 @@ def orpo(
     Eq. 4 to 7 of https://arxiv.org/abs/2403.07691 with lambda = beta and p the geometric mean of the tokens'
     probabilities.
     """
-    return -beta * F.logsigmoid(log_odds(chosen_logps / chosen_lengths) - log_odds(rejected_logps / rejected_lengths))
+    return -beta * _log_sigmoid(log_odds(chosen_logps / chosen_lengths) - log_odds(rejected_logps / rejected_lengths))
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
@@ -359,7 +365,7 @@ def forward_kl(logratios: Tensor, f_alpha_divergence_coef: float) -> Tensor:
 
 def js_divergence(logratios: Tensor, f_alpha_divergence_coef: float) -> Tensor:
     """Jensen-Shannon: log (2 t / (1 + t))."""
-    return math.log(2) + F.logsigmoid(logratios)
+    return math.log(2) + _log_sigmoid(logratios)
 
 
 def alpha_divergence(logratios: Tensor, f_alpha_divergence_coef: float) -> Tensor:

@@ -16,7 +16,9 @@ from fastdpo.loss.sequences import along_edges, sum_tokens
 from fastdpo.loss.whole_step import step_context, step_totals
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import TokenScores, patch_forward
-from tests.helpers.tiny import VOCAB, assert_same_gradients, make_model
+from tests.helpers import tiny
+from tests.helpers.packed import make_patched
+from tests.helpers.tiny import VOCAB, assert_same_gradients, make_model, stock_logps
 
 _rng = random.Random(3)
 
@@ -159,6 +161,18 @@ def test_the_chosen_tokens_of_a_step_count_for_each_pair() -> None:
     totals = step_totals([shared_prefix_batch(PAIRS, across_examples=True)])
     assert totals.examples == len(PAIRS)
     assert totals.chosen_tokens == sum(len(pair["chosen_ids"]) for pair in PAIRS)
+
+
+@pytest.mark.parametrize("layout", ["shared", "tree"])
+@pytest.mark.parametrize("family", ["gemma3-window", "gpt-oss"])
+def test_windows_and_sinks_follow_graphs_like_transformers_on_each_response_alone(family: str, layout: str) -> None:
+    model, reference = make_patched(family)
+    batch = shared_prefix_batch(PAIRS, layout=layout, across_examples=True)
+    sums = along_edges(sum_tokens(model(**batch).logps, batch["cu_target"]), edges(batch))
+    lengths = [len(p[side]) for side in ("chosen_ids", "rejected_ids") for p in PAIRS]
+    expected = torch.stack([x.sum() for x in stock_logps(reference, PAIRS).split(lengths)])
+    torch.testing.assert_close(sums.flatten(), expected, rtol=1e-6, atol=1e-5)
+    assert_same_gradients(tiny.gradients(model, sums.flatten()), tiny.gradients(reference, expected))
 
 
 @pytest.mark.parametrize("family", ["qwen3-next", "mamba2"])

@@ -445,3 +445,15 @@ def test_a_bad_argument_is_named(bad: dict[str, Any], message: str) -> None:
     logps = dict.fromkeys(["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"], -torch.ones(3))
     with pytest.raises(ValueError, match=message):
         dpo_loss(**logps | bad)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair"])
+def test_the_second_derivative_of_the_logistic_loss_keeps_its_digits(name: str) -> None:
+    z = torch.tensor([-61.0, -19.3, -8.1, -0.7, 0.0, 0.4, 7.7, 18.6, 39.2])
+    chosen = (z / 0.5).requires_grad_()
+    zero = torch.zeros_like(z)
+    losses = dpo_loss(chosen, zero, zero, zero, loss_type=name, beta=0.5).losses
+    (slope,) = torch.autograd.grad(losses.sum(), chosen, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), chosen)
+    exact = torch.tensor([float(mpf(0.25) * s(mpf(x)) * s(-mpf(x))) for x in z.tolist()])
+    torch.testing.assert_close(curvature, exact, rtol=1e-6, atol=0)

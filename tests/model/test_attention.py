@@ -19,8 +19,9 @@ from tests.helpers.attention import (
     assert_exact,
     attend,
     make_qkv,
+    with_gradients,
 )
-from tests.helpers.tiny import PAIRS
+from tests.helpers.tiny import PAIRS, make_pairs
 
 
 @pytest.mark.parametrize("layout", ["shared", "tree", "packed"])
@@ -69,6 +70,23 @@ def test_softcap_and_sinks_take_any_heads(heads, groups, D_value):
 def test_softcap_and_sinks_in_bfloat16():
     batch = shared_prefix_batch(PAIRS)
     assert_exact(make_qkv(batch, dtype=torch.bfloat16, sinks=True), batch, softcap=3.0)
+
+
+def test_weights_beside_sinks_add_up_to_one_at_large_scores():
+    batch = shared_prefix_batch(make_pairs([(9, 2, 31, 14), (4, 0, 6, 20)]))
+    query, key, value, sinks = make_qkv(batch, sinks=True)
+    out = attend([query, key, torch.ones_like(value), torch.full_like(sinks, -1e4)], batch, scaling=10.0)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)  # a score rounds by 1e-5
+
+
+def test_the_gradient_of_sinks_adds_up_many_blocks_without_rounding_each_sum(monkeypatch):
+    monkeypatch.setattr(backends, "SCORES", 20_000)  # blocks of several queries
+    batch = shared_prefix_batch(make_pairs([(31, 0, 80, 47), (3, 2, 45, 9)]))
+    qkv = make_qkv(batch, heads=6, groups=3, dtype=torch.bfloat16, sinks=True)
+    assert_exact(qkv, batch, sliding_window=20)
+    rounded = with_gradients(attend, qkv, batch, sliding_window=20)[4]
+    unrounded = with_gradients(attend, [*qkv[:3], qkv[3].float()], batch, sliding_window=20)[4]
+    assert torch.equal(rounded, unrounded.bfloat16())
 
 
 # transformers' side

@@ -380,12 +380,9 @@ def _block(
         age = torch.arange(first, first + Q, device=query.device)[:, None] - torch.arange(K, device=query.device)
         mask = (age >= 0) & (age < (window or K))
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if sinks is None:
-        weights = scores.softmax(-1)
-    else:
-        total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), sinks.to(scores.dtype)[:, None, None])
-        weights = (scores - total).exp()
-    weights = weights.to(value.dtype)
+    if sinks is not None:  # the softmax takes them as a key, because a log-sum-exp of large scores is rounded too much
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., :K].to(value.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
     out: Tensor = torch.matmul(weights.unflatten(1, (G, H // G)).flatten(2, 3), value)

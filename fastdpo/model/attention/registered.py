@@ -149,6 +149,9 @@ def attention(
             f"{type(module).__name__} has attention sinks of shape {tuple(s_aux.shape)}, not one for each of the "
             f"{query.shape[1]} heads"
         )
+    if s_aux is not None:
+        # attention comes in blocks, whose gradients would be added up with the few digits of bfloat16
+        s_aux = s_aux.to(torch.promote_types(s_aux.dtype, torch.float32))
     if tree_kv_index is None and not _PACKING.get():
         kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         return _unpacked(module, query, key, value, attention_mask, **kwargs), None
