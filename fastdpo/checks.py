@@ -245,6 +245,13 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     return names[int(finite.int().argmin())]
 
 
+def check_best_metric(name: str | None, evaluated: Iterable[str]) -> None:
+    """Raise `ValueError` if `metric_for_best_model` is none of the metrics of an evaluation in training."""
+    metrics = [metric.removeprefix("eval_") for metric in evaluated]
+    if name is not None and name.removeprefix("eval_") not in metrics:
+        raise ValueError(f"metric_for_best_model must be one of {', '.join(metrics)}, got {name!r}")
+
+
 class NonFiniteGuard:
     """Stop training at the first loss or gradient norm that is not finite.
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -148,6 +149,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.report_samples < 0:
             raise ValueError(f"report_samples must be at least 0 (0: no samples), got {self.report_samples}")
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one out")
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
@@ -207,11 +210,12 @@ def make_configs(settings: Mapping[str, Any]) -> tuple[RunConfig, DPOConfig]:
     try:
         return run, DPOConfig(**others)
     except ValueError as error:  # transformers' enums raise it without the name of the setting
-        value, is_enum, _ = str(error).partition(" is not a valid ")
+        value, is_enum, rest = str(error).partition(" is not a valid ")
         names = [name for name, given in others.items() if is_enum and str(given) == value]
         if not names:
             raise
-        raise ValueError(f"{' or '.join(names)}: {error}") from error
+        hint = nearest(value, re.findall("'([^']+)'", rest))
+        raise ValueError(f"{' or '.join(names)}: {error}{hint}") from error
 
 
 def _merged(model_init_kwargs: Any, options: dict[str, Any]) -> dict[str, Any]:

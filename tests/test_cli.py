@@ -200,6 +200,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             1,
             "optim: adan is not a valid OptimizerNames, please select",
         ),
+        (("train", QUICKSTART, "--lr_scheduler_type", "cosin"), 1, "'greedy']; did you mean 'cosine'?"),
         (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
         (
             ("score", QUICKSTART),
@@ -220,7 +221,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             "ref_model_name_or_path: 'nobody/",
         ),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_mistakes_are_one_line(run: Run, tmp_path: Path, words: tuple[object, ...], code: int, message: str) -> None:
     output = ("--output_dir", tmp_path) if len(words) > 1 and words[1] == QUICKSTART and code == 1 else ()

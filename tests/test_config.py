@@ -78,6 +78,8 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"head_workspace": "-3GiB"}, "head_workspace must be a number of bytes"),
         ({"head_workspace": "0.5MiB"}, r"head_workspace must be at least 1048576 bytes \(1MiB\), got '0.5MiB'"),
         ({"head_workspace": 256}, "head_workspace must be at least 1048576 bytes"),
+        ({"num_train_epochs": -2}, "num_train_epochs must be at least 0, got -2"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs must be at least 0, got nan"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),

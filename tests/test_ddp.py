@@ -8,6 +8,8 @@ import torch
 from tests.helpers import two_ranks
 from tests.helpers.forks import run_ranks
 
+LOGGED = ("loss", "train_loss", "rewards/margins", "logps/chosen", "entropy", "num_tokens", "logits/chosen")
+
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
@@ -25,7 +27,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         error = (two["weights"] - one["weights"]).norm()
         assert error <= 1e-5 * moved.norm(), f"{name}: {error / moved.norm():.1e}"
         for ours, theirs in zip(two["log"], one["log"], strict=True):
-            for metric in ("loss", "rewards/margins", "logps/chosen", "entropy", "num_tokens", "logits/chosen"):
+            for metric in LOGGED:
                 if metric in theirs:
                     assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-5), (name, metric)
         for metric in ("eval_loss", "eval_rewards/accuracies", "eval_logps/rejected"):

@@ -38,6 +38,17 @@ def text_trainer(tmp_path: Path) -> Callable[..., fastdpo.DPOTrainer]:
     return make
 
 
+def test_a_best_metric_that_does_not_exist_stops_the_first_evaluation(text_trainer: Callable[..., Any]) -> None:
+    given = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "metric_for_best_model": "margin"}
+    trainer = text_trainer(**given)
+    message = "metric_for_best_model must be one of loss, .*rewards/margins.*, got 'margin'"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.is_in_train = False
+    assert "eval_rewards/margins" in trainer.evaluate(), "an evaluation of its own needs no best metric"
+
+
 # The reference of rows that are passed to evaluate
 
 

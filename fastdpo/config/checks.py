@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import DynamoBackend
 
-from fastdpo.config.auto import AUTO
+from fastdpo.config.auto import AUTO, given_tokens
 from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, without_effect
 from fastdpo.model.attention.backends import BACKENDS
@@ -38,6 +38,8 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
         )
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {config.max_length}")
+    if not config.num_train_epochs >= 0:  # nor nan
+        raise ValueError(f"num_train_epochs must be at least 0, got {config.num_train_epochs}")
     for name in AT_LEAST_ONE:
         if (value := getattr(config, name)) not in (None, AUTO) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -130,6 +132,10 @@ def warn_of_no_effect(config: Any, settings: ObjectiveSettings) -> None:
         (
             "without sync_ref_model",
             () if config.sync_ref_model else ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+        ),
+        (
+            f"beside tokens_per_batch={config.tokens_per_batch}, which fills the batches",
+            ("per_device_train_batch_size",) if given_tokens(config) else (),
         ),
     ):
         if set_ := [name for name in names if getattr(config, name) not in (defaults[name], None)]:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.columns import describe_columns
+from fastdpo.data.packing import responses_of
 from fastdpo.untrusted.text import printable
 
 logger = logging.getLogger("fastdpo")
@@ -32,6 +33,8 @@ NOTES = {
 CUTS = ("prompt", "completion")
 _SHOWN = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": "completion"}
 _REPEATED = re.compile(r"([<\[][^\s<>\[\]]{1,40}[>\]])\1{3,}")
+_ENDS_LOOKED_AT = 20
+"""Number of rows whose responses are looked at for their ends."""
 _HEAD, _TAIL = 240, 120
 """Numbers of characters that are shown from the start and from the end of a longer text."""
 
@@ -72,6 +75,8 @@ class Reporter:
         if self.is_silent:
             return kept
         notes = _rows_by_note(rows.data.column("notes"))
+        if "prompt_ids" in self.columns:
+            self._warn_of_no_end(rows.select(kept[:_ENDS_LOOKED_AT]))
         for key, found in notes.items():
             if key not in CUTS or self.show_example is None:
                 limits = f"; {self._limits()}" if key in CUTS else ""
@@ -91,6 +96,17 @@ class Reporter:
         if self.show_example is not None and not self.is_silent:
             lines = [f"{self.name} dataset: a stream, so its rows are not counted", *self._columns()]
             logger.info("%s", "\n".join([*lines, *([] if first["problem"] else self._example(first))]))
+
+    def _warn_of_no_end(self, rows: Dataset) -> None:
+        """Warn if no response of rows that came as token ids ends as an answer does, although none was cut here."""
+        ends = {*getattr(self.tokenizer, "all_special_ids", ())}
+        responses = [ids for row in rows if "completion" not in row["notes"] for ids in responses_of(row)]
+        if ends and responses and not any(ends & {*ids[-2:]} for ids in responses):  # a line break may follow
+            logger.warning(
+                "%s dataset: no response of the first rows ends with EOS (%s) or another special token; with responses "
+                "that have no end, the model may learn to go on and on",
+                *(self.name, self.tokenizer.eos_token_id),
+            )
 
     def _report_problems(self, problems: pa.ChunkedArray) -> None:
         rows = np.flatnonzero(pc.not_equal(problems, ""))

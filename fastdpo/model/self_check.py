@@ -333,7 +333,9 @@ def _own_logps(
         padded = torch.cat((row, row.new_zeros(1, _PADDING)), 1)
         mask = (torch.arange(padded.shape[1], device=device) < row.shape[1]).long()[None]
         parts = []
-        for inputs, keep in (({"input_ids": row}, n), ({"input_ids": padded, "attention_mask": mask}, n + _PADDING)):
+        # without a mask, transformers would warn of padding where a row begins or ends with the pad token
+        for tokens, real, keep in ((row, torch.ones_like(row), n), (padded, mask, n + _PADDING)):
+            inputs = {"input_ids": tokens, "attention_mask": real}
             if seen:
                 inner = _inner(model)
                 inputs |= seen | kinds_of_tokens(inner, inputs["input_ids"], image_token_of(inner.config))

@@ -131,19 +131,23 @@ def _grouping(stats: TokenStats, examples_per_step: float) -> list[tuple[str, st
     """Say what `group_by_prompt` would save, and which value is the smallest that saves nearly as much as any."""
     if not stats.grouped:
         return []
-    saved = {n: 1 - rows / stats.ungrouped for n, rows in stats.grouped.items()}
-    best = max(saved.values())
-    advice = "no grouping"
-    if best >= WORTH_GROUPING:
-        most = next(n for n, share in saved.items() if share >= 0.9 * best)
-        prompts = examples_per_step / min(most, stats.per_prompt)
-        advice = f"group_by_prompt={most}"
-        if prompts < ENOUGH_PROMPTS:
-            advice += f", with steps of {ENOUGH_PROMPTS} prompts or more (now about {max(prompts, 1):.0f})"
-    return [
-        ("examples of one prompt: largest number", f"{stats.per_prompt:,}"),
+    saved = {n: 1 - grouped.rows / stats.ungrouped for n, grouped in stats.grouped.items()}
+    lines = [
+        ("examples of one prompt and its later turns: largest number", f"{stats.per_prompt:,}"),
         *((f"tokens saved by group_by_prompt={n}", f"{share:.1%}") for n, share in saved.items()),
-        ("recommended (see docs/grouping.md)", advice),
+    ]
+    best = max(saved.values())
+    if best < WORTH_GROUPING:
+        return [*lines, ("recommended (see docs/grouping.md)", "no group_by_prompt")]
+    most = next(n for n, share in saved.items() if share >= 0.9 * best)
+    prompts = max(examples_per_step * stats.grouped[most].families, 1)
+    advice = f"about {prompts:.0f}"
+    if prompts < ENOUGH_PROMPTS:
+        advice += f", which is few: make steps {math.ceil(ENOUGH_PROMPTS / prompts)} times as large"
+    return [
+        *lines,
+        ("recommended (see docs/grouping.md)", f"group_by_prompt={most}"),
+        ("prompts in an optimizer step with it", advice),
     ]
 
 

@@ -5,9 +5,9 @@ Shapes: N examples, T rows of a batch, K key-path entries, M targets (see `fastd
 
 import itertools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.config import DPOConfig
 from fastdpo.config.auto import given_tokens
-from fastdpo.data.grouping import Groups, arrays
+from fastdpo.data.grouping import Groups, arrays, groups_of
 from fastdpo.data.packing import kind_of, responses_of, shared_prefix_batch
 from fastdpo.data.prepare import LIMITS, find_kind, limits_of, prepare_dataset, tokenize_row, unformatted
 from fastdpo.data.sampler import BudgetSampler, planned_sizes
@@ -36,6 +36,14 @@ _RESPONSES = {
 }
 
 
+class Grouped(NamedTuple):
+    """What batches with one value of `group_by_prompt` hold, per example."""
+
+    rows: float
+    families: float
+    """Prompts; all turns of a conversation count as one."""
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """The examples of a dataset that are trained on, and the rows that are dropped or cut."""
@@ -52,12 +60,12 @@ class TokenStats:
     """`[N, 2]`: see `fastdpo.data.sampler.example_sizes`."""
     groups: Groups | None
     """With `group_by_prompt`, the groups of examples that batches take."""
-    grouped: dict[int, float]
-    """For several values of `group_by_prompt`, the rows per example of batches; empty if all prompts differ."""
+    grouped: dict[int, Grouped]
+    """What batches hold with several values of `group_by_prompt`; empty if all prompts differ."""
     ungrouped: float
     """The rows per example of batches that are not grouped; 0 if all prompts differ."""
     per_prompt: int
-    """The most examples of one prompt."""
+    """The most examples of one prompt and of those that begin with it, as later turns of a conversation do."""
     responses: list[list[int]]
     """For each example, numbers of its responses, which are equal where prompt and response are."""
     layout: str
@@ -178,35 +186,40 @@ def token_stats(
     )
 
 
-def _grouped(kept: Dataset, layout: str, args: DPOConfig) -> tuple[int, float, dict[int, float]]:
-    """Return the most examples of one prompt, and the rows per example without groups and with groups of several sizes.
+def _grouped(kept: Dataset, layout: str, args: DPOConfig) -> tuple[int, float, dict[int, Grouped]]:
+    """Return `per_prompt`, `ungrouped` and `grouped` of `TokenStats`.
 
     Some batches of an epoch are packed, because prompts that differ may begin alike, with a system prompt for example.
     """
-    prompts = Counter(example["prompt_ids"].tobytes() for example in arrays(kept.select_columns(["prompt_ids"])))
-    most = max(prompts.values())
+    families = groups_of(kept, len(kept)).rows
+    family_of = {i: number for number, rows in enumerate(families) for i in rows}
+    most = max(map(len, families))
     if most == 1 or layout == "packed" or "images_key" in kept.column_names:  # equal tokens may be other images
         return most, 0.0, {}
     sizes = [n for n in GROUP_SIZES if n // 2 < most]
     return (
         most,
-        _rows_per_example(kept, layout, args, None),
-        {n: _rows_per_example(kept, layout, args, n) for n in sizes},
+        _packed(kept, layout, args, None, family_of).rows,
+        {n: _packed(kept, layout, args, n, family_of) for n in sizes},
     )
 
 
-def _rows_per_example(kept: Dataset, layout: str, args: DPOConfig, group_by_prompt: int | None) -> float:
+def _packed(
+    kept: Dataset, layout: str, args: DPOConfig, group_by_prompt: int | None, family_of: dict[int, int]
+) -> Grouped:
     budget = given_tokens(args)
     sizes, groups = planned_sizes(kept, layout, group_by_prompt, budget)
     count = None if budget else args.train_batch_size
     batches = BudgetSampler(sizes, tokens_per_batch=budget, batch_size=count, seed=0, groups=groups).plan(0)
     batches = batches[:: -(-len(batches) // SAMPLED)]
-    rows = 0
+    rows = families = 0
     for batch in batches:
+        families += len({family_of[i] for i in batch})
         examples = kept.select(batch).to_list()
         packed = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=1, across_examples=True)
         rows += packed["input_ids"].numel()
-    return rows / sum(map(len, batches))
+    taken = sum(map(len, batches))
+    return Grouped(rows / taken, families / taken)
 
 
 def _numbered(kept: Dataset) -> list[list[int]]:

@@ -318,7 +318,7 @@ def _broken_json(path: Path, file: IO[bytes]) -> str | None:
     for number, line in enumerate(file, 1):
         where = f"{str(path)!r}, line {number}"
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = json.loads(line.rstrip() or b"{}")  # without the end of the line, where no column could be named
         except UnicodeDecodeError:
             return f"{where}: not UTF-8 text"
         except json.JSONDecodeError as error:

@@ -263,13 +263,17 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
         """Evaluate; a dataset passed here is prepared like those passed to the constructor.
 
         Raises:
-            ValueError: the reference's log-probs of this dataset are needed and can't be computed any more.
+            ValueError: the reference's log-probs of this dataset are needed and can't be computed any more; or, in
+                training, `metric_for_best_model` is none of the metrics.
         """
+        is_whole = eval_dataset is None
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self._prepare_dataset(eval_dataset, metric_key_prefix)
             if self._is_precomputed:
                 eval_dataset = self._with_reference(eval_dataset, metric_key_prefix)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if is_whole and self.is_in_train:
+            checks.check_best_metric(self.args.metric_for_best_model, result)
         return result
 
     def _with_reference(self, rows: Any, name: str) -> Any:

@@ -234,6 +234,12 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
         self._advise(ends="train_loss" in logs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End the training; the loss since its last record becomes a mean over processes, as that of records is."""
+        if self.args.world_size > 1:
+            self._tr_loss: Any = self.accelerator.reduce(self._tr_loss, reduction="mean")
+        return super()._finalize_training(*args, **kwargs)
+
     def _advise(self, *, ends: bool) -> None:
         """Say once when precomputing the reference would pay, where it can be precomputed."""
         state = self.state

@@ -162,6 +162,10 @@ def test_label_smoothing_that_trl_would_ignore_is_told(tmp_path: Path, caplog: p
         ),
         ({"ref_model_sync_steps": 64}, "ref_model_sync_steps=64 has no effect without sync_ref_model"),
         (
+            {"tokens_per_batch": 512, "per_device_train_batch_size": 3},
+            "per_device_train_batch_size=3 has no effect beside tokens_per_batch=512, which fills the batches",
+        ),
+        (
             {"loss_type": "sft", "sync_ref_model": True},
             "sync_ref_model is switched off, because loss_type",
         ),

@@ -34,6 +34,16 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[..., list[tuple[str, st
     return prepare
 
 
+@pytest.mark.parametrize("end", [[], [1], [1, 10]], ids=["none", "eos", "eos-and-line-break"])
+def test_responses_without_an_end_are_said(end: list[int], logged: Callable[..., list[tuple[str, str]]]) -> None:
+    assert TOKENIZER.eos_token_id == 1
+    row = {"prompt_ids": [70, 71], "chosen_ids": [80, 81, *end], "rejected_ids": [82, 83, 84]}
+    warned = [message for level, message in logged([row] * 30, max_length=64) if level == "WARNING"]
+    cut = [message for level, message in logged([row] * 30, max_length=4) if "has no end" in message]
+    assert [("EOS (1)" in message and "may learn to go on" in message) for message in warned] == [True] * (not end)
+    assert not cut, "of what is cut, nobody knows the end"
+
+
 def test_the_whole_summary(logged: Callable[..., list[tuple[str, str]]]) -> None:
     rows = [
         PAIR | {"chosen": " Bo"},
@@ -85,7 +95,7 @@ def test_every_kind_has_its_lines(logged: Callable[..., list[tuple[str, str]]]) 
     ((_, summary),) = logged([PAIR], kind="unpaired")
     assert "    rejected   ⟦ Bo<eos>⟧" in summary
     ids = {"prompt_ids": [0, 70], "chosen_ids": [71], "rejected_ids": [72, 73], "pair_index": 4, "prompt": "unread"}
-    ((_, summary),) = logged([ids | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}])
+    *_, (_, summary) = logged([ids | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}])
     assert "prompt_ids, chosen_ids, rejected_ids, pair_index (the row's number), ref_chosen_logps (" in summary
     assert "not used: prompt" in summary
 

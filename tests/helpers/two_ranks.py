@@ -15,7 +15,7 @@ from tests.helpers.trainers import NoTokenizer, data_for, rows, tiny_llama
 
 RUNS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
-    "sft": {"loss_type": ["sigmoid", "sft"]},
+    "sft": {"loss_type": ["sigmoid", "sft"], "logging_steps": 5},  # more than there are
     "aot": {"loss_type": "aot"},
     "kto": {"loss_type": "kto"},
     "vision": {"per_device_eval_batch_size": 2},
@@ -41,7 +41,6 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, Any]:
             optim="sgd",  # Adam would hide a wrong scale of the gradients
             lr_scheduler_type="constant",
             max_steps=2,
-            logging_steps=1,
             max_grad_norm=0.0,
             save_strategy="no",
             report_to="none",
@@ -49,7 +48,7 @@ def train(output_dir: str, data: Dataset, **settings: Any) -> dict[str, Any]:
             gradient_checkpointing=False,
             use_cpu=True,
             train_sampling_strategy="sequential",
-            **settings,
+            **{"logging_steps": 1} | settings,
         ),
         train_dataset=data,
         eval_dataset=data,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3MoeConfig
 
 from fastdpo import DPOConfig, shared_prefix_batch
 from fastdpo.benchmarks import lengths
@@ -43,6 +43,11 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     tie_word_embeddings=True,
+)
+
+EXPERTS = Qwen3MoeConfig(
+    **{"vocab_size": VOCAB, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32},
+    **{"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
 )
 
 
@@ -167,11 +172,27 @@ def test_grouped_batches_hold_what_the_collator_makes_of_them(tmp_path: Path) ->
     assert batches.targets.tolist() == [len(batch["target_ids"]) for batch in made]
     assert batches.unshared.tolist() == [batch["num_tokens"] - batch["num_sequences"] for batch in made]
     assert stats.per_prompt == 4
-    assert stats.grouped[4] == sum(batch["num_packed_tokens"] for batch in made) / 24
-    assert stats.ungrouped > stats.grouped[2] > stats.grouped[4]
+    assert stats.grouped[4] == (sum(batch["num_packed_tokens"] for batch in made) / 24, 1 / 4)
+    assert stats.ungrouped > stats.grouped[2].rows > stats.grouped[4].rows
     assert list(stats.grouped) == [2, 4]
     assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in tables._grouping(stats, 32)
-    assert "with steps of 8 prompts or more (now about 2)" in tables._grouping(stats, 8)[-1][1]
+    assert tables._grouping(stats, 32)[-1][1] == "about 8"
+    assert tables._grouping(stats, 8)[-1][1] == "about 2, which is few: make steps 4 times as large"
+
+
+def test_grouping_is_advised_by_the_conversations_and_the_usual_number_of_their_pairs(tmp_path: Path) -> None:
+    """Each turn has one pair, and one conversation is much longer than the others."""
+    rows = []
+    for talk, turns in enumerate([6, *[2] * 9]):
+        said = f"w{20 + talk} " * 20
+        for turn in range(turns):
+            rows.append({"prompt": said, "chosen": "w3 w4", "rejected": f"w{5 + turn}"})
+            said += "w3 w4 w9 "
+    args = settings(tmp_path, max_length=96, per_device_train_batch_size=8)
+    stats = token_stats(Dataset.from_list(rows), TOKENIZER, args, VOCAB)
+    assert stats.per_prompt == 6
+    assert max(1 - grouped.rows / stats.ungrouped for grouped in stats.grouped.values()) > 0.3
+    assert 10 / 24 <= stats.grouped[8].families <= 12 / 24, "the long conversation may be in two batches"
 
 
 def test_a_start_that_all_prompts_share_is_not_saved_by_grouping(tmp_path: Path) -> None:
@@ -249,12 +270,16 @@ def batch_of(pairs: int) -> tuple[dict[str, Any], int, Ratios]:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "keeping"])
-def test_memory_is_what_a_step_takes(checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("config", "checkpointing"),
+    [(CONFIG, True), (CONFIG, False), (EXPERTS, False)],
+    ids=["checkpointing", "keeping", "experts"],
+)
+def test_memory_is_what_a_step_takes(config: Any, checkpointing: bool) -> None:
     """Every storage that a real step allocates outside of kernels is counted, and the prediction is within 10 %."""
     batch, T, ratios = batch_of(8)
-    predicted = memory_module.memory_model(CONFIG, ratios, checkpointing=checkpointing)  # in float32: the grid
-    step, known = real_step(CONFIG, batch, checkpointing)
+    predicted = memory_module.memory_model(config, ratios, checkpointing=checkpointing)  # in float32: the grid
+    step, known = real_step(config, batch, checkpointing)
     with trace_module.Live(iter(known), 0, trace_module.Place()) as live:
         step()
     counted = max(operation.alive for operation in live.operations)

@@ -1,4 +1,7 @@
-"""Stand-ins for attention and head in `fastdpo.plan.memory`: they allocate as the real ones do, but compute nothing."""
+"""Stand-ins for attention, head and experts in `fastdpo.plan.memory`, which allocate as the real ones do.
+
+They compute nothing.
+"""
 
 from typing import Any
 
@@ -65,6 +68,22 @@ class _AttentionMemory(torch.autograd.Function):
         del sums
         query.new_empty(6 * ctx.scores, dtype=torch.float32)
         return *grads, None
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, dtype: Any = None) -> Tensor:
+    """Allocate the result of `torch._grouped_mm`, the matmul of experts, whose own fake result is in bfloat16 only.
+
+    Args:
+        a: [rows, K] or [G, rows, K].
+        b: [K, columns] or [G, K, columns].
+        offs: [G], where each group ends: in the rows of `a`, in the columns of `b`, or in the K of both.
+        bias: None; torch takes no other value.
+        dtype: dtype of the result; None means that of `a`.
+    """
+    groups: Any = ()
+    if a.dim() == b.dim():  # each group has a result of its own
+        groups = a.shape[:1] if offs is None else offs.shape
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1], dtype=dtype)
 
 
 def _attention(

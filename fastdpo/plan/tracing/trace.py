@@ -5,7 +5,7 @@ rows of the packed batch:
 
     alive[i](T) = fixed[i] + per_row[i] * T
 
-Attention and head are stand-ins (`fastdpo.plan.tracing.stand_ins`).
+Attention, head and experts are stand-ins (`fastdpo.plan.tracing.stand_ins`).
 """
 
 import weakref
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo.model.adapted_layers import base_linear
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.scoring_forward import find_head
-from fastdpo.plan.tracing.stand_ins import HeadMemory
+from fastdpo.plan.tracing.stand_ins import HeadMemory, grouped_mm
 
 # a model that loops over tokens is refused after the small batches; the large ones would take minutes
 PROBED_ROWS = (32, 64)
@@ -113,7 +114,8 @@ class Live(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        is_grouped = func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+        out = (grouped_mm if is_grouped else func)(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._count(tensor.untyped_storage())
