@@ -27,6 +27,7 @@ import torch
 from fastdpo import __version__
 from fastdpo.commands.doctor import head_check
 from fastdpo.settings.config_file import UsageError
+from fastdpo.settings.names import check_name, nearest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,12 +191,23 @@ class Parser(argparse.ArgumentParser):
             help="time limit; a case starts only if the longest so far would fit",
         )
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            if action.choices is not None:
+                check_name(action.option_strings[-1], value, action.choices)
+        except ValueError as error:
+            self.error(str(error))
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
 
     def parse(self, words: list[str]) -> argparse.Namespace:
         """Return the arguments; a flag is the same with `_` as with `-`."""
-        return self.parse_args([_dashed(word) if word.startswith("--") else word for word in words])
+        args, rest = self.parse_known_args([_dashed(word) if word.startswith("--") else word for word in words])
+        if rest:
+            flag = rest[0].partition("=")[0]
+            self.error(f"unknown option {flag}{nearest(flag, self._option_string_actions)}")
+        return args
 
 
 def _seconds(text: str) -> float:

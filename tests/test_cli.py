@@ -198,7 +198,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         (
             ("train", QUICKSTART, "--optim", "adan"),
             1,
-            "optim: adan is not a valid OptimizerNames, please select",
+            "optim must be one of adamw_torch, adamw_torch_fused,",
         ),
         (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
         (
@@ -243,6 +243,7 @@ def test_mistakes_are_answered_before_the_slow_imports() -> None:
         ["train", QUICKSTART, "--beta", "high"],
         ["train", QUICKSTART, "--dtype", "float31"],
         ["train", QUICKSTART, "--report_to", "nowhere"],
+        ["train", QUICKSTART, "--optim", "adamw_toch", "--loss_type", "sigmod"],
         *(
             ["train", QUICKSTART, f"--{name}", "no/such/path"]
             for name in ("config_name", "dataset_name", "ref_model_name_or_path", "resume_from_checkpoint")
