@@ -172,6 +172,9 @@ def results_folder() -> Path:
     return (parent if parent.is_dir() else Path("bench-results")) / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
+OUT = "File to which one JSON line per variant is appended (default: in the folder of this machine's results)."
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line of the command line's, and whose flags may be written with underscores."""
 
@@ -188,7 +191,7 @@ class Parser(argparse.ArgumentParser):
             "--seconds",
             type=_seconds,
             default=math.inf,
-            help="time limit; a case starts only if the longest so far would fit",
+            help="Time limit; a case starts only if the longest so far would fit (default: none).",
         )
 
     def _check_value(self, action: argparse.Action, value: object) -> None:

@@ -99,6 +99,7 @@ def measured() -> dict[str, str]:
     from fastdpo.benchmarks import report
 
     return {
+        "the summary": step_tables.summary(),
         "the steps": report.steps(),
         "the levers": report.levers(),
         "the ratios": step_tables.ratios(),

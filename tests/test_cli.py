@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo import __main__ as start
 from fastdpo import cli
 from fastdpo.settings.config_file import MANIFEST
 from tests.helpers import forks
@@ -446,6 +448,21 @@ def test_a_signal_that_became_another_exception_is_still_a_signal(run: Run, monk
     monkeypatch.setitem(cli.COMMANDS, "score", swallow)
     ended = run("score", QUICKSTART)
     assert (ended.code, ended.err) == (130, "fastdpo: stopped by Ctrl-C; nothing was saved\n")
+
+
+def test_ctrl_c_before_the_command_is_imported_shows_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fastdpo.cli", Slow())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="130"):
+        start.run()
+    assert capsys.readouterr().err == "fastdpo: stopped by Ctrl-C; nothing was saved\n"
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["fastdpo"]
+    assert script == f"{start.run.__module__}:{start.run.__name__}"
 
 
 def full() -> None:

@@ -319,7 +319,7 @@ def _broken_json(path: Path, file: IO[bytes]) -> str | None:
     for number, line in enumerate(file, 1):
         where = f"{str(path)!r}, line {number}"
         try:
-            row = json.loads(line) if line.strip() else {}
+            row = json.loads(line.rstrip()) if line.strip() else {}  # else a cut line's fault is one line further
         except UnicodeDecodeError:
             return f"{where}: not UTF-8 text"
         except json.JSONDecodeError as error:

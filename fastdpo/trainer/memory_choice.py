@@ -92,7 +92,7 @@ class MemoryChoice:
             self.checkpointed = len(layers) if self._once else found.fewest(self._largest_batch)
         recomputed = len(layers) * bool(args.gradient_checkpointing) if self.checkpointed is None else self.checkpointed
         said_batch = f"{self._largest_batch:,} tokens"
-        if self.tokens is None and count > 1:
+        if self.tokens is None and (count := min(count, len(found.examples))) > 1:
             said_batch = f"the {count} largest examples with together {self._largest_batch:,} tokens"
         logger.info(
             "memory: %s; a step with the largest possible batch, %s, takes %.2f GiB (computed) of the %.2f GiB that "

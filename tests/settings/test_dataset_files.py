@@ -73,6 +73,7 @@ BROKEN = LINES.encode() + b'{"prompt": "x", "chosen" "y"}\n' + LINES.encode()
         ("a.jsonl", BROKEN, "line 4, column 26: not valid JSON, Expecting ':' delimiter"),
         ("a.jsonl.gz", gzip.compress(BROKEN), "line 4, column 26: not valid JSON"),
         ("a.jsonl", LINES.encode() + b'{"prompt": "cut o', "line 4, column 12: not valid JSON"),
+        ("a.jsonl", LINES.encode() + b'{"prompt": "cut"\n' + LINES.encode(), "line 4, column 17: not valid JSON"),
         ("a.jsonl", LINES.encode() + b'["no", "columns"]\n', r"line 4: each line must be an object such as .* got \["),
         ("a.jsonl", LINES.encode("latin-1"), "line 1: not UTF-8 text"),
         ("a.jsonl", b"\n \n", "a.jsonl' can't be read as json|holds no rows"),
@@ -82,7 +83,7 @@ BROKEN = LINES.encode() + b'{"prompt": "x", "chosen" "y"}\n' + LINES.encode()
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:40], "can't be decompressed: Compressed file ended"),
         ("a.jsonl.gz", b"no gzip file", "a.jsonl.gz"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
