@@ -9,6 +9,7 @@ as accelerate compiles it. Graphs are counted, and batches after which the count
 (forward and backward with recomputing) and compares the least process time of each side; it needs a C++ compiler.
 """
 
+import argparse
 import copy
 import json
 import random
@@ -114,5 +115,8 @@ def timed(rounds: int = 5) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("count", "time"), help="Count compilations, or time a step.")
+    chosen = parser.parse_args().what
     torch.set_num_threads(1)
-    print(json.dumps({"count": count, "time": timed}[sys.argv[1]](), indent=1))
+    print(json.dumps({"count": count, "time": timed}[chosen](), indent=1))

@@ -7,6 +7,7 @@ Prints one JSON object a class: the modules that Liger replaced, and the largest
 of gradients, relative to the largest one of the same weight, on a packed batch in float32.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -152,4 +153,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all that Liger knows).")
+    main(parser.parse_args().classes)

@@ -6,10 +6,10 @@ With no class it tries all of them and writes docs/models.md. Scores and all par
 float32, with each sequence alone through the class's own, unpatched forward.
 """
 
+import argparse
 import copy
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections import Counter
@@ -162,12 +162,15 @@ def sweep(names: list[str]) -> list[Row]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all).")
+    chosen = parser.parse_args().classes
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastdpo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    rows = sweep(sys.argv[1:] or class_names())
-    if sys.argv[1:]:
+    rows = sweep(chosen or class_names())
+    if chosen:
         return
     DOCUMENT.write_text(render(rows))
 

@@ -10,10 +10,10 @@ with what they were before, in turns: the rows that fill batches up, and the sco
 and backward. The time is the least of all rounds.
 """
 
+import argparse
 import contextlib
 import functools
 import random
-import sys
 import tempfile
 import time
 from bisect import bisect
@@ -275,6 +275,12 @@ def attention(batch: dict[str, Any]) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("parts", "removed"), help="What to print.")
+    parser.add_argument(
+        "lengths", nargs="*", default=["hh"], help="Datasets whose lengths the synthetic pairs have (default: hh)."
+    )
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for each in sys.argv[2:] or ["hh"]:
-        print(parts(each) if sys.argv[1] == "parts" else removed(each), flush=True)
+    for each in args.lengths:
+        print(parts(each) if args.what == "parts" else removed(each), flush=True)

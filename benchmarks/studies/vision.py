@@ -10,9 +10,9 @@ takes beside the two models' weights. The vocabulary has 260 tokens, so the head
 `steps` needs `fastdpo[bench]`.
 """
 
+import argparse
 import copy
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -185,12 +185,16 @@ def steps(models: list[str], responses: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("families", "steps"), help="What to measure.")
+    parser.add_argument("model", nargs="?", choices=MODELS, help="Model whose steps are measured (default: both).")
+    parser.add_argument("tokens", nargs="*", type=int, help="Tokens of a response (default: 50 and 400).")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastdpo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    what, *chosen = sys.argv[1:]
-    if what == "families":
+    if args.what == "families":
         families()
     else:
-        steps(chosen[:1] or list(MODELS), [int(n) for n in chosen[1:]] or [50, 400])
+        steps([args.model] if args.model else list(MODELS), args.tokens or [50, 400])

@@ -105,6 +105,16 @@ def test_files_that_commands_name_exist(page: Path) -> None:
             assert (ROOT / name).exists(), name
 
 
+def test_each_option_of_a_script_has_a_sentence() -> None:
+    scripts = [path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py")]
+    calls = [node for path in scripts for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    options = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    assert len(options) > 50
+    for call in options:
+        said = [ast.unparse(keyword.value).rstrip("'\"") for keyword in call.keywords if keyword.arg == "help"]
+        assert said and (said[0].endswith(".") or said == ["OUT"]), ast.unparse(call)
+
+
 def test_pages_have_modules() -> None:
     assert len([module for page in PAGES for module, _ in modules_of(page)]) > 30
 
