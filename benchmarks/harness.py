@@ -147,6 +147,12 @@ def record(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def save(path: Path, found: dict[str, Any]) -> None:
+    """Write what a study has found, and where and when, in the place of what it found before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance()} | found, indent=1) + "\n")
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file that `record` wrote; none if there is no such file.
 

@@ -95,7 +95,7 @@ def steps() -> dict[str, str]:
 
 def measured() -> dict[str, str]:
     """Return the tables of benchmarks.md, from the measurements that are committed."""
-    from docs import step_tables
+    from docs import step_tables, study_tables
     from fastdpo.benchmarks import report
 
     return {
@@ -104,6 +104,8 @@ def measured() -> dict[str, str]:
         "the levers": report.levers(),
         "the ratios": step_tables.ratios(),
         "the split": step_tables.splits(),
+        "the parts": study_tables.step_parts(),
+        "what was removed": study_tables.step_removed(),
         "the real model": step_tables.real_model(),
         "the head": report.head(),
         "the peers": report.peers(),
@@ -111,18 +113,34 @@ def measured() -> dict[str, str]:
 
 
 def grouping() -> dict[str, str]:
-    """Return the table of grouping.md."""
-    from docs import step_tables
+    """Return the tables of grouping.md."""
+    from docs import step_tables, study_tables
 
-    return {"the grouped steps": step_tables.grouped()}
+    return {"the grouped steps": step_tables.grouped(), "the trainings": study_tables.grouped_trainings()}
+
+
+def studied(**tables: str) -> Callable[[], dict[str, str]]:
+    """Return a function that returns tables of studies, by the names of the functions that make them."""
+
+    def made() -> dict[str, str]:
+        from docs import study_tables
+
+        return {title: getattr(study_tables, name)() for name, title in tables.items()}
+
+    return made
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "../README.md": steps,
+    "../examples/frontier/README.md": studied(frontier="the frontier"),
     "benchmarks.md": measured,
+    "drop-in.md": studied(patched="the steps of patch_trl"),
     "grouping.md": grouping,
+    "how_it_works.md": studied(compiled="the graphs", liger="Liger's kernels"),
     "migrating.md": migrating,
     "settings.md": settings,
+    "sparse_backward.md": studied(cells="where cells are", head_times="the computed times"),
+    "vision.md": studied(vision_steps="the steps on images", vision_families="the families"),
 }
 """The function that returns the tables of a page, by their titles."""
 

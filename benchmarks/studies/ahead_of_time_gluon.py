@@ -4,7 +4,9 @@ import contextlib
 import io
 import re
 import subprocess
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -126,3 +128,14 @@ def epilogues(code: list[str]) -> list[int]:
         body = [*code[inner[1] + 1 : rare[0] + 1], *code[rare[1] : outer[1] + 1]]
         counts.append(sum(not line.endswith(":") and "NOP" not in line for line in body))
     return counts
+
+
+def compile_gluon() -> tuple[int, Any] | None:
+    """Return the epilogue and the configuration of the warp-specialised forward; None if Triton lacks Gluon."""
+    from fastdpo.head.autotune import GLUON_FORWARD, has_gluon
+
+    if not has_gluon():
+        return None
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        compiled = pool.submit(compile_variant, "masses").result()
+    return max(compiled.epilogues), import_module(GLUON_FORWARD).CONFIG

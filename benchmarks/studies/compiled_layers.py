@@ -1,12 +1,13 @@
 """Count what torch.compile compiles in 30 batches of different lengths, and time a step beside the plain layers.
 
-    python -m benchmarks.studies.compiled_layers count         # a model of 2 small layers
-    python -m benchmarks.studies.compiled_layers time          # 6 layers of SmolLM2-135M's size, compiled by inductor
+    python -m benchmarks.studies.compiled_layers count    # a model of 2 small layers
+    python -m benchmarks.studies.compiled_layers time     # 6 layers of SmolLM2-135M's size, compiled by inductor
 
-Each prints one JSON object. `count` compares the layers alone, as `torch_compile: true` compiles them, with all lengths
-left to be variables and with one compilation for each, both with and without `few_lengths`, and with the whole model,
-as accelerate compiles it. Graphs are counted, and batches after which the count rose. `time` alternates steps
-(forward and backward with recomputing) and compares the least process time of each side; it needs a C++ compiler.
+Each prints what it found, and `--out FILE` writes it as JSON. `count` compares the layers alone, as `torch_compile:
+true` compiles them, with all lengths left to be variables and with one compilation for each, both with and without
+`few_lengths`, and with the whole model, as accelerate compiles it. Graphs are counted, and batches after which the
+count rose. `time` alternates steps (forward and backward with recomputing) and compares the least process time of each
+side; it needs a C++ compiler.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import random
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +26,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo import shared_prefix_batch
+from fastdpo.benchmarks.harness import save
 from fastdpo.model.scoring_forward import compile_layers, patch_forward
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9}
 VOCAB = 512
 WAYS: dict[str, dict[str, Any]] = {
-    "layers, variable lengths": {},
-    "layers, variable lengths, few_lengths": {"few": True},
-    "layers, dynamic=False": {"dynamic": False},
-    "layers, dynamic=False, few_lengths": {"dynamic": False, "few": True},
-    "whole model, as accelerate": {"whole": True},
+    "the layers, as `torch_compile: true` does": {},
+    "the layers, with `few_lengths`": {"few": True},
+    "the layers, with `dynamic=False`": {"dynamic": False},
+    "the layers, with `dynamic=False` and `few_lengths`": {"dynamic": False, "few": True},
+    "the whole model, as accelerate does": {"whole": True},
 }
+"""What is compiled, as docs/how_it_works.md names it."""
 
 
 def make_model(sizes: dict[str, int]) -> Any:
@@ -83,7 +87,7 @@ def count(batches: int = 30) -> dict[str, Any]:
         rises = sum(after > before for before, after in zip([0, *graphs], graphs, strict=False))
         found[name] = {"graphs": graphs[-1], "batches_that_compiled": rises, "lengths": len(rows), "filling": filled}
         print(name, found[name], file=sys.stderr, flush=True)
-    return found
+    return {"batches": batches, "ways": found}
 
 
 def timed(rounds: int = 5) -> dict[str, Any]:
@@ -114,9 +118,17 @@ def timed(rounds: int = 5) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("count", "time"), help="Count compilations, or time a step.")
-    chosen = parser.parse_args().what
+    parser.add_argument("--out", type=Path, help="JSON file to which the result is written (default: none).")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(json.dumps({"count": count, "time": timed}[chosen](), indent=1))
+    found = count() if args.what == "count" else timed()
+    print(json.dumps(found, indent=1))
+    if args.out:
+        save(args.out, found)
+
+
+if __name__ == "__main__":
+    main()

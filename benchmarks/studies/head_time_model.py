@@ -1,6 +1,6 @@
 """Compute how long the head should take on an H200, from its compiled kernels: nothing is measured.
 
-    python -m benchmarks.studies.head_time_model
+    python -m benchmarks.studies.head_time_model --out benchmarks/results/computed/head_time.json
     python -m benchmarks.studies.head_time_model --chips
     python -m benchmarks.studies.head_time_model --rows 8192 --hidden 4096 --vocab 128256
 
@@ -25,17 +25,21 @@ from it.
 """
 
 import argparse
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.studies.ahead_of_time import Compiled, Job, compile_kernel
-from benchmarks.studies.ahead_of_time_gluon import compile_variant
+from benchmarks.studies.ahead_of_time_gluon import compile_gluon
+from fastdpo.benchmarks.harness import save
+from fastdpo.benchmarks.report import RESULTS
 
 PROCESSORS = 132
 TENSOR = 4096  # FLOP of a multiprocessor in a clock
@@ -45,7 +49,10 @@ FED, FILL, STALLS = 0.95, 1200, 1.25
 L2, MEMORY = 39, 20  # bytes of a multiprocessor in a clock
 BANDWIDTH = 4.3e12  # bytes of memory in a second
 STEP = 2000  # clocks of a step of sparse_dhidden: bounds, rows, cells, a matmul and a store wait for each other
-ROWS = {0.05: (0.077, 0.0176), 0.18: (0.269, 0.0261), 0.35: (0.49, 0.0232)}
+ROWS = {
+    round(row["density"], 2): (row["in_dense_blocks"], row["elsewhere"])
+    for row in reversed(json.loads((RESULTS / "cells.json").read_text())["rows"][1:])
+}
 """Of all cells, the share in dense blocks and that of active cells elsewhere, by density."""
 LIMIT = 0.12
 """Density for which the sparse kernels' times are computed: the lists of a chunk are as long as where it matters."""
@@ -58,8 +65,6 @@ JOBS = {
     "dense blocks": ("sparse-dhidden-blocks", ""),
     "sparse dweight": ("sparse-dweight", ""),
 }
-
-
 SPARSE = ("sparse dlogits", "sparse dhidden", "dense blocks", "sparse dweight")
 FORWARDS = {80: "forward", 100: "forward-tma"}
 
@@ -134,17 +139,6 @@ def read(compiled: Compiled) -> Kernel:
     block = launch["BLOCK_N"], launch["BLOCK_V"], launch["BLOCK_D"]
     numbers = compiled.registers, compiled.shared_bytes, compiled.loops, compiled.at_once
     return Kernel(block, launch["num_warps"], *numbers)
-
-
-def compile_gluon() -> tuple[int, Any] | None:
-    """Return the epilogue and the configuration of the warp-specialised forward; None if Triton lacks Gluon."""
-    from fastdpo.head.autotune import GLUON_FORWARD, has_gluon
-
-    if not has_gluon():
-        return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        compiled = pool.submit(compile_variant, "masses").result()
-    return max(compiled.epilogues), import_module(GLUON_FORWARD).CONFIG
 
 
 def forward(kernel: Kernel, shape: Shape) -> float:
@@ -301,6 +295,18 @@ GOALS = {
 HEADLINE = Shape(8192, 4096, 128256)
 
 
+def computed(kernels: dict[str, Kernel], shape: Shape, times: Any) -> dict[str, Any]:
+    """Return milliseconds with no cell skipped and, by where the active cells are, by density and the limits."""
+    dense = steps(kernels, shape, times, 1.0, 1.0, 0.0)
+    found: dict[str, Any] = {"dense_ms": {name: 1e3 * seconds for name, seconds in dense.items()}}
+    for cells, where in (("spread evenly", {d: (0.0, d) for d in ROWS}), ("where a model has them", ROWS)):
+        by_density = {d: steps(kernels, shape, times, d, *shares) for d, shares in where.items()}
+        kinds = {"frozen": (False, True), "auto": (True, True), "sparse": (True, False)}
+        ms = {name: {d: 1e3 * x[name] for d, x in by_density.items()} for name in dense}
+        found[cells] = {"ms": ms, "limits": {name: limit(times, where, *kind) for name, kind in kinds.items()}}
+    return found
+
+
 def report(kernels: dict[str, Kernel], shape: Shape, gluon: tuple[int, Any] | None = None) -> str:
     """Return the tables: kernels, steps beside their goals, and the forward at other hidden sizes.
 
@@ -320,22 +326,18 @@ def report(kernels: dict[str, Kernel], shape: Shape, gluon: tuple[int, Any] | No
         lines.append(f"{name:22}{block:>14}{k.registers:6}{k.shared / 1024:5.0f}{k.programs:10}{counts:>16}")
     times = chip(kernels, shape)
     lines += [described(times), f"a block is dense from {sparsity.dense_block(times):.2f} of its rows on"]
-    without = steps(kernels, shape, times, 1.0, 1.0, 0.0)
-    for cells, where in (("spread evenly", {d: (0.0, d) for d in ROWS}), ("where a model has them", ROWS)):
-        lines.append(f"{f'ms (computed), {cells}':34}" + "".join(f"{f'density {d:.2f}':>30}" for d in where))
-        found = {density: steps(kernels, shape, times, density, *shares) for density, shares in where.items()}
-        for name, of_dense in without.items():
+    found = computed(kernels, shape, times)
+    for cells in ("spread evenly", "where a model has them"):
+        lines.append(f"{f'ms (computed), {cells}':34}" + "".join(f"{f'density {d:.2f}':>30}" for d in ROWS))
+        for name, of_dense in found["dense_ms"].items():
             row = ""
-            for density in where:
-                ms, goal = 1e3 * found[density][name], GOALS.get((name, density)) if shape == HEADLINE else None
-                said = " dense" if found[density][name] == of_dense else ""
+            for density, ms in found[cells]["ms"][name].items():
+                goal = GOALS.get((name, density)) if shape == HEADLINE else None
+                said = " dense" if ms == of_dense else ""
                 said += "" if goal is None else f" (goal {goal:.0f}{'' if ms <= goal else ', missed'})"
                 row += f"{f'{ms:.1f}{said}':>30}"
-            lines.append(f"{name:34}{row}   dense {1e3 * of_dense:.1f}")
-        limits = (
-            f"{name} {limit(times, where, *kind):.2f}"
-            for name, kind in (("frozen", (False, True)), ("auto", (True, True)), ("sparse", (True, False)))
-        )
+            lines.append(f"{name:34}{row}   dense {of_dense:.1f}")
+        limits = (f"{name} {density:.2f}" for name, density in found[cells]["limits"].items())
         lines.append(f"dense from a density of, computed: {', '.join(limits)}")
     for size in (1024, 2048, 4096):
         other = shape._replace(D=size)
@@ -383,13 +385,18 @@ def main(argv: list[str] | None = None) -> None:
         "--vocab", type=int, default=HEADLINE.V, help=f"V: tokens of the vocabulary (default: {HEADLINE.V})."
     )
     parser.add_argument("--chips", action="store_true", help="Print only the numbers of sm_80, sm_90 and sm_100.")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to which milliseconds and limits are written (default: none)."
+    )
     args = parser.parse_args(argv)
     if args.chips:
         for arch, gpu in GPUS.items():
             sys.stdout.write(f"sm_{arch}: {described(chip(compile_kernels(arch), HEADLINE, gpu=gpu))}\n")
         return
-    kernels, gluon = compile_kernels(), compile_gluon()
-    sys.stdout.write(report(kernels, Shape(args.rows, args.hidden, args.vocab), gluon) + "\n")
+    kernels, shape = compile_kernels(), Shape(args.rows, args.hidden, args.vocab)
+    sys.stdout.write(report(kernels, shape, compile_gluon()) + "\n")
+    if args.out:
+        save(args.out, {"shape": shape._asdict()} | computed(kernels, shape, chip(kernels, shape)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Compare tiny models with Liger's kernels in their layers, as `use_liger_kernel` puts them there, with those without.
 
-    TRITON_INTERPRET=1 python -m benchmarks.studies.liger_families [CLASS ...]
+    TRITON_INTERPRET=1 python -m benchmarks.studies.liger_families [CLASS ...] [--out FILE]
 
 Without a GPU, Triton's interpreter runs the kernels, which takes minutes for all causal-LM classes that Liger knows.
-Prints one JSON object a class: the modules that Liger replaced, and the largest differences of log-probs, in nats, and
-of gradients, relative to the largest one of the same weight, on a packed batch in float32.
+Prints one JSON object a class, and `--out` writes them to a file: the type of the model, the modules that Liger
+replaced, and the largest differences of log-probs, in nats, and of gradients, relative to the largest one of the same
+weight, on a packed batch in float32.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.studies.tiny_configs import NotBuildableError, class_names, make_tiny
 from fastdpo import DPOConfig, shared_prefix_batch
+from fastdpo.benchmarks.harness import save
 from fastdpo.compat import liger
 from fastdpo.model.layout import Layout, choose_layout
 from fastdpo.model.scoring_forward import patch_forward
@@ -88,6 +91,7 @@ def compare(model: Any) -> dict[str, Any]:
     ]
     return {
         "class": type(model).__name__,
+        "model_type": model.config.model_type,
         "replaced": dict(sorted(liger.kinds(model).items())),
         "layout": layout,
         "logps": (logps - expected).abs().max().item(),
@@ -137,22 +141,28 @@ def known_classes() -> list[str]:
     return [name for name, model_type in types.items() if model_type in KNOWN]
 
 
-def main(names: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", help="Classes to try (default: all that Liger knows).")
+    parser.add_argument("--out", type=Path, help="JSON file to which all rows are written (default: none).")
+    args = parser.parse_args(argv)
+    rows = []
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("without a GPU, set TRITON_INTERPRET=1")
         interpret(setattr)
-    for name in names or known_classes():
+    for name in args.classes or known_classes():
         try:
             model = make_tiny(name)
             row = compare(model.cuda() if on_gpu else model)
         except (NotBuildableError, ValueError) as error:
             row = {"class": name, "error": " ".join(str(error).split())}
+        rows.append(row)
         print(json.dumps(row), flush=True)
+    if args.out:
+        save(args.out, {"rows": rows})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all that Liger knows).")
-    main(parser.parse_args().classes)
+    main()

@@ -1,13 +1,16 @@
 """Try a tiny model of every causal-LM class of transformers: which layout of a batch is exact on it, and how exact.
 
-    python -m benchmarks.studies.model_sweep [CLASS ...]
+    python -m benchmarks.studies.model_sweep            # all of them; writes the numbers and docs/models.md
+    python -m benchmarks.studies.model_sweep CLASS ...  # writes nothing
+    python -m benchmarks.studies.model_sweep --table    # writes docs/models.md from the numbers in the repository
 
-With no class it tries all of them and writes docs/models.md. Scores and all parameter gradients are compared, in
+Scores and all parameter gradients are compared, in
 float32, with each sequence alone through the class's own, unpatched forward.
 """
 
 import argparse
 import copy
+import json
 import logging
 import signal
 import time
@@ -23,11 +26,13 @@ from torch import Tensor, nn
 
 from benchmarks.studies.tiny_configs import VOCAB, NotBuildableError, class_names, make_tiny
 from fastdpo import shared_prefix_batch
+from fastdpo.benchmarks.harness import save
+from fastdpo.benchmarks.report import RESULTS
 from fastdpo.model.layout import layout_of
 from fastdpo.model.scoring_forward import find_head, patch_forward
 from fastdpo.model.self_check import self_check
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+DOCUMENT, NUMBERS = Path(__file__).parents[2] / "docs" / "models.md", RESULTS / "models.json"
 LOGPS_BOUND, GRADIENT_BOUND = 5e-5, 5e-5
 SECONDS = 120
 
@@ -39,9 +44,9 @@ class Row(NamedTuple):
     verdict: str
     """One of shared, tree, packed, padded, refused, not buildable, or wrong and crash, which are faults of fastdpo."""
     head: str = ""
-    logps_error: float = float("nan")
+    logps_error: float | None = None
     """Largest error of a log-prob, nats."""
-    gradient_error: float = float("nan")
+    gradient_error: float | None = None
     """Largest error of a parameter's gradient, relative to its largest entry."""
     reason: str = ""
 
@@ -155,35 +160,41 @@ def sweep(names: list[str]) -> list[Row]:
         finally:
             signal.alarm(0)
         seconds = time.perf_counter() - start
-        print(f"{row.verdict:14}{name:36}{row.logps_error:9.1e}{row.gradient_error:9.1e} {seconds:5.1f} s  "
-              f"{row.head}  {row.reason}", flush=True)  # fmt: skip
+        errors = "".join(f"{x or float('nan'):9.1e}" for x in (row.logps_error, row.gradient_error))
+        print(f"{row.verdict:14}{name:36}{errors} {seconds:5.1f} s  {row.head}  {row.reason}", flush=True)
         rows.append(row)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all).")
-    chosen = parser.parse_args().classes
+def main(words: list[str]) -> None:
+    if words != ["--table"]:
+        measure(words)
+    if words in ([], ["--table"]):
+        DOCUMENT.write_text(render(json.loads(NUMBERS.read_text())))
+
+
+def measure(names: list[str]) -> None:
+    """Try classes; without names try all, and keep the numbers."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastdpo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    rows = sweep(chosen or class_names())
-    if chosen:
-        return
-    DOCUMENT.write_text(render(rows))
+    rows = sweep(names or class_names())
+    if not names:
+        tree = find_spec("tree_recurrence") is not None
+        save(NUMBERS, {"tree_recurrence": tree, "rows": [row._asdict() for row in rows]})
 
 
-def render(rows: list[Row]) -> str:
-    """Return the document with the table."""
+def render(found: dict[str, Any]) -> str:
+    """Return the document with the table of what was found."""
+    rows = [Row(**row) for row in found["rows"]]
     count = Counter(row.verdict for row in rows)
-    tree = find_spec("tree_recurrence") is not None
+    version, tree = found["provenance"]["transformers"], found["tree_recurrence"]
     lines = [
         "# Models",
         "",
         "`python -m benchmarks.studies.model_sweep` generates this page. It builds a tiny model of every causal-LM "
-        f"class of transformers {transformers.__version__}{' (with tree-recurrence installed)' if tree else ''}, with "
+        f"class of transformers {version}{' (with tree-recurrence installed)' if tree else ''}, with "
         "random weights, in float32 on the CPU. It compares the log-probs of a batch and the gradients of all "
         "parameters with those of each sequence alone through the class's own forward.",
         "",
@@ -201,7 +212,7 @@ def render(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        errors = [f"{x:.1e}" if x == x else "" for x in (row.logps_error, row.gradient_error)]
+        errors = ["" if x is None else f"{x:.1e}" for x in (row.logps_error, row.gradient_error)]
         reason = row.reason.replace("|", "/").split(" (a state-space")[0]
         reason = "" if row.verdict == "shared" else reason[:230] + "..." * (len(reason) > 230)
         lines.append(f"| {row.name} | {row.verdict} | {errors[0]} | {errors[1]} | {row.head} | {reason} |")
@@ -209,4 +220,10 @@ def render(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all).")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the page from the numbers kept."
+    )
+    args = parser.parse_args()
+    main(["--table"] if args.table else args.classes)

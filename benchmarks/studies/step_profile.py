@@ -1,7 +1,7 @@
-"""Print where the time of a training step goes, by the part of the model and the pass over it.
+"""Measure where the time of a training step goes, by the part of the model and the pass over it.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.step_profile parts hh tldr ultrafeedback
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.step_profile removed hh tldr ultrafeedback
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.step_profile parts tldr hh ultrafeedback --out parts.json
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.step_profile removed tldr hh ultrafeedback --out removed.json
 
 The model is llama-20m of `fastdpo bench training`, with 4 pairs a step of the lengths named and all layers recomputed.
 Each operation of one step is timed by the time that the process spends on the CPU. It belongs to the innermost part
@@ -13,12 +13,14 @@ and backward. The time is the least of all rounds.
 import argparse
 import contextlib
 import functools
+import json
 import random
 import tempfile
 import time
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +31,10 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.models.llama import modeling_llama
 
 from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
-from fastdpo.benchmarks import lengths
+from fastdpo.benchmarks import harness, lengths
 from fastdpo.benchmarks.training_cases import Case, dataset, make_model, make_tokenizer, rows
 from fastdpo.model import body_and_head
 from fastdpo.model.attention import backends, key_paths, registered
-from fastdpo.report.page import summary_table
 
 MODULES = {
     "Attention": "attention, projections",
@@ -51,6 +52,8 @@ SHARED: dict[tuple[Any, str], str] = {
 }
 """The part of a function, by the module that has it; both models call it, so it stays wrapped."""
 PASSES = ("forward", "recomputed", "backward", "reference", "once")
+KINDS = ("seconds", "operations", "flops", "reads")
+"""What is added up for each part and pass; reads are those by the host."""
 
 
 class Profile(TorchDispatchMode):
@@ -161,29 +164,14 @@ def second_step(case: Case, profile: Profile | None = None) -> float:
         return watch.seconds
 
 
-def parts(name: str, model: str = "llama-20m") -> str:
-    """Return a table of the parts of a step."""
+def parts(name: str, model: str = "llama-20m") -> dict[str, Any]:
+    """Return the seconds of a step that is not watched, and what was added up for each part of one that is."""
     case, profile = Case(model, name, steps=2), Profile()
-    plain = second_step(case)
+    found: dict[str, Any] = {"plain_seconds": second_step(case), "parts": {}}
     second_step(case, profile)
-    totals: dict[str, list[float]] = defaultdict(lambda: [0.0] * (4 + len(PASSES)))
-    for (part, where), numbers in profile.found.items():
-        for i, x in [*enumerate(numbers), (4 + PASSES.index(where), numbers[0])]:
-            totals[part][i] += x
-    timed = sum(x[0] for x in totals.values())
-    lines = [
-        (
-            part,
-            f"{x[0] / timed:.1%}",
-            *(f"{1e3 * s:.0f}" for s in x[4:]),
-            f"{x[2] / 1e9:.1f}",
-            *(f"{n:.0f}" for n in x[1:4:2]),
-        )
-        for part, x in sorted(totals.items(), key=lambda item: -item[1][0])
-    ]
-    headers = ("", "share", *(f"{each}, ms" for each in PASSES), "GFLOP of matmuls", "operations", "reads")
-    told = f"{name}: the operations take {timed:.2f} s of the CPU, and a step that is not watched {plain:.2f} s"
-    return f"{told}\n{summary_table(lines, headers)}"
+    for (part, where), numbers in sorted(profile.found.items()):
+        found["parts"].setdefault(part, {})[where] = dict(zip(KINDS, numbers, strict=True))
+    return found
 
 
 def as_before(paths: list[int], own: list[int]) -> Any:
@@ -217,8 +205,8 @@ def before() -> Iterator[None]:
             setattr(*setting)
 
 
-def removed(name: str, batches: int = 10, rounds: int = 7) -> str:
-    """Return what was computed before and is now, of rows, scores and time."""
+def removed(name: str, batches: int = 10, rounds: int = 7) -> dict[str, Any]:
+    """Return what was computed before and is now, of rows, scores and time, relative to what is needed."""
     case = Case("llama-20m", name, steps=batches - 1)
     numbers, ids = lengths.token_counts(rows(case), case.max_length), random.Random(0)
     fields = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -244,12 +232,10 @@ def removed(name: str, batches: int = 10, rounds: int = 7) -> str:
                 seconds[way].append(spent)
         for way in fills:
             found[way][2] += min(seconds[way])
-    lines = [
-        (way, f"{x[0] / rows_needed:.3f}", f"{x[1] / scores_needed:.2f}", f"{x[2] / found['before'][2]:.2f}")
+    return {
+        way: {"rows": x[0] / rows_needed, "scores": x[1] / scores_needed, "time": x[2] / found["before"][2]}
         for way, x in found.items()
-    ]
-    headers = (name, "rows, times those needed", "scores, times those needed", "time of attention")
-    return summary_table(lines, headers)
+    }
 
 
 def attention(batch: dict[str, Any]) -> tuple[int, float]:
@@ -274,13 +260,20 @@ def attention(batch: dict[str, Any]) -> tuple[int, float]:
     return sum(scores), seconds
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("parts", "removed"), help="What to print.")
-    parser.add_argument(
-        "lengths", nargs="*", default=["hh"], help="Datasets whose lengths the synthetic pairs have (default: hh)."
-    )
-    args = parser.parse_args()
+    parser.add_argument("lengths", nargs="+", help="Datasets whose lengths the synthetic pairs have.")
+    parser.add_argument("--out", type=Path, help="JSON file to which the result is written (default: none).")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    for each in args.lengths:
-        print(parts(each) if args.what == "parts" else removed(each), flush=True)
+    found = {}
+    for name in args.lengths:
+        found[name] = parts(name) if args.what == "parts" else removed(name)
+        print(name, json.dumps(found[name]), flush=True)
+    if args.out:
+        harness.save(args.out, {"lengths": found})
+
+
+if __name__ == "__main__":
+    main()

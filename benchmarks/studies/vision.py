@@ -1,21 +1,24 @@
 """Compare DPO steps on images with TRL's, and list how exact each family of vision-language models is.
 
-    python -m benchmarks.studies.vision families
-    python -m benchmarks.studies.vision steps [MODEL [TOKENS OF A RESPONSE]]
+    python -m benchmarks.studies.vision families --out families.json
+    python -m benchmarks.studies.vision steps --responses 12 100 --out steps.json
 
 `families` compares a tiny model of each family, in float32, with its own forward on each sequence alone. `steps` trains
 a LLaVA and a Qwen2.5-VL of four layers each, with images of about 200 tokens, by fastdpo and by TRL in one process and
 in turns, in batches of four pairs. Time is that of the process in the fastest step; memory is the most that a step
 takes beside the two models' weights. The vocabulary has 260 tokens, so the head takes no part in the comparison.
-`steps` needs `fastdpo[bench]`.
+`steps` needs `fastdpo[bench]`. Both print what they find, and write it if there is `--out`.
 """
 
 import argparse
 import copy
+import json
 import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from PIL import Image
 from benchmarks.studies import tiny_vision as tiny
 from benchmarks.studies.model_sweep import worst_gradient
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.benchmarks.harness import peak_memory
+from fastdpo.benchmarks.harness import peak_memory, save
 from fastdpo.model.layout import check_images, layout_of
 from fastdpo.model.scoring_forward import patch_forward
 
@@ -41,14 +44,14 @@ def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "k_proj.bias" not in n}
 
 
-def family(name: str) -> tuple[str, ...]:
-    """Return the row of the table for one family."""
+def family(name: str) -> dict[str, Any]:
+    """Return the layout of one family and its errors, or why it is refused."""
     made = tiny.build(name)
     model = made.model
     try:
         check_images(model)
     except ValueError as error:
-        return (name, "refused", "", "", str(error).partition(": ")[2].partition(";")[0])
+        return {"family": name, "layout": "refused", "why": str(error).partition(": ")[2].partition(";")[0]}
     rows = tiny.examples(made.counts)
     expected = tiny.own_logps(made, rows)
     expected_gradients = gradients(model, expected)
@@ -57,13 +60,12 @@ def family(name: str) -> tuple[str, ...]:
     logps = model(**tiny.MadeUpCollator(made, model)(rows, layout=layout)).logps
     largest = float((logps - expected).abs().max())
     worst = worst_gradient(gradients(model, logps), expected_gradients)
-    return (name, layout, f"{largest:.1e}", f"{worst:.1e}", "")
+    return {"family": name, "layout": layout, "logps": largest, "gradients": worst}
 
 
-def families() -> None:
-    print("| family | layout | log-probs | gradients | why |\n|---|---|---|---|---|")
+def families() -> Iterator[dict[str, Any]]:
     for name in (*tiny.SHARED, *tiny.TREE, *tiny.REFUSED):
-        print("| " + " | ".join(family(name)) + " |", flush=True)
+        yield family(name)
 
 
 # Steps
@@ -169,32 +171,41 @@ def turn(which: str, model: str, data: Dataset, steps: int) -> tuple[float, floa
     return min(clock.seconds[1:]), memory
 
 
-def steps(models: list[str], responses: list[int]) -> None:
+def steps(models: list[str], responses: list[int]) -> Iterator[dict[str, Any]]:
     disable_progress_bars()
-    print("| model | tokens of a response | TRL, s | fastdpo | reference cached | memory, TRL, MiB | fastdpo |")
-    print("|---|---|---|---|---|---|---|")
+    ways = ("fastdpo", "fastdpo, cached", "TRL")
     for model in models:
         for words in responses:
             data = rows(words)
-            found = {which: turn(which, model, data, STEPS) for which in ("fastdpo", "fastdpo, cached", "TRL")}
-            again = {which: turn(which, model, data, STEPS) for which in found}
-            best = {which: min(found[which][0], again[which][0]) for which in found}
-            ratios = [f"{best['TRL'] / best[which]:.2f}x" for which in ("fastdpo", "fastdpo, cached")]
-            memory = [f"{min(found[which][1], again[which][1]):.0f}" for which in ("TRL", "fastdpo")]
-            print("| " + " | ".join((model, str(words), f"{best['TRL']:.2f}", *ratios, *memory)) + " |", flush=True)
+            turns = [{which: turn(which, model, data, STEPS) for which in ways} for _ in range(2)]
+            row: dict[str, Any] = {"model": model, "tokens": words, "seconds": {}, "mib": {}}
+            for which in ways:
+                row["seconds"][which], row["mib"][which] = map(min, zip(*(each[which] for each in turns), strict=True))
+            yield row
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("families", "steps"), help="What to measure.")
-    parser.add_argument("model", nargs="?", choices=MODELS, help="Model whose steps are measured (default: both).")
-    parser.add_argument("tokens", nargs="*", type=int, help="Tokens of a response (default: 50 and 400).")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="Models to train (default: all)."
+    )
+    parser.add_argument(
+        "--responses", nargs="+", type=int, default=[12, 100], help="Tokens of a response (default: 12 and 100)."
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to which all rows are written (default: none).")
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("fastdpo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    if args.what == "families":
-        families()
-    else:
-        steps([args.model] if args.model else list(MODELS), args.tokens or [50, 400])
+    found = []
+    for row in families() if args.what == "families" else steps(args.models, args.responses):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    if args.out:
+        save(args.out, {"rows": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """Measure where the active cells of a pretrained model are, for `head_time_model` and docs/sparse_backward.md.
 
-    python -m benchmarks.studies.where_cells_are MODEL [--gguf FILE]        # ten minutes on 2 cores, no GPU
+    python -m benchmarks.studies.where_cells_are MODEL --gguf FILE --out benchmarks/results/cpu-2-cores/cells.json
 
-MODEL is a folder or a name that transformers loads, FILE a quantised file in it. The model answers questions by
+It takes ten minutes on 2 cores, and no GPU. MODEL is a folder or a name that transformers loads, FILE a quantised file
+in it. The model answers questions by
 sampling, so the rows are those of responses that a preference model would judge. Its logits, multiplied by a factor,
 stand in for those of a model that is surer of itself: with a factor of 1, the rows have the density that the model has.
 
@@ -15,12 +16,15 @@ Shapes: N rows, D hidden size, V vocabulary, T = 128 columns of a tile, J = V / 
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdpo.benchmarks.harness import save
 from fastdpo.head.impl import sparsity
 
 T, BLOCK, TOKENS = 128, 64, 56
@@ -100,16 +104,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Folder or repository of a causal LM.")
     parser.add_argument("--gguf", help="Name of the GGUF file in that folder that holds the weights (default: none).")
+    parser.add_argument("--out", type=Path, help="JSON file to which the table's rows are written (default: none).")
     args = parser.parse_args(argv)
     logits, targets = respond(args.model, args.gguf)
     least = sparsity.dense_block(sparsity.CHIPS[9, 0])
-    sys.stdout.write("| logits times | density | active in full rows | cells in dense blocks | active elsewhere |\n")
-    sys.stdout.write("| ---: | ---: | ---: | ---: | ---: |\n")
+    rows = []
     for density in DENSITIES:
         factor = 1.0 if density is None else sharpen(logits, targets, density)
         active = active_cells(factor * logits, targets)
         full, dense, others = where(active, least)
-        sys.stdout.write(f"| {factor:.2f} | {active.float().mean():.3f} | {full:.0%} | {dense:.3f} | {others:.4f} |\n")
+        row = {"factor": factor, "density": float(active.float().mean())}
+        rows.append(row | {"in_full_rows": full, "in_dense_blocks": dense, "elsewhere": others})
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
+    if args.out:
+        nll = float(torch.nn.functional.cross_entropy(logits, targets))
+        save(args.out, {"responses": len(QUESTIONS), "vocab": logits.shape[1], "nll": nll, "rows": rows})
 
 
 if __name__ == "__main__":

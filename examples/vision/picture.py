@@ -1,6 +1,6 @@
 """Draws what the model says of held-out pictures before and after training, as `before_after.png` beside this file.
 
-    python -m examples.vision.picture runs/vision
+    python -m examples.vision.picture runs/vision      # writes before_after.json too, of which README has the numbers
 
 Of the twelve captions, the model's choice is the one with the largest log-prob. Before training it has random weights.
 """
@@ -16,9 +16,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from examples.vision.make_data import PROMPT, SHAPES, caption, captions
+from fastdpo.benchmarks.harness import save
 from fastdpo.report.plots import GREEN, VERMILION
 
 FOLDER = Path(__file__).parent
+METRICS = ("eval_rewards/accuracies", "eval_logps/chosen", "eval_logps/rejected")
 CAPTIONS = [caption(*each) for each in captions()]
 
 
@@ -66,8 +68,14 @@ def main(run: str) -> None:
             place = {"ha": "center", "va": "top", "fontsize": 8, "transform": panel.transAxes}
             panel.text(0.5, -0.03 - 0.13 * i, f"{when}: {text}", color=colour, **place)
     figure.savefig(FOLDER / "before_after.png", bbox_inches="tight")  # the last captions too
-    for when, said in (("before", before), ("after", after)):
-        print(f"{when}: {sum(a == b for a, b in zip(said, rights, strict=True))} of {len(rights)} captions are right")
+    log = json.loads((Path(run) / "trainer_state.json").read_text())["log_history"]
+    evaluations = [entry for entry in log if METRICS[0] in entry]
+    found: dict[str, Any] = {"pictures": len(rights)}
+    for when, said, metrics in (("before", before, evaluations[0]), ("after", after, evaluations[-1])):
+        right = sum(a == b for a, b in zip(said, rights, strict=True))
+        found[when] = {"right captions": right} | {name: metrics[name] for name in METRICS}
+        print(f"{when}: {right} of {len(rights)} captions are right")
+    save(FOLDER / "before_after.json", found)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class DPOConfig(TrainingArguments):
     gradient_checkpointing: bool | str | None = field(
         default=None,
         metadata={
-            "help": "Recompute activations in the backward pass: less memory, about 20%% slower. `auto`, the default, "
-            "recomputes those of as few layers as the memory allows; see docs/memory.md.",
+            "help": "Recompute activations in the backward pass: less memory, for one more forward. `auto`, the "
+            "default, recomputes those of as few layers as the memory allows; see docs/memory.md.",
             **{"action": Switch, "aliases": ["--no_gradient_checkpointing", "--no-gradient-checkpointing"], **SWITCH},
         },
     )

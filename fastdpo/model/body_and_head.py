@@ -276,7 +276,9 @@ def probe(model: Any, forward: Callable[..., Any], head: Head) -> tuple[str | No
     weight = next((base_linear(x).weight for x in head.linears), None)
     first = next(x for x in model.parameters() if x.is_floating_point())  # the others are quantised
     device, dtype = (first.device, first.dtype) if weight is None else (weight.device, weight.dtype)
-    D = weight.shape[1] if weight is not None else getattr(text, "hidden_size", None)
+    D = getattr(text, "hidden_size", None)  # RemBERT's own head widens the hidden states before the weight
+    if weight is not None and (D is None or not head.own):
+        D = weight.shape[1]
     if D is None:
         D = model.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(0)

@@ -139,7 +139,7 @@ def _grouping(stats: TokenStats, examples_per_step: float) -> list[tuple[str, st
         prompts = examples_per_step / min(most, stats.per_prompt)
         advice = f"group_by_prompt={most}"
         if prompts < ENOUGH_PROMPTS:
-            advice += f" if steps get larger: {ENOUGH_PROMPTS} prompts or more, now about {max(prompts, 1):.0f}"
+            advice += f", with steps of {ENOUGH_PROMPTS} prompts or more (now about {max(prompts, 1):.0f})"
     return [
         ("examples of one prompt: largest number", f"{stats.per_prompt:,}"),
         *((f"tokens saved by group_by_prompt={n}", f"{share:.1%}") for n, share in saved.items()),

@@ -1,6 +1,5 @@
 """Operations and memory of the head and of a step grow as docs/scaling.md says; times are measured by hand."""
 
-import json
 from typing import Any
 
 import pytest
@@ -10,11 +9,6 @@ from benchmarks.studies.growth import OURS, PLAIN
 
 N, V, D = (1100, 2200, 4400), (2100, 4200, 8400), 12
 WORKSPACE = 5 * 2**20
-
-
-def test_the_page_has_the_table_that_the_command_writes() -> None:
-    table = growth.table(json.loads(growth.NUMBERS.read_text()))
-    assert table in growth.PAGE.read_text(), "python -m benchmarks.studies.growth --table"
 
 
 def test_a_power_law_is_found_with_its_error() -> None:

@@ -38,11 +38,3 @@ def test_sides_that_disagree_are_not_compared(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda _: next(norms))
     with pytest.raises(SystemExit, match=r"SFT: the gradient's norm is 1.0 without patch_trl and 1.5 with it"):
         patch_trl.compare("SFT", 60, 16, 1)
-
-
-def test_the_document_has_the_recorded_table() -> None:
-    root = Path(__file__).parents[2]
-    assert (
-        patch_trl.table(root / "benchmarks/results/cpu-2-cores/patch_trl.jsonl")
-        in (root / "docs/drop-in.md").read_text()
-    )

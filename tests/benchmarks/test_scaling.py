@@ -7,14 +7,6 @@ import pytest
 from benchmarks.studies import balance, scaling
 
 
-def test_the_page_has_the_tables_that_the_commands_write() -> None:
-    page = scaling.PAGE.read_text()
-    assert scaling.table(json.loads(scaling.TRACES.read_text())) in page, "python -m benchmarks.studies.scaling --table"
-    assert balance.table(json.loads(balance.NUMBERS.read_text())) in page, (
-        "python -m benchmarks.studies.balance --table"
-    )
-
-
 @pytest.mark.slow
 def test_the_traces_in_the_repository_are_those_of_the_code() -> None:
     kept = json.loads(scaling.TRACES.read_text())["8B"]["LoRA"]["sharded"]

@@ -171,7 +171,7 @@ def test_grouped_batches_hold_what_the_collator_makes_of_them(tmp_path: Path) ->
     assert stats.ungrouped > stats.grouped[2] > stats.grouped[4]
     assert list(stats.grouped) == [2, 4]
     assert ("recommended (see docs/grouping.md)", "group_by_prompt=4") in tables._grouping(stats, 32)
-    assert "larger: 8 prompts or more, now about 2" in tables._grouping(stats, 8)[-1][1]
+    assert "with steps of 8 prompts or more (now about 2)" in tables._grouping(stats, 8)[-1][1]
 
 
 def test_a_start_that_all_prompts_share_is_not_saved_by_grouping(tmp_path: Path) -> None:
