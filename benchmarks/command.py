@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastdpo.settings.config_file import UsageError, nearest
+from fastdpo.settings.config_file import UsageError
+from fastdpo.settings.names import nearest
 
 SUMMARY = "Measure time, memory and error of the head or of whole training steps, beside other libraries."
 

@@ -27,6 +27,7 @@ import torch
 from fastdpo import __version__
 from fastdpo.commands.doctor import head_check
 from fastdpo.settings.config_file import UsageError
+from fastdpo.settings.names import check_name, nearest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +178,9 @@ def results_folder() -> Path:
     return (parent if parent.is_dir() else Path("bench-results")) / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
+OUT = "File to which one JSON line per variant is appended (default: in the folder of this machine's results)."
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line of the command line's, and whose flags may be written with underscores."""
 
@@ -193,15 +197,26 @@ class Parser(argparse.ArgumentParser):
             "--seconds",
             type=_seconds,
             default=math.inf,
-            help="time limit; a case starts only if the longest so far would fit",
+            help="Time limit; a case starts only if the longest so far would fit (default: none).",
         )
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            if action.choices is not None:
+                check_name(action.option_strings[-1], value, action.choices)
+        except ValueError as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
 
     def parse(self, words: list[str]) -> argparse.Namespace:
         """Return the arguments; a flag is the same with `_` as with `-`."""
-        return self.parse_args([_dashed(word) if word.startswith("--") else word for word in words])
+        args, rest = self.parse_known_args([_dashed(word) if word.startswith("--") else word for word in words])
+        if rest:
+            flag = rest[0].partition("=")[0]
+            self.error(f"unknown option {flag}{nearest(flag, self._option_string_actions)}")
+        return args
 
 
 def _seconds(text: str) -> float:

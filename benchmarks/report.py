@@ -348,8 +348,8 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: the folder has no results, or this is no clone of the repository, whose docs/ could be renewed.
     """
     parser = Parser("report", __doc__)
-    parser.add_argument("folder", nargs="?", type=Path, help="of results; this machine's by default")
-    parser.add_argument("--docs", action="store_true", help="renew README and docs/ of this clone from its results")
+    parser.add_argument("folder", nargs="?", type=Path, help="Folder of results (default: this machine's).")
+    parser.add_argument("--docs", action="store_true", help="Renew README and docs/ of this clone from its results.")
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     folder = args.folder or (RESULTS if args.docs else results_folder())
     if args.docs:

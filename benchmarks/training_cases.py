@@ -2,8 +2,9 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from datasets import Dataset
 
 from fastdpo import DPOConfig, DPOTrainer, shared_prefix_batch
 from fastdpo.benchmarks import lengths
-from fastdpo.benchmarks.harness import DEVICE
+from fastdpo.benchmarks.harness import DEVICE, OUT, Parser
+from fastdpo.benchmarks.peers import require_trl
 from fastdpo.model.adapters import lora_config
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,6 +42,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 DTYPES = {"toy": "float32", "llama-20m": "float32"}  # the others: bfloat16
+
+
+OF_ONE_CASE = (
+    *("model", "lengths", "pairs_file", "lora_r", "pairs", "steps", "max_length"),
+    *("per_prompt", "responses", "no_checkpointing"),
+)
+"""Arguments that describe one case."""
 
 
 @dataclass(frozen=True)
@@ -226,3 +235,88 @@ def make_model(name: str, dtype: str, seed: int) -> Any:
     torch.manual_seed(seed)
     with torch.device(DEVICE):
         return getattr(transformers, f"{family}ForCausalLM")(config).to(getattr(torch, dtype))
+
+
+def parse(words: list[str], about: str | None) -> tuple[Any, Case]:
+    """Return the arguments of `fastdpo bench training`, whose help begins with `about`, and the one case they describe.
+
+    Raises:
+        UsageError: a word is unknown or out of range, or two of them do not go together.
+    """
+    parser = Parser("training", about)
+    parser.add_argument(
+        "--cases", choices=CASES, help="Measure a list of cases instead of the one of the options below."
+    )
+    models = f"one of {', '.join(MODELS)}, or the folder of a real model"
+    parser.add_argument("--model", default="llama-20m", help=f"Model: {models} (default: llama-20m).")
+    parser.add_argument(
+        "--lengths",
+        choices=lengths.LENGTHS,
+        default="hh",
+        help="Dataset whose lengths the synthetic pairs have (default: hh).",
+    )
+    parser.add_argument("--pairs-file", type=Path, help="JSON lines with real pairs, for a real model.")
+    parser.add_argument(
+        "--lora-r", type=int, default=0, help="Train a LoRA adapter of this rank; 0 trains all weights (default: 0)."
+    )
+    parser.add_argument("--pairs", type=int, default=4, help="Pairs of a step (default: 4).")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="Timed steps of a turn, after one that is not (default: 5)."
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="Longest prompt and response together, in tokens (default: 1024)."
+    )
+    parser.add_argument("--per-prompt", type=int, default=1, help="Pairs that have the same prompt (default: 1).")
+    parser.add_argument(
+        "--responses", type=int, default=4, help="Responses of a prompt that has several pairs (default: 4)."
+    )
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them, in all variants."
+    )
+    names = ", ".join(map(repr, VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help=f"Variants to measure (default: all): {names}.",
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="Turns of each variant (default: 3).")
+    parser.add_seconds()
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="Count the time of the CPU instead of the clock's, on a machine that has other work.",
+    )
+    parser.add_argument("--out", type=Path, help=OUT)
+    args = parser.parse(words)
+    if args.variants is None:
+        require_trl("fastdpo bench training", "--variants fastdpo")
+        args.variants = list(VARIANTS)
+    least = dict.fromkeys(("pairs", "steps", "per_prompt", "responses", "repetitions"), 1)
+    for name, number in (least | {"max_length": 2, "lora_r": 0}).items():
+        if (given := getattr(args, name)) < number:
+            parser.error(f"--{name.replace('_', '-')} must be at least {number}, got {given}")
+    fixed = sorted(name for name in OF_ONE_CASE if getattr(args, name) != parser.get_default(name))
+    if args.cases and fixed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        parser.error(f"--cases has its own settings in place of {flags}; leave out one or the other")
+    if args.pairs % args.per_prompt:
+        parser.error(
+            f"--pairs {args.pairs} must be a multiple of --per-prompt {args.per_prompt}, as a step has whole prompts"
+        )
+    if args.per_prompt > max(most := math.comb(args.responses, 2), 1):
+        parser.error(
+            f"--responses {args.responses} of a prompt give {most} pairs, fewer than --per-prompt {args.per_prompt}"
+        )
+    if args.pairs_file is not None and not args.pairs_file.is_file():
+        parser.error(f"--pairs-file: there is no file {str(args.pairs_file)!r}")
+    if (args.model not in MODELS) != (args.pairs_file is not None):
+        parser.error(f"--model must be {models}, which needs --pairs-file, and only that does; got {args.model!r}")
+    if args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model must be {models}; got {args.model!r}, which has no config.json")
+    data = args.lengths if args.pairs_file is None else str(args.pairs_file)
+    one = Case(args.model, data, args.pairs, args.steps, args.max_length, not args.no_checkpointing, lora_r=args.lora_r)
+    if args.per_prompt > 1:
+        one = replace(one, per_prompt=args.per_prompt, responses=args.responses)
+    return args, one

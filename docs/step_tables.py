@@ -1,8 +1,29 @@
 """Tables of docs/ about whole training steps, from the measurements in benchmarks/results/."""
 
+import textwrap
+
 from fastdpo.benchmarks.report import LENGTHS, RESULTS, machine, rows_of, step_cases
 from fastdpo.benchmarks.training import PHASES
 from fastdpo.benchmarks.training_cases import VARIANTS
+
+BY_DEFAULT = "fastdpo, checkpointing auto"
+"""The variant with the trainer's own default of checkpointing."""
+
+
+def summary() -> str:
+    """Return what the measurements say, in a few sentences: steps, a real model's steps, and the head alone."""
+    cases = [rows for rows in step_cases(RESULTS).values() if {"fastdpo", "TRL"} <= rows.keys()]
+    speeds = [1 / rows["fastdpo"]["ratio_to_trl"] for rows in cases]
+    memory = [rows["fastdpo"]["peak_mib"] / rows["TRL"]["peak_mib"] for rows in cases]
+    real = next(1 / row["ratio_to_trl"] for row in rows_of("smollm2.jsonl") if row["impl"] == BY_DEFAULT)
+    text = (
+        f"A training step of a Llama of 20 million parameters took fastdpo {1 / max(speeds):.0%} to "
+        f"{1 / min(speeds):.0%} of the time and {min(memory):.0%} to {max(memory):.0%} of the memory that TRL 1.16 "
+        f"took, on pairs with lengths like those of {len(cases)} datasets. A step of SmolLM2-135M on real pairs took "
+        f"{1 / real:.0%} of TRL's time. All of it was measured in float32 on one core of a CPU; nothing has been timed "
+        "on a GPU so far."
+    )
+    return "\n".join(textwrap.wrap(text, 120)) + "\n"
 
 
 def ratios() -> str:

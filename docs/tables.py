@@ -47,7 +47,7 @@ def migrating() -> dict[str, str]:
     from transformers import TrainingArguments
 
     import fastdpo
-    from fastdpo.settings.old_names import OLD_NAMES
+    from fastdpo.settings.names import OLD_NAMES
 
     documented = _arguments_of(inspect.getdoc(fastdpo.DPOTrainer) or "")
     names = [name for name in inspect.signature(trl.DPOTrainer.__init__).parameters if name != "self"]
@@ -99,6 +99,7 @@ def measured() -> dict[str, str]:
     from fastdpo.benchmarks import report
 
     return {
+        "the summary": step_tables.summary(),
         "the steps": report.steps(),
         "the levers": report.levers(),
         "the ratios": step_tables.ratios(),

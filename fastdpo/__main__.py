@@ -1,5 +1,18 @@
-"""`python -m fastdpo` is the `fastdpo` command."""
+"""`python -m fastdpo` is the `fastdpo` command, which starts here."""
 
-from fastdpo.cli import main
+import sys
 
-main()
+
+def run() -> None:
+    """Call `fastdpo.cli.main`; Ctrl-C while that is imported ends the process with code 130 and no traceback."""
+    try:
+        from fastdpo.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        print("fastdpo: stopped by Ctrl-C; nothing was saved", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -17,10 +17,11 @@ from fastdpo.benchmarks.command import SUMMARY, bench
 from fastdpo.checkpoint import lock
 from fastdpo.checkpoint.preempt import EXIT_CODE, Preempted
 from fastdpo.commands.tools import TOOLS, run_tool
-from fastdpo.settings.config_file import MANIFEST, OUTPUT_DIR, UsageError, nearest, newest_checkpoint, read_settings
+from fastdpo.settings.config_file import MANIFEST, OUTPUT_DIR, UsageError, newest_checkpoint, read_settings
 from fastdpo.settings.failures import name_of, one_line, signals_raise, stopped_by
 from fastdpo.settings.fields import Setting
 from fastdpo.settings.flags import overrides_of, settings_help, without_debug, without_flag
+from fastdpo.settings.names import nearest
 from fastdpo.untrusted.text import printable
 
 logger = logging.getLogger("fastdpo")

@@ -12,9 +12,9 @@ from fastdpo.config import DPOConfig
 from fastdpo.data.vision.images import has_images
 from fastdpo.model import policy
 from fastdpo.model.adapters import lora_config
-from fastdpo.settings.config_file import nearest
 from fastdpo.settings.dataset_files import load_mixture, load_splits
 from fastdpo.settings.failures import loading
+from fastdpo.settings.names import check_name, nearest
 
 logger = logging.getLogger("fastdpo")
 
@@ -153,8 +153,7 @@ class RunConfig:
             raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one out")
-        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"bnb_4bit_quant_type must be nf4 or fp4, got {self.bnb_4bit_quant_type!r}")
+        check_name("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
         for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
             if getattr(self, name) != getattr(RunConfig, name) and not self.load_in_4bit:
                 raise ValueError(f"{name} has no effect without load_in_4bit: true; set both or neither")

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo import __main__ as start
 from fastdpo import cli
 from fastdpo.settings.config_file import MANIFEST
 from tests.helpers import forks
@@ -198,7 +200,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         (
             ("train", QUICKSTART, "--optim", "adan"),
             1,
-            "optim: adan is not a valid OptimizerNames, please select",
+            "optim must be one of adamw_torch, adamw_torch_fused,",
         ),
         (("train", QUICKSTART, "--lr_scheduler_type", "cosin"), 1, "'greedy']; did you mean 'cosine'?"),
         (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
@@ -244,6 +246,7 @@ def test_mistakes_are_answered_before_the_slow_imports() -> None:
         ["train", QUICKSTART, "--beta", "high"],
         ["train", QUICKSTART, "--dtype", "float31"],
         ["train", QUICKSTART, "--report_to", "nowhere"],
+        ["train", QUICKSTART, "--optim", "adamw_toch", "--loss_type", "sigmod"],
         *(
             ["train", QUICKSTART, f"--{name}", "no/such/path"]
             for name in ("config_name", "dataset_name", "ref_model_name_or_path", "resume_from_checkpoint")
@@ -446,6 +449,21 @@ def test_a_signal_that_became_another_exception_is_still_a_signal(run: Run, monk
     monkeypatch.setitem(cli.COMMANDS, "score", swallow)
     ended = run("score", QUICKSTART)
     assert (ended.code, ended.err) == (130, "fastdpo: stopped by Ctrl-C; nothing was saved\n")
+
+
+def test_ctrl_c_before_the_command_is_imported_shows_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fastdpo.cli", Slow())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="130"):
+        start.run()
+    assert capsys.readouterr().err == "fastdpo: stopped by Ctrl-C; nothing was saved\n"
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["fastdpo"]
+    assert script == f"{start.run.__module__}:{start.run.__name__}"
 
 
 def full() -> None:

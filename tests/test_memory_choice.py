@@ -136,7 +136,8 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
         runs = [count_forwards(layer.mlp) for layer in trainer.model.model.layers]
         trainer.train()
         assert [len(each) for each in runs] == [2 * 6] * k + [6] * (LAYERS - k)
-        assert f"gradient_checkpointing=auto recomputes {k} of 4 layers; a step of at most" in caplog.text
+        said = f"gradient_checkpointing=auto recomputes {k} of 4 layers; a step with the largest possible batch, "
+        assert f"{said}the 4 largest examples with together {rows_} tokens" in caplog.text
         assert torch.equal(weights(trainer.model), weights(fixed.model))
         assert losses(trainer) == losses(fixed)
 

@@ -57,7 +57,7 @@ def test_quantised_weights_are_asked_for_as_trl_does(tmp_path: Path) -> None:
         ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "exclude each other"),
         ({"use_peft": True, "lora_r": 0}, "lora_r must be at least 1, got 0"),
         ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant has no effect without load_in_4bit"),
-        ({"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_type": "int4"}, "must be nf4 or fp4, got 'int4'"),
+        ({"load_in_4bit": True, "use_peft": True, "bnb_4bit_quant_type": "int4"}, "must be one of nf4, fp4, got"),
         ({"test_split_size": 0.1}, "test_split_size is for a mixture in `datasets`; for dataset_name set dataset_test"),
         ({"dtype": "float32", "torch_dtype": "float16"}, "dtype='float32' and torch_dtype='float16' differ"),
         (

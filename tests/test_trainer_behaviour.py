@@ -83,6 +83,12 @@ def test_raw_columns_stay_beside_the_rows_that_are_kept(text_trainer: Callable[.
     assert not {"prompt", "source"} & set(batch)
 
 
+def test_a_dataset_that_fills_no_batch_is_refused(text_trainer: Callable[..., Any]) -> None:
+    trainer = text_trainer(data=TEXTS.select(range(3)), dataloader_drop_last=True, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="dataset has 3 examples, which fill no batch, and dataloader_drop"):
+        trainer.train()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_callback_of_trls_reads_prompts_and_generates(text_trainer: Callable[..., Any]) -> None:
     trl = pytest.importorskip("trl")

@@ -36,7 +36,17 @@ import torch
 from torch import Tensor
 
 from fastdpo.benchmarks import peers
-from fastdpo.benchmarks.harness import DEVICE, Measured, Parser, measure, provenance, record, results_folder, rows_of
+from fastdpo.benchmarks.harness import (
+    DEVICE,
+    OUT,
+    Measured,
+    Parser,
+    measure,
+    provenance,
+    record,
+    results_folder,
+    rows_of,
+)
 from fastdpo.benchmarks.head.cases import DTYPES, MODELS, SMALL_LM, Case, case_lists, rows_that_fit, shape_of
 from fastdpo.benchmarks.head.rows import SYNTHETIC, Exact, Inputs, exact_results, make_inputs, responses, shape_of_model
 from fastdpo.benchmarks.peers import PEERS, Logps
@@ -318,26 +328,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(words: list[str]) -> Any:
     parser = Parser("head", __doc__)
-    parser.add_argument("--cases", choices=case_lists(), help="run a list of cases instead of one")
-    parser.add_argument("--model", choices=MODELS, help="the shape of a model, divided to suit this machine")
-    parser.add_argument("--rows", type=int, help="N, completion tokens; an even number (2048)")
-    parser.add_argument("--hidden", type=int, help="D (1024)")
-    parser.add_argument("--vocab", type=int, help="V (64000)")
-    parser.add_argument("--dtype", choices=DTYPES, help="by default bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--frozen", action="store_true", help="the head is not trained")
+    parser.add_argument(
+        "--cases", choices=case_lists(), help="Measure a list of cases instead of the one of the options below."
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, help="Take the shape of this model's head, divided to suit this machine."
+    )
+    parser.add_argument("--rows", type=int, help="N: completion tokens, an even number (default: 2048).")
+    parser.add_argument("--hidden", type=int, help="D: the hidden size (default: 1024).")
+    parser.add_argument("--vocab", type=int, help="V: tokens of the vocabulary (default: 64000).")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="Dtype of the inputs (default: bfloat16 on CUDA, float32 elsewhere)."
+    )
+    parser.add_argument("--frozen", action="store_true", help="Compute no gradient for the head's weight.")
     parser.add_argument(
         "--inputs",
-        help="peaked or flat rows (peaked by default), small-lm for those of a small language model that is trained "
-        "first, or the folder or the repository of a causal LM",
+        help="Rows: peaked or flat synthetic ones, small-lm for those of a small language model that is trained first, "
+        "or the folder or repository of a causal LM, for its own (default: peaked).",
     )
     names = ", ".join(map(repr, PEERS))
     parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"whom to compare with; by default all: {names}"
+        "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"Peers to compare with (default: all): {names}."
     )
-    parser.add_argument("--repetitions", type=int, default=5, help="timed calls of each variant (5)")
+    parser.add_argument("--repetitions", type=int, default=5, help="Timed calls of each variant (default: 5).")
     parser.add_seconds()
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, help="append one JSON line per variant to this file")
+    parser.add_argument("--smoke", action="store_true", help="Measure toy sizes, to see that it runs.")
+    parser.add_argument("--out", type=Path, help=OUT)
     args = parser.parse(words)
     given = {name for name in ("model", "dtype", "frozen", "inputs", *SIZES, "smoke") if getattr(args, name)}
     for named, fixed in (

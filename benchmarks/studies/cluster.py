@@ -275,7 +275,9 @@ def write(found: dict[str, Any]) -> None:
 def main() -> None:
     """Compute the numbers, or read them, and write the page."""
     parser = argparse.ArgumentParser(description="Write the tables of clusters in docs/scaling.md.")
-    parser.add_argument("--table", action="store_true", help="use the numbers in the repository")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the tables from the numbers in the repository."
+    )
     if not parser.parse_args().table:
         NUMBERS.write_text(json.dumps(numbers(), indent=1) + "\n")
     write(json.loads(NUMBERS.read_text()))

@@ -120,8 +120,8 @@ def timed(rounds: int = 5) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("count", "time"))
-    parser.add_argument("--out", type=Path, help="write what was found to this JSON file")
+    parser.add_argument("what", choices=("count", "time"), help="Count compilations, or time a step.")
+    parser.add_argument("--out", type=Path, help="JSON file to which the result is written (default: none).")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = count() if args.what == "count" else timed()

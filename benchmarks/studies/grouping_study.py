@@ -116,10 +116,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=8, help="of a step")
-    parser.add_argument("--out", type=Path, help="write all runs to this JSON file")
-    parser.add_argument("--table", type=Path, help="show the runs of such a file, and train nothing")
+    parser.add_argument("--seeds", type=int, default=8, help="Runs of each case, with seeds of their own (default: 8).")
+    parser.add_argument("--pairs", type=int, default=8, help="Pairs of a step (default: 8).")
+    parser.add_argument("--out", type=Path, help="JSON file to which all runs are written (default: none).")
+    parser.add_argument("--table", type=Path, help="Train nothing, and show the runs of such a file.")
     args = parser.parse_args(argv)
     if args.table:
         print(table(json.loads(args.table.read_text())["runs"]))

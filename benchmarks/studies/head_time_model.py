@@ -379,11 +379,15 @@ def limit(times: Any, where: dict[float, tuple[float, float]], trained: bool, ex
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=HEADLINE.N)
-    parser.add_argument("--hidden", type=int, default=HEADLINE.D)
-    parser.add_argument("--vocab", type=int, default=HEADLINE.V)
-    parser.add_argument("--chips", action="store_true", help="print the numbers of sm_80, sm_90 and sm_100 alone")
-    parser.add_argument("--out", type=Path, help="write milliseconds and limits to this JSON file")
+    parser.add_argument("--rows", type=int, default=HEADLINE.N, help=f"N: completion tokens (default: {HEADLINE.N}).")
+    parser.add_argument("--hidden", type=int, default=HEADLINE.D, help=f"D: the hidden size (default: {HEADLINE.D}).")
+    parser.add_argument(
+        "--vocab", type=int, default=HEADLINE.V, help=f"V: tokens of the vocabulary (default: {HEADLINE.V})."
+    )
+    parser.add_argument("--chips", action="store_true", help="Print only the numbers of sm_80, sm_90 and sm_100.")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to which milliseconds and limits are written (default: none)."
+    )
     args = parser.parse_args(argv)
     if args.chips:
         for arch, gpu in GPUS.items():

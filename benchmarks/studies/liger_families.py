@@ -143,8 +143,8 @@ def known_classes() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("classes", nargs="*", help="all that Liger knows if none is given")
-    parser.add_argument("--out", type=Path, help="write all rows to this JSON file")
+    parser.add_argument("classes", nargs="*", help="Classes to try (default: all that Liger knows).")
+    parser.add_argument("--out", type=Path, help="JSON file to which all rows are written (default: none).")
     args = parser.parse_args(argv)
     rows = []
     on_gpu = torch.cuda.is_available()

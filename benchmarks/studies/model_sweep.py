@@ -8,11 +8,11 @@ Scores and all parameter gradients are compared, in
 float32, with each sequence alone through the class's own, unpatched forward.
 """
 
+import argparse
 import copy
 import json
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections import Counter
@@ -220,4 +220,10 @@ def render(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="Classes to try (default: all).")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the page from the numbers kept."
+    )
+    args = parser.parse_args()
+    main(["--table"] if args.table else args.classes)

@@ -219,7 +219,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure all cases unless there is `--table`, and write the table into the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--table", action="store_true", help="write the table from the numbers in the repository")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the tables from the numbers in the repository."
+    )
     if not parser.parse_args().table:
         torch.set_num_threads(1)
         measured = {"device": cpu_name(), "torch": torch.__version__, "rows": [r for c in CASES for r in measure(*c)]}

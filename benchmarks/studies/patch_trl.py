@@ -125,12 +125,16 @@ def table(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS, help="which trainers to measure")
-    parser.add_argument("--vocab", type=int, default=32000, help="size of the vocabulary")
-    parser.add_argument("--max-length", type=int, default=128, help="longest prompt and response together, in tokens")
-    parser.add_argument("--repetitions", type=int, default=3, help="timed steps of each variant")
-    parser.add_argument("--out", type=Path, help="append the rows to this file of JSON lines")
-    parser.add_argument("--table", type=Path, help="print the rows of this file as a table, and measure nothing")
+    parser.add_argument(
+        "--trainers", nargs="+", default=TRAINERS, choices=TRAINERS, help="Trainers to measure (default: all)."
+    )
+    parser.add_argument("--vocab", type=int, default=32000, help="Tokens of the vocabulary (default: 32000).")
+    parser.add_argument(
+        "--max-length", type=int, default=128, help="Longest prompt and response together, in tokens (default: 128)."
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="Timed steps of each variant (default: 3).")
+    parser.add_argument("--out", type=Path, help="File of JSON lines to which the rows are appended (default: none).")
+    parser.add_argument("--table", type=Path, help="Measure nothing, and print the rows of this file as a table.")
     args = parser.parse_args(argv)
     if args.table:
         print(table(args.table))

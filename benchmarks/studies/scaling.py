@@ -122,7 +122,9 @@ def write(traces: dict[str, Any]) -> None:
 def main() -> None:
     """Trace the models, or read the traces, and write the page."""
     parser = argparse.ArgumentParser(description="Write the table of docs/scaling.md.")
-    parser.add_argument("--table", action="store_true", help="use the traces in the repository")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the tables from the numbers in the repository."
+    )
     if not parser.parse_args().table:
         traces = {
             model: {

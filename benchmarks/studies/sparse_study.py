@@ -306,8 +306,10 @@ def study(sizes: Sizes) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder for the document, its data and its figures")
+    parser.add_argument("--smoke", action="store_true", help="Measure toy sizes, to see that it runs.")
+    parser.add_argument(
+        "--out", type=Path, default=DOCS, help="Folder for the document, its data and its figures (default: docs/)."
+    )
     args = parser.parse_args(argv)
 
     results = rounded(study(SMOKE if args.smoke else Sizes()))

@@ -262,9 +262,9 @@ def attention(batch: dict[str, Any]) -> tuple[int, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parts", "removed"))
-    parser.add_argument("lengths", nargs="+", help="names of `fastdpo.benchmarks.lengths`")
-    parser.add_argument("--out", type=Path, help="write what was found to this JSON file")
+    parser.add_argument("what", choices=("parts", "removed"), help="What to print.")
+    parser.add_argument("lengths", nargs="+", help="Datasets whose lengths the synthetic pairs have.")
+    parser.add_argument("--out", type=Path, help="JSON file to which the result is written (default: none).")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = {}

@@ -251,8 +251,12 @@ def write(found: dict[str, Any]) -> None:
 def main() -> None:
     """Run and compute, or read the numbers, and write the page."""
     parser = argparse.ArgumentParser(description="Write the table of checks in docs/scaling.md.")
-    parser.add_argument("--table", action="store_true", help="use the numbers in the repository")
-    parser.add_argument("--rounds", type=int, default=15, help="of which the least time counts")
+    parser.add_argument(
+        "--table", action="store_true", help="Measure nothing, and write the tables from the numbers in the repository."
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="Timed rounds, of which the fastest counts (default: 15)."
+    )
     args = parser.parse_args()
     if not args.table:
         if torch.get_num_threads() > 1:

@@ -186,10 +186,14 @@ def steps(models: list[str], responses: list[int]) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("families", "steps"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--responses", nargs="+", type=int, default=[12, 100], help="tokens of a response")
-    parser.add_argument("--out", type=Path, help="write all rows to this JSON file")
+    parser.add_argument("what", choices=("families", "steps"), help="What to measure.")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="Models to train (default: all)."
+    )
+    parser.add_argument(
+        "--responses", nargs="+", type=int, default=[12, 100], help="Tokens of a response (default: 12 and 100)."
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to which all rows are written (default: none).")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

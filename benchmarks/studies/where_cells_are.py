@@ -102,9 +102,9 @@ def sharpen(logits: Tensor, targets: Tensor, density: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--gguf")
-    parser.add_argument("--out", type=Path, help="write the table's rows to this JSON file")
+    parser.add_argument("model", help="Folder or repository of a causal LM.")
+    parser.add_argument("--gguf", help="Name of the GGUF file in that folder that holds the weights (default: none).")
+    parser.add_argument("--out", type=Path, help="JSON file to which the table's rows are written (default: none).")
     args = parser.parse_args(argv)
     logits, targets = respond(args.model, args.gguf)
     least = sparsity.dense_block(sparsity.CHIPS[9, 0])

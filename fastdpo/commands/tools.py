@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdpo.commands.demo import demo
+from fastdpo.commands.demo import FOLDER, demo
 from fastdpo.commands.doctor.doctor import doctor
 from fastdpo.commands.merge.merge import OPTIONS, merge
 from fastdpo.settings.config_file import UsageError
@@ -19,6 +19,8 @@ class Tool(NamedTuple):
     """Called with the first word behind the command's name, or None, and with the options; the config to train next."""
     takes: str
     """The words behind the command's name, as the help shows them."""
+    about: str
+    """What that first word is, in a sentence."""
     options: dict[str, Setting]
 
     @property
@@ -27,9 +29,19 @@ class Tool(NamedTuple):
 
 
 TOOLS = {
-    "demo": Tool(demo, "[FOLDER]", {}),
-    "merge": Tool(merge, "ADAPTER --output_dir FOLDER [--model_name_or_path MODEL]", OPTIONS),
-    "doctor": Tool(doctor, "[MODEL]", {}),
+    "demo": Tool(demo, "[FOLDER]", f"FOLDER is a new or empty folder for the example (default: {FOLDER}).", {}),
+    "merge": Tool(
+        merge,
+        "ADAPTER --output_dir FOLDER [--model_name_or_path MODEL]",
+        "ADAPTER is the folder of the adapter.",
+        OPTIONS,
+    ),
+    "doctor": Tool(
+        doctor,
+        "[MODEL]",
+        "MODEL is a folder or a name on the Hub; the training of that model is described too (default: none).",
+        {},
+    ),
 }
 
 
@@ -43,7 +55,11 @@ def run_tool(command: str, rest: list[str], end_of_help: str, show: Callable[[st
     """
     tool = TOOLS[command]
     if "-h" in rest or "--help" in rest:
-        show(settings_help(command, tool.summary, tool.options, end_of_help, takes=tool.takes, shared={}))
+        show(
+            settings_help(
+                command, f"{tool.summary}\n\n{tool.about}", tool.options, end_of_help, takes=tool.takes, shared={}
+            )
+        )
         return None
     first = rest[0] if rest and not rest[0].startswith("-") else None
     if first is None and not tool.takes.startswith("["):

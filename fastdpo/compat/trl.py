@@ -14,7 +14,7 @@ from transformers import ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.config import DPOConfig
-from fastdpo.settings.old_names import OLD_NAMES, known_only, shown
+from fastdpo.settings.names import OLD_NAMES, known_only, shown
 
 logger = logging.getLogger("fastdpo")
 

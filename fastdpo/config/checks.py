@@ -12,6 +12,7 @@ from fastdpo.head.linear_logprobs import BACKWARDS, IMPLS
 from fastdpo.loss.options import ObjectiveSettings, without_effect
 from fastdpo.model.attention.backends import BACKENDS
 from fastdpo.settings.config_file import check_dtype
+from fastdpo.settings.names import check_name
 
 logger = logging.getLogger("fastdpo")
 
@@ -71,9 +72,7 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
         ("torch_compile_mode", (None, *COMPILE_MODES)),
         ("torch_compile_backend", (None, *[backend.value.lower() for backend in DynamoBackend])),
     ):
-        if getattr(config, name, None) not in allowed:
-            allowed = tuple(each for each in allowed if each is not None)
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+        check_name(name, getattr(config, name, None), allowed)
     in_bytes("head_workspace", config.head_workspace, at_least=2**20)
     if config.logging_nan_inf_filter:
         raise ValueError(

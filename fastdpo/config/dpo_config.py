@@ -21,7 +21,7 @@ from fastdpo.checks import (
 from fastdpo.config import auto, checks
 from fastdpo.config.auto import AUTO, Switch, read_switch
 from fastdpo.loss.options import from_config
-from fastdpo.settings.old_names import in_words
+from fastdpo.settings.names import in_words
 
 logger = logging.getLogger("fastdpo")
 

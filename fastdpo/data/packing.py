@@ -38,6 +38,7 @@ from torch import Tensor
 
 from fastdpo.data import trees
 from fastdpo.data.trees import Ids, Parts
+from fastdpo.settings.names import check_name
 
 LAYOUTS = ("shared", "tree", "packed", "padded")
 RESPONSE_FIELDS = {
@@ -129,8 +130,7 @@ def shared_prefix_batch(
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_name("layout", layout, LAYOUTS)
     if pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
     kind = kind_of(examples[0])

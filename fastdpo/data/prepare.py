@@ -34,6 +34,7 @@ from fastdpo.data.summary import CUTS, Reporter, report_streamed
 from fastdpo.data.text.messages import BadRow, read_value
 from fastdpo.data.text.rows import read_ids, tokenize
 from fastdpo.data.vision import images
+from fastdpo.settings.names import check_name
 
 logger = logging.getLogger("fastdpo")
 
@@ -93,8 +94,7 @@ def prepare_dataset(
             f"{name} dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}; "
             "for a list of dicts use datasets.Dataset.from_list(rows)"
         )
-    if kind not in TOKEN_COLUMNS:
-        raise ValueError(f"kind must be one of {', '.join(TOKEN_COLUMNS)}, got {kind!r}")
+    check_name("kind", kind, TOKEN_COLUMNS)
     if with_kl and isinstance(dataset, IterableDataset):
         raise ValueError(f"{name} dataset is a stream; the KL term needs completions of other rows: load it whole")
     is_stream = isinstance(dataset, IterableDataset)

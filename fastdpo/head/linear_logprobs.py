@@ -24,6 +24,7 @@ from fastdpo.head.eager import Stats
 from fastdpo.head.impl import sparsity
 from fastdpo.head.impl.interface import WORKSPACE_BYTES, Forward, Transform, autocast_dtype, is_captured, result_dtype
 from fastdpo.head.op import check_targets, density_key, linear_logprobs_op, results_of
+from fastdpo.settings.names import check_name
 
 logger = logging.getLogger("fastdpo")
 
@@ -60,10 +61,8 @@ class _Options(NamedTuple):
             raise ValueError(f"softcap must be None, or finite and above 0, got {softcap}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-        if impl not in IMPLS:
-            raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-        if backward not in BACKWARDS:
-            raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
+        check_name("impl", impl, IMPLS)
+        check_name("backward", backward, BACKWARDS)
         if workspace < 2**20:
             raise ValueError(f"workspace_bytes must be at least 2^20, got {workspace}")
         transform = Transform.of(float(logit_scale), None if softcap is None else float(softcap), float(temperature))

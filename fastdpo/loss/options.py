@@ -3,15 +3,15 @@
 The parameter names of an objective tell what it needs and which options it allows, see `fastdpo.loss.objectives`.
 """
 
-import difflib
 import inspect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from fastdpo.loss.objectives import DIVERGENCES, OBJECTIVES
+from fastdpo.settings.names import check_name
 
 Kind: TypeAlias = Literal["preference", "ranked", "unpaired"]
 
@@ -157,7 +157,7 @@ class ObjectiveSettings:
         if not self.loss_type:
             raise ValueError(f"loss_type must name an objective, got none; choose from {_names(OBJECTIVES)}")
         for name in self.loss_type:
-            _check_name("loss_type", name, OBJECTIVES)
+            check_name("loss_type", name, OBJECTIVES)
             if self.loss_type.count(name) > 1:
                 raise ValueError(f"loss_type names {name!r} twice; name it once and set its weight in loss_weights")
         kinds = {name: kind_of_loss(name) for name in self.loss_type}
@@ -184,7 +184,7 @@ class ObjectiveSettings:
         for name in ("cpo_alpha", "simpo_gamma"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches it off")
-        _check_name("f_divergence_type", self.f_divergence_type, DIVERGENCES)
+        check_name("f_divergence_type", self.f_divergence_type, DIVERGENCES)
         if self.loss_weights is None:
             return
         if len(self.loss_weights) != len(self.loss_type):
@@ -294,18 +294,6 @@ def without_effect(config: Any) -> list[str]:
     if names == {"sft"}:
         unread += ["f_divergence_type", "ld_alpha"]
     return [name for name in unread if getattr(config, name) != getattr(ObjectiveSettings, name)]
-
-
-_OLD_LOSSES = {"dpo": "sigmoid", "kto_pair": "kto"}
-"""Names that scripts use and for which the nearest spelling would mislead, each with the objective that they mean."""
-
-
-def _check_name(field: str, name: object, table: Collection[str]) -> None:
-    if name not in table:
-        old = _OLD_LOSSES.get(str(name))
-        near = [old] if old else difflib.get_close_matches(str(name), table, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {_names(table)}"
-        raise ValueError(f"{field} {name!r} is unknown: {hint}")
 
 
 def _check_number(field: str, value: object, *, positive: bool = False) -> None:

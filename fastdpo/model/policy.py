@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedConfig,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from fastdpo.model import adapters
-from fastdpo.settings.config_file import nearest
+from fastdpo.settings.config_file import advice as advice_on
 from fastdpo.settings.failures import loading
+from fastdpo.settings.names import check_name
 from fastdpo.untrusted.model_folder import check_model_folder
 
 logger = logging.getLogger("fastdpo")
@@ -64,7 +66,7 @@ def load_policy(model: Any, args: Any, *, setting: str = "model") -> Any:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in _options(args):
                 raise
-            advice = nearest(unknown[1], ()) or "; leave it out"
+            advice = advice_on(unknown[1], ()) or "; leave it out"
             if unknown[1] in ("load_in_4bit", "load_in_8bit"):
                 advice = f"; write model_init_kwargs={{'quantization_config': BitsAndBytesConfig({unknown[1]}=True)}}"
             raise ValueError(f"model_init_kwargs {unknown[1]!r} is unknown to this model{advice}") from error
@@ -256,9 +258,17 @@ def smallest_vocab(*models: Any) -> int:
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """Return the options of `from_pretrained`."""
+    """Return the options of `from_pretrained`.
+
+    Raises:
+        ValueError: there is no such `attn_implementation`.
+    """
     assert not isinstance(args.model_init_kwargs, str)  # __post_init__ parsed it
-    return {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    attention = options.get("attn_implementation")
+    if isinstance(attention, str) and "/" not in attention:  # with a slash it is a kernel on the Hub
+        check_name("attn_implementation", attention, ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    return options
 
 
 def disable_dropout(model: nn.Module) -> None:

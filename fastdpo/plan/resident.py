@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdpo.settings.names import check_name
+
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
@@ -48,8 +50,7 @@ class Job:
     """Whether gradients are sent after each micro-batch (`sync_each_batch`), instead of after the last one."""
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        check_name("strategy", self.strategy, STRATEGIES)
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
 

@@ -38,8 +38,8 @@ def tables(plan: Plan) -> str:
         ("examples trained on", f"{len(stats.prompts):,}"),
         ("batches of an epoch, all processes", f"{len(batches.rows):,}"),
         ("optimizer steps of an epoch", f"{plan.steps:,}"),
-        ("tokens computed in a batch: median", f"{np.median(batches.rows):,.0f}"),
-        ("tokens computed in a batch: largest", f"{batches.rows.max():,}"),
+        ("tokens computed in a batch, in one random order: median", f"{np.median(batches.rows):,.0f}"),
+        ("tokens computed in a batch, in one random order: largest", f"{batches.rows.max():,}"),
         ("padding avoided, share of the padded batch", f"{batches.padding_avoided:.1%}"),
         ("tokens shared within prompts, share of the unpadded batch", f"{batches.shared:.1%}"),
         *_grouping(stats, len(stats.prompts) / plan.steps),
@@ -64,7 +64,7 @@ def tables(plan: Plan) -> str:
     needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
     needed.append(("kept for the backward, per token", _size(on.kept_per_row), _size(off.kept_per_row)))
     largest = int(batches.rows.max())
-    for rows, label in [(largest, "largest batch of the config"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
+    for rows, label in [(largest, "largest batch of that order"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
         needed.append((f"peak, {label}", _size(on.peak(rows)), _size(off.peak(rows))))
     if plan.gpu_memory is not None:
         label = f"largest tokens_per_batch in {plan.gpu_memory:g} GiB"

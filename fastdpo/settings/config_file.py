@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdpo.settings.fields import Setting, settings
-from fastdpo.settings.old_names import OLD_NAMES
+from fastdpo.settings.fields import Setting, choices, settings
+from fastdpo.settings.names import OLD_NAMES, check_name, nearest
 from fastdpo.untrusted.json_files import read_json
 from fastdpo.untrusted.model_folder import check_model_folder, is_kernel_on_hub, items
 from fastdpo.untrusted.yaml_file import read_yaml
@@ -30,22 +30,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 LOCAL_SUFFIXES = (*DATA_FILES, *COMPRESSED, ".arrow", ".tsv", ".txt", ".safetensors", ".bin", ".gguf", ".yaml", ".yml")
 """A name with one of these endings is a local file; names on the Hub may hold other dots, as in Qwen2.5-0.5B."""
 
-OTHER_NAMES = OLD_NAMES | {
-    "model": "did you mean 'model_name_or_path'?",
-    "ref_model": "did you mean 'ref_model_name_or_path'?",
-    "dataset": "did you mean 'dataset_name'?",
-    "dataset_path": "did you mean 'dataset_name'?",
-    "max_new_tokens": "did you mean 'max_completion_length'?",
-    "lr": "did you mean 'learning_rate'?",
-    "batch_size": "did you mean 'per_device_train_batch_size'?",
-    "epochs": "did you mean 'num_train_epochs'?",
-    "label_smoothing_epsilon": "did you mean 'label_smoothing'?",
+ADVICE = OLD_NAMES | {
     "lora_task_type": "leave it out: the adapter is always that of a causal language model",
     "ignore_bias_buffers": "leave it out: buffers are never synchronised as bias buffers need it",
     "env": "set environment variables in the shell",
-    "bnb_4bit_use_double_quant": "did you mean 'use_bnb_nested_quant'?",
 }
-"""Hints for names that users of TRL and other libraries type, for which the nearest spelling would mislead."""
+"""What to do instead of settings of TRL and other libraries that have no equivalent here."""
 
 PACKAGES = {
     "peft": "pip install 'fastdpo[peft]'",
@@ -84,8 +74,12 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> dict
     known = settings()
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown setting {key!r}{nearest(str(key), known)}")
+            raise UsageError(f"unknown setting {key!r}{advice(str(key), known)}")
     values = {key: typed(known[key], value) for key, value in values.items()}
+    for key, value in values.items():
+        if names := choices(known[key]):
+            for each in value if isinstance(value, list) else [value]:
+                check_name(key, each, names)
     if in_file.get("trust_remote_code") and "trust_remote_code" not in overrides:
         raise ValueError(
             f"{path} sets trust_remote_code, which lets the code in a model's repository run, but the file may have "
@@ -114,12 +108,9 @@ def read_settings(path: str | Path | None, overrides: Mapping[str, Any]) -> dict
     return values
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message that suggests a valid name for an unknown one; "" if no valid name is similar."""
-    if name in OTHER_NAMES:
-        return f"; {OTHER_NAMES[name]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def advice(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown setting: what to do instead of it, or the nearest valid name."""
+    return f"; {ADVICE[name]}" if name in ADVICE else nearest(name, known)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -203,15 +194,16 @@ def check_dtype(name: str, value: Any) -> None:
     Raises:
         ValueError: it is not one of `DTYPES`.
     """
-    if isinstance(value, str) and value.removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}{nearest(value, DTYPES)}")
+    if isinstance(value, str):
+        check_name(name, value.removeprefix("torch."), DTYPES)
 
 
 # Paths
 
 
 def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(LOCAL_SUFFIXES)
+    could_be_on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    return could_be_on_hub is None or name.lower().endswith(LOCAL_SUFFIXES)
 
 
 def local_path(setting: str, name: str) -> tuple[str, Path | None]:
@@ -375,9 +367,7 @@ def _check_packages(values: Mapping[str, Any]) -> None:
     for name in [reports] if isinstance(reports, str) else reports:
         if name in ("all", "none"):
             continue
-        if name not in REPORTS:
-            near = nearest(name, REPORTS)
-            raise ValueError(f"report_to must be all, none or among {', '.join(REPORTS)}, got {name!r}{near}")
+        check_name("report_to", name, ("all", "none", *REPORTS))
         if REPORTS[name] and not (name == "tensorboard" and importlib.util.find_spec("tensorboardX")):
             _need(name, f"report_to={name!r}")
 

@@ -24,9 +24,10 @@ from datasets import (
 )
 from datasets.exceptions import DatasetNotFoundError
 
-from fastdpo.settings.config_file import data_kind, nearest
+from fastdpo.settings.config_file import data_kind
 from fastdpo.settings.failures import loading
 from fastdpo.settings.image_files import splits_among_images, with_image_paths
+from fastdpo.settings.names import nearest
 from fastdpo.untrusted.json_files import MAX_DEPTH, read_json, too_deep
 
 FORMATS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")

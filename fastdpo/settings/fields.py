@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TRANSFORMERS = "transformers.TrainingArguments"
 HEADING = re.compile(r"    # ([^;\n]+)")
@@ -54,6 +54,48 @@ def _training_arguments() -> tuple[Path, str]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("transformers is not installed; run pip install fastdpo", name="transformers")
     return Path(spec.origin).parent / "training_args.py", "TrainingArguments"
+
+
+_CHOICES = {
+    "f_divergence_type": ("loss/objectives.py", "DIVERGENCES"),
+    "head_backward": ("head/linear_logprobs.py", "BACKWARDS"),
+    "head_impl": ("head/linear_logprobs.py", "IMPLS"),
+    "loss_type": ("loss/objectives.py", "OBJECTIVES"),
+    "on_bad_row": ("config/checks.py", "ON_BAD_ROW"),
+    "self_check": ("config/checks.py", "SELF_CHECK"),
+    "truncation_mode": ("config/checks.py", "TRUNCATION_MODES"),
+}
+"""Where the names stand that a setting takes, as a tuple or as the keys of a dict."""
+
+
+def choices(setting: Setting) -> list[str]:
+    """Return the names that a setting takes, such as those of optimizers; [] if it takes other values too."""
+    if setting.name in _CHOICES:
+        ours, constant = _CHOICES[setting.name]
+        return _strings(Path(__file__).parent.parent / ours, constant)
+    theirs, _ = _training_arguments()
+    for name in setting.types if setting.group == TRANSFORMERS else ():
+        for file in (theirs, theirs.with_name("trainer_utils.py")):
+            if names := _strings(file, name):
+                return names
+    return []
+
+
+def _strings(path: Path, name: str) -> list[str]:
+    """Return the strings of a tuple, the keys of a dict or the values of an enum that a file defines by this name."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.ClassDef(name=found, body=body) if found == name:
+                parts: list[Any] = [each.value for each in body if isinstance(each, ast.Assign)]
+            case (
+                ast.Assign(targets=[ast.Name(id=found)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=found), value=value)
+            ) if found == name:
+                parts = list(value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", ()))
+            case _:
+                continue
+        return [text for part in parts if isinstance(text := _literal(part), str)]
+    return []
 
 
 def _fields(path: Path, class_name: str) -> Iterator[Setting]:

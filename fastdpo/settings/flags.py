@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from fastdpo.settings.config_file import UsageError, nearest, typed
+from fastdpo.settings.config_file import UsageError, advice, typed
 from fastdpo.settings.fields import Setting, settings
 from fastdpo.untrusted.yaml_file import parse
 
@@ -51,7 +51,7 @@ def overrides_of(rest: list[str], own: dict[str, Setting], shared: dict[str, Set
         if key not in known and not given and positive in known and "bool" in known[positive].types:
             key, given = positive, ["false"]
         if key not in known:
-            raise UsageError(f"unknown setting --{key}{nearest(key, known)}")
+            raise UsageError(f"unknown setting --{key}{advice(key, known)}")
         if not given and "bool" in known[key].types:
             given = ["true"]
         if given in ([], [""]):

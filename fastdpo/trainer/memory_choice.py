@@ -91,10 +91,14 @@ class MemoryChoice:
             self._layers = layers
             self.checkpointed = len(layers) if self._once else found.fewest(self._largest_batch)
         recomputed = len(layers) * bool(args.gradient_checkpointing) if self.checkpointed is None else self.checkpointed
+        said_batch = f"{self._largest_batch:,} tokens"
+        if self.tokens is None and (count := min(count, len(found.examples))) > 1:
+            said_batch = f"the {count} largest examples with together {self._largest_batch:,} tokens"
         logger.info(
-            "memory: %s; a step of at most %s tokens takes %.2f GiB (computed) of the %.2f GiB that it may use",
+            "memory: %s; a step with the largest possible batch, %s, takes %.2f GiB (computed) of the %.2f GiB that "
+            "it may use",
             "; ".join([*([self._said_layers()] if chooses_layers else []), *self._said_tokens(kept)]),
-            *(f"{self._largest_batch:,}", found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
+            *(said_batch, found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
         )
 
     def _ask(self, layers: int, usable: int | None) -> Fit:

@@ -66,6 +66,11 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
         loader, args = super().get_train_dataloader(), self.args
+        if args.dataloader_drop_last and isinstance(self.train_dataset, Dataset) and len(loader) == 0:
+            raise ValueError(
+                f"the train dataset has {len(self.train_dataset)} examples, which fill no batch, and "
+                "dataloader_drop_last=True leaves out all others; leave it off, or lower per_device_train_batch_size"
+            )
         self._reference_time = ReferenceTime(args.device)
         self._memory = (
             MemoryChoice(self, loader) if AUTO in (args.gradient_checkpointing, args.tokens_per_batch) else None

@@ -198,7 +198,8 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
     [
         (["head", "--rows", "33"], "--rows 33: half of the rows are those of chosen responses"),
         (["head", "--vocab", "0"], "--hidden, --vocab and --repetitions must be positive, got 0"),
-        (["head", "--model", "llama-9"], "argument --model: invalid choice: 'llama-9'"),
+        (["head", "--model", "llama-9"], "got 'llama-9'; did you mean 'llama-3-8b'?"),
+        (["head", "--repetition=3"], "unknown option --repetition; did you mean '--repetitions'?"),
         (["head", "--cases=models", "--dtype=float32"], "--cases has its own settings in place of --dtype; leave out"),
         (
             ["head", "--model", "gpt2", "--rows", "64", "--vocab", "9"],

@@ -22,7 +22,7 @@ from fastdpo.compat import trl as trl_module
 from fastdpo.compat.trl import resolve, set_pad_token
 from fastdpo.loss.options import from_config
 from fastdpo.model.policy import load_policy
-from fastdpo.settings.old_names import OLD_NAMES
+from fastdpo.settings.names import OLD_NAMES
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import NoTokenizer, lora, losses, rows, tiny_llama
 

@@ -17,6 +17,7 @@ from fastdpo.commands.tools import TOOLS
 from fastdpo.data.columns import find_kind
 from fastdpo.data.prepare import prepare_dataset
 from fastdpo.loss.objectives import OBJECTIVES
+from fastdpo.report import console
 from fastdpo.settings.fields import settings
 from fastdpo.settings.flags import overrides_of
 
@@ -104,6 +105,16 @@ def test_files_that_commands_name_exist(page: Path) -> None:
             assert (ROOT / name).exists(), name
 
 
+def test_each_option_of_a_script_has_a_sentence() -> None:
+    scripts = [path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py")]
+    calls = [node for path in scripts for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    options = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    assert len(options) > 50
+    for call in options:
+        said = [ast.unparse(keyword.value).rstrip("'\"") for keyword in call.keywords if keyword.arg == "help"]
+        assert said == ["OUT"] or said[0].endswith("."), ast.unparse(call)
+
+
 def test_pages_have_modules() -> None:
     assert len([module for page in PAGES for module, _ in modules_of(page)]) > 30
 
@@ -143,10 +154,21 @@ def test_the_page_on_objectives_has_each_with_its_paper() -> None:
         assert re.findall(r"\[([\d.]+)\]", papers[name]) == of_code, name
 
 
+def test_the_first_sentences_on_scaling_have_the_numbers_of_its_table() -> None:
+    said, _, rest = (ROOT / "docs" / "scaling.md").read_text().partition("\n## ")
+    rows = [("8B", "ZeRO-2", "{} of a step computing"), ("70B", "FSDP2", "and {} with 70B and FSDP2")]
+    for model, strategy, words in rows:
+        (share,) = re.findall(
+            rf"^\| {model} \| full \| a copy \| {strategy} \|.*\| (\d+% to \d+%) \([^|]*\|$", rest, re.M
+        )
+        assert words.format(share) in " ".join(said.split()), (model, strategy)
+
+
 def test_the_page_on_metrics_names_each() -> None:
     sources = [ROOT / "fastdpo" / name for name in ("report/metrics.py", "trainer/balance.py", "reference/share.py")]
     text = "".join(path.read_text() for path in sources)
     names = set(re.findall(r'"((?:balance|count|head|logits|logps|reference|rewards)/\w+)"', text))
+    names |= {"grad_norm", "epoch", "train_loss", "train_runtime", "total_flos"} | {*console._PARTS}
     page = (ROOT / "docs" / "metrics.md").read_text()
     assert len(names) > 12
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []

@@ -423,7 +423,7 @@ def test_reference_free_is_a_reference_of_zeros() -> None:
     [
         ({"beta": -0.1}, "beta must not be negative, got -0.1"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
-        ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown: did you mean 'sigmoid'"),
+        ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown; did you mean 'sigmoid'"),
         ({"loss_type": "kto"}, "loss_type 'kto' does not take pairs"),
         ({"ld_alpha": 0.5}, "ld_alpha needs the log-probs of tokens"),
         ({"use_weighting": True}, "use_weighting needs the log-probs of tokens"),

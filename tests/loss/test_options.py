@@ -16,14 +16,17 @@ _ABSOLUTE = "nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero apo_down kto 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # names
-    ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown: did you mean 'sigmoid'?"),
-    ({"loss_type": ["sigmoid", "aot_unpared"]}, "loss_type 'aot_unpared' is unknown: did you mean 'aot_unpaired'?"),
-    ({"loss_type": "dpo"}, "loss_type 'dpo' is unknown: did you mean 'sigmoid'?"),
-    ({"loss_type": "kto_pair"}, "loss_type 'kto_pair' is unknown: did you mean 'kto'?"),
-    ({"loss_type": "zzz"}, "loss_type 'zzz' is unknown: choose from 'sigmoid', 'hinge'"),
+    ({"loss_type": "sigmod"}, "loss_type 'sigmod' is unknown; did you mean 'sigmoid'?"),
+    ({"loss_type": ["sigmoid", "aot_unpared"]}, "loss_type 'aot_unpared' is unknown; did you mean 'aot_unpaired'?"),
+    ({"loss_type": "dpo"}, "loss_type 'dpo' is unknown; did you mean 'sigmoid'?"),
+    ({"loss_type": "kto_pair"}, "loss_type 'kto_pair' is unknown; did you mean 'kto'?"),
+    ({"loss_type": "zzz"}, "loss_type must be one of sigmoid, hinge"),
     ({"loss_type": []}, "loss_type must name an objective, got none"),
     ({"loss_type": ["hinge", "hinge"]}, "loss_type names 'hinge' twice; name it once and set its weight"),
-    ({"f_divergence_type": "reverse-kl"}, "f_divergence_type 'reverse-kl' is unknown: did you mean 'reverse_kl'?"),
+    (
+        {"f_divergence_type": "reverse-kl"},
+        "f_divergence_type must be one of reverse_kl, forward_kl,",
+    ),
     (
         {"loss_type": ["sigmoid", "kto"]},
         "loss_type must not mix kinds of examples, but 'sigmoid' takes preference examples",

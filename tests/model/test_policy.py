@@ -78,6 +78,10 @@ def test_two_dtypes_are_refused(tmp_path: Path) -> None:
             {"load_in_8bit": True},
             "model_init_kwargs 'load_in_8bit' is unknown to this model; write .*quantization_config",
         ),
+        (
+            {"attn_implementation": "spda"},
+            "attn_implementation 'spda' is unknown; did you mean 'sdpa'",
+        ),
         ({"dtype": "float61"}, "dtype of model_init_kwargs must be one of auto, float32, .* did you mean 'float64'"),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.model.attention.key_paths import ROUNDING, Paths, gather
+from fastdpo.settings.names import check_name
 
 BACKENDS = ("varlen", "flash", "grid")
 """Names of the backends, in the order of preference."""
@@ -49,8 +50,7 @@ def usable(backend: str, device: torch.device) -> Usable:
     Raises:
         ValueError: there is no backend of this name, or the device cannot run it.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"attention_backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+    check_name("attention_backend", backend, ("auto", *BACKENDS))
     refused = {name: why for name in BACKENDS if (why := _refused_by_device(name, device))}
     if why := refused.get(backend):
         raise ValueError(f"attention_backend={backend!r} cannot be used: {why}; 'auto' takes what can")

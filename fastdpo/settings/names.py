@@ -1,9 +1,9 @@
-"""Names that scripts for older versions of TRL and transformers use, each with what to do instead."""
+"""Names that do not exist: what the user may have meant, and what to do instead of those of older versions."""
 
 import difflib
 import functools
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -48,6 +48,52 @@ OLD_NAMES = {
     **dict.fromkeys(("fp16_backend", "half_precision_backend", "fp16_opt_level"), "use fp16 or bf16 alone"),
 }
 
+"""Settings and arguments of TRL and transformers that are gone, each with what to do instead."""
+
+MEANT = {
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "dataset_path": "dataset_name",
+    "dpo": "sigmoid",
+    "epochs": "num_train_epochs",
+    "kto_pair": "kto",
+    "label_smoothing_epsilon": "label_smoothing",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length",
+    "model": "model_name_or_path",
+    "ref_model": "ref_model_name_or_path",
+    "scheduler": "lr_scheduler_type",
+}
+"""Names that users of other libraries type, each with ours, where the most similar spelling would mislead."""
+
+
+_FEW = 8
+"""Most names that a message lists if it has the nearest one."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that suggests a valid name for an unknown one; "" if no valid name is similar."""
+    known = list(known)
+    meant = {other: ours for other, ours in MEANT.items() if ours in known}
+    near = difflib.get_close_matches(name, [*known, *meant], n=1)
+    return f"; did you mean {meant.get(near[0], near[0])!r}?" if near else ""
+
+
+def check_name(what: str, value: object, known: Iterable[str | None]) -> None:
+    """Refuse a value of a setting or argument that must be one of some names.
+
+    Raises:
+        ValueError: it is none of them; the message begins with `what` and has the nearest name, or lists all.
+    """
+    if value in (known := list(known)):
+        return
+    names = [name for name in known if name is not None]
+    near = nearest(value, names) if isinstance(value, str) else ""
+    if near and len(names) > _FEW:
+        raise ValueError(f"{what} {value!r} is unknown{near}")
+    raise ValueError(f"{what} must be one of {', '.join(names)}, got {shown(value)}{near}")
+
 
 def known_only(owner: str, given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Return `given` without old names whose value is None.
@@ -65,8 +111,7 @@ def known_only(owner: str, given: Mapping[str, Any], known: Collection[str]) -> 
         if name in known:
             continue
         if name not in OLD_NAMES:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(f"{owner} has no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise TypeError(f"{owner} has no argument {name!r}{nearest(name, known)}")
         if given[name] is not None:
             raise ValueError(f"{owner} does not take {name}={shown(given[name])}: {OLD_NAMES[name]}")
     return {name: value for name, value in given.items() if name in known}
