@@ -1,15 +1,13 @@
 """Compute how long the head should take on an H200, from its compiled kernels: nothing is measured.
 
     python -m benchmarks.studies.head_time_model --out benchmarks/results/computed/head_time.json
-    python -m benchmarks.studies.head_time_model --chips
     python -m benchmarks.studies.head_time_model --rows 8192 --hidden 4096 --vocab 128256
 
 Each Triton kernel is compiled for the chip. Its registers and shared memory say how many programs share a
 multiprocessor, and its machine code how many instructions a warp issues for a tile. A tile takes
 
     tensor = 2 BLOCK_N BLOCK_V D / 4096 clocks / 0.95          the matmul, as fed as the best kernels are
-    exposed = warps / 4 * instructions outside the loop * 1.25 + 1200          epilogue with its stalls, and the first
-                                                               copies of a tile
+    exposed = warps / 4 * instructions outside the loop * 1.25 + 1200          its epilogue's stalls, first copies
 
 in sequence if one program runs at a time, and side by side if several do. A kernel also takes no less time than its
 bytes from L2 and from memory. Vendor matmuls run at 790 TFLOP/s, 88 % of the clocks of 132 multiprocessors at 1.66 GHz
@@ -54,8 +52,7 @@ ROWS = {
     for row in reversed(json.loads((RESULTS / "cells.json").read_text())["rows"][1:])
 }
 """Of all cells, the share in dense blocks and that of active cells elsewhere, by density."""
-LIMIT = 0.12
-"""Density for which the sparse kernels' times are computed: the lists of a chunk are as long as where it matters."""
+LIMIT = 0.12  # density for which the sparse kernels' times are computed: lists are as long as where it matters
 JOBS = {
     "forward": ("forward-tma", "masses"),
     "forward, keeping": ("forward-tma", "bias masses kept"),
