@@ -260,7 +260,7 @@ class SavingTrainer(PackedTrainer):
             "sums": self._sums.state(),
             "histograms": self.histograms,
             "place": self._place,
-            "tokens_per_batch": None if self._memory is None else self._memory.tokens or 0,
+            "tokens_per_batch": (self.args.tokens_per_batch if self._memory is None else self._memory.tokens) or 0,
         }
 
     def _earlier_tokens(self) -> int | None:
