@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
-from fastdpo.plan.fit import Fit, fit_of, recomputable
+from fastdpo.model.scoring_forward import decoder_layers
+from fastdpo.plan.fit import Fit, fit_of
 from fastdpo.plan.free_memory import GIB, measured_peak, usable_memory
 from fastdpo.settings.failures import is_out_of_memory
 
@@ -65,7 +66,7 @@ class MemoryChoice:
         chooses_layers = args.gradient_checkpointing == AUTO
         if self._chooses_tokens and not isinstance(self._rows, Dataset):
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
-        layers = recomputable(trainer.model)
+        layers = decoder_layers(trainer.model)
         usable, before = usable_memory(trainer), _rng_state()
         if self._once and measured_peak(args.device) is None and not self._chooses_tokens:
             self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
@@ -141,11 +142,12 @@ class MemoryChoice:
 
         Args:
             run: runs a batch and returns its part of the loss, `[]`.
-            inputs: the batch; it was given to `begin`, if the step was begun.
+            inputs: the batch. If it was not given to `begin`, its step is not known, and it is run just once.
         """
         trainer, at = self._trainer, self._at
         if at >= len(self._queue):
-            self._queue.append([inputs])
+            self._set_layers()
+            return run(inputs)
         if at == 0:
             self._rng = _rng_state()
         sums, again = trainer._sums.copy(), False
@@ -283,9 +285,24 @@ def _why_once(trainer: Any) -> str | None:
     args = trainer.args
     if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "several processes, FSDP or DeepSpeed can't compute a step again"
-    if "lomo" in str(args.optim):
+    if any(each in str(args.optim) for each in ("lomo", "layerwise")):
         return f"optim={args.optim} changes the weights in the backward pass, so no step can be computed again"
     return None
+
+
+def leave_out_checkpointing(trainer: Any) -> None:
+    """Switch `gradient_checkpointing: auto` off where code of a model can't checkpoint, because nobody asked for it."""
+    args, model = trainer.args, trainer.model
+    if args.gradient_checkpointing != AUTO:
+        return
+    try:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        logger.info("gradient_checkpointing=auto recomputes no layers, because the model can't (%s)", why)
+        args.gradient_checkpointing = False
+        if hasattr(args, "activation_checkpointing"):
+            args.activation_checkpointing = False
 
 
 def _size(batch: Any) -> int:
