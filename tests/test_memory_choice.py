@@ -255,6 +255,20 @@ def test_a_lack_of_memory_is_met_by_cutting_batches(case: str, make: Callable[..
     assert_same_run(ours, fixed)
 
 
+def test_micro_batches_before_the_one_that_lacks_memory_are_cut_too(make: Callable[..., Any]) -> None:
+    """They are computed again as well. A column that is kept beside the tokens may be called label and hold text."""
+    data, kept = PAIRS.add_column("label", ["good"] * len(PAIRS)), {"remove_unused_columns": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "MOST_TOKENS", 192)
+        ours = make(data=data, **kept, **TOKENS)
+        failed = fails(ours, "forward", (1, 1), lambda _, part: part["num_packed_tokens"] <= 70)
+        ours.train()
+    assert len(failed) >= 2
+    fixed = make(data=data, tokens_per_batch=192, **kept)
+    fixed.train()
+    assert_same_run(ours, fixed)
+
+
 def test_a_callback_that_asks_for_a_loader_does_not_make_a_step_forget_its_beginning(make: Callable[..., Any]) -> None:
     class AsksForLoader(TrainerCallback):
         def on_substep_end(self, *_: Any, **__: Any) -> None:

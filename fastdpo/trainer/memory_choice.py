@@ -150,21 +150,22 @@ class MemoryChoice:
             return run(inputs)
         if at == 0:
             self._rng = _rng_state()
-        sums, again = trainer._sums.copy(), False
+        sums, again, now = trainer._sums.copy(), False, at
         while True:
             self._set_layers()
             try:
                 if again:
                     self._begin_again()
-                    for part in (part for parts in self._queue[:at] for part in parts):
-                        run(part)
-                    trainer._sums = sums.copy()
+                    for now in range(at):
+                        for part in self._queue[now]:
+                            run(part)
+                    now, trainer._sums = at, sums.copy()
                 losses = [run(part) for part in self._queue[at]]
                 self._at += 1
                 self._largest_seen = max([self._largest_seen, *map(_size, self._queue[at])])
                 return torch.stack(losses).sum()
             except Exception as error:
-                if not is_out_of_memory(error) or not self._lower(at):
+                if not is_out_of_memory(error) or not self._lower(now):
                     raise
             again = True  # out here, where the error does not hold the failed step's tensors any more
 
@@ -239,15 +240,14 @@ class MemoryChoice:
     # Cutting micro-batches
 
     def _cut_smaller(self, at: int) -> bool:
-        parts, before = self._queue[at], self._most
-        self._most = max(map(_size, parts)) // 2
-        self._queue[at] = [smaller for part in parts for smaller in self._parts(part)]
-        if len(self._queue[at]) == len(parts):
+        """Cut all micro-batches, so that the parts of the one at `at` become smaller; return whether they could."""
+        count, before = len(self._queue[at]), self._most
+        self._most = max(map(_size, self._queue[at])) // 2
+        cut = [[smaller for part in parts for smaller in self._parts(part)] for parts in self._queue]
+        if len(cut[at]) == count:
             self._most = before
             return False
-        self._queue[at + 1 :] = [
-            [smaller for part in parts for smaller in self._parts(part)] for parts in self._queue[at + 1 :]
-        ]
+        self._queue = cut
         return True
 
     def _parts(self, batch: Any) -> list[Any]:
@@ -263,7 +263,7 @@ class MemoryChoice:
     def _keys(self, batch: Any) -> list[Any] | None:
         """Return by what the rows of a batch's examples are found; None if it can't be cut."""
         if self._places is None:
-            names = [name for name in ("pair_index", "label") if name in self._rows.column_names]
+            names = [name for name in ("pair_index", "label") if name in batch and name in self._rows.column_names]
             columns = [self._rows[name] for name in names] if "pair_index" in names else []
             keys = [tuple(map(int, key)) for key in zip(*columns, strict=True)]
             self._places = {key: place for place, key in enumerate(keys)}
