@@ -220,7 +220,8 @@ class SavingTrainer(PackedTrainer):
 
     def _check_weights(self) -> None:
         self._guard.check_now()
-        bad = checks.first_not_finite((name, sharding.local(p)) for name, p in self.model.named_parameters())
+        named = self.model.named_parameters()
+        bad = checks.first_not_finite((name, x) for name, p in named for x in sharding.plain_parts(sharding.local(p)))
         if self.args.world_size > 1 and sharding.is_sharded(
             self.model
         ):  # another process may have found it in its shards
