@@ -285,8 +285,9 @@ def _why_once(trainer: Any) -> str | None:
     args = trainer.args
     if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "several processes, FSDP or DeepSpeed can't compute a step again"
-    if any(each in str(args.optim) for each in ("lomo", "layerwise")):
-        return f"optim={args.optim} changes the weights in the backward pass, so no step can be computed again"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if any(each in optimizer for each in ("lomo", "layerwise")):
+        return f"optim={optimizer} changes the weights in the backward pass, so no step can be computed again"
     return None
 
 
