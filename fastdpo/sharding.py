@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -220,6 +221,16 @@ def local(tensor: Tensor) -> Tensor:
         return shard
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Return the tensors of which a quantised one is made, such as torchao's, in a fixed order; else the tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names: Any = tensor.__tensor_flatten__()[0]
+    for name in names:
+        yield from plain_parts(getattr(tensor, name))
 
 
 def largest(number: int, device: torch.device) -> int:

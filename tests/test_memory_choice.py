@@ -10,22 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Glm4MoeConfig,
     HfArgumentParser,
-    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 import fastdpo
+from fastdpo.data.packing import shared_prefix_batch
+from fastdpo.data.sampler import BudgetSampler, planned_sizes
+from fastdpo.model.scoring_forward import decoder_layers
 from fastdpo.plan import fit, free_memory
 from fastdpo.plan.memory import memory_model
-from fastdpo.plan.tracing.trace import Ratios
+from fastdpo.plan.tracing.trace import Precision, Ratios
 from fastdpo.trainer import memory_choice
-from tests.helpers.trainers import data_for, losses, make_trainer, rows, tiny_llama, weights
+from tests.helpers.trainers import VOCAB, data_for, losses, make_trainer, rows, tiny_llama, weights
 
 LAYERS = 4
 AUTO: dict[str, Any] = {"gradient_checkpointing": "auto"}
@@ -142,27 +151,60 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
         assert losses(trainer) == losses(fixed)
 
 
+DENSE_FIRST = Glm4MoeConfig(
+    **{"hidden_size": 48, "num_hidden_layers": 6, "first_k_dense_replace": 3, "intermediate_size": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": VOCAB},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 200, "n_shared_experts": 1},
+)
+
+
 @pytest.mark.slow
-def test_a_step_takes_no_more_than_the_chord(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["alike", "dense layers below experts"])
+def test_a_step_takes_no_more_than_the_chord(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory model run with k layers is below the straight line between none and all."""
-    config = tiny_llama(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256).config
-    name = f"{PREFIX}_checkpointing_enable"
-    enable, ratios = getattr(LlamaForCausalLM, name), Ratios(1.3, 0.7, 2.0)
+    config: Any = DENSE_FIRST
+    if kind == "alike":
+        config = tiny_llama(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=256).config
+    depth, name = config.num_hidden_layers, f"{PREFIX}_checkpointing_enable"
+    enable, ratios = getattr(PreTrainedModel, name), Ratios(1.3, 0.7, 2.0)
 
     def step_of(first: int) -> Any:
         def enable_first(model: Any, *args: Any) -> None:
             enable(model, *args)
-            for i, layer in enumerate(model.model.layers):
+            for i, layer in enumerate(decoder_layers(model)):
                 layer.gradient_checkpointing = i < first
 
-        monkeypatch.setattr(LlamaForCausalLM, name, enable_first)
-        return memory_model(config, ratios)
+        monkeypatch.setattr(PreTrainedModel, name, enable_first)
+        return memory_model(config, ratios, precision=Precision(torch.bfloat16))
 
-    none, half, full = step_of(0), step_of(2), step_of(LAYERS)
-    whole = fit.Fit(none, full, LAYERS, np.ones(1), 0)
-    for n in (200, 3000, 50_000):
-        assert none.peak(n) > half.peak(n) > full.peak(n)
-        assert half.peak(n) <= whole.peak(2, n) + 1 < 1.5 * half.peak(n)
+    none, full = step_of(0), step_of(depth)
+    whole = fit.Fit(none, full, depth, np.ones(1), 0)
+    for k in (depth // 2, depth - 1):
+        some = step_of(k)
+        for n in (200, 3000, 50_000):
+            assert none.peak(n) > some.peak(n) >= full.peak(n)
+            assert some.peak(n) <= whole.peak(k, n) + 1 < 1.5 * some.peak(n)
+
+
+def test_batches_of_groups_hold_more_for_each_row() -> None:
+    """Where `tokens_per_batch` counts a prompt once for its pairs, attention still gathers it for each response."""
+    prompts, responses = data_for("ranked", 12)["prompt_ids"], rows(60, seed=2)["rejected_ids"]
+    data = Dataset.from_list(
+        [
+            {"prompt_ids": prompt * 9, "chosen_ids": own[i], "rejected_ids": own[j], "pair_index": 9 * p + 3 * i + j}
+            for p, prompt in enumerate(prompts)
+            for own in [[[*ids, 3 + k] for k, ids in enumerate(responses[5 * p : 5 * p + 4])]]
+            for i, j in ((0, 1), (2, 1), (3, 0), (2, 3))
+        ]
+    )
+    sizes, groups = planned_sizes(data, "shared", 4, 400)
+    found = fit._ratios(data, "shared", 4)
+    for batch in BudgetSampler(sizes, tokens_per_batch=400, groups=groups).plan(0):
+        made = shared_prefix_batch(data.select(batch).to_list(), across_examples=True)
+        assert len(made["target_ids"]) <= 1.1 * found.targets * 400
+        assert len(made["tree_kv_index"]) - made["tree_seqlens_k"][-1] <= found.paths * 400
+    alone = fit._ratios(data, "shared")
+    assert found.paths > 1.5 * alone.paths
 
 
 @pytest.mark.parametrize(
@@ -214,6 +256,69 @@ def test_a_lack_of_memory_is_met_by_cutting_batches(case: str, make: Callable[..
     assert_same_run(ours, fixed)
 
 
+def test_micro_batches_before_the_one_that_lacks_memory_are_cut_too(make: Callable[..., Any]) -> None:
+    """They are computed again as well. A column that is kept beside the tokens may be called label and hold text."""
+    data, kept = PAIRS.add_column("label", ["good"] * len(PAIRS)), {"remove_unused_columns": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "MOST_TOKENS", 192)
+        ours = make(data=data, **kept, **TOKENS)
+        failed = fails(ours, "forward", (1, 1), lambda _, part: part["num_packed_tokens"] <= 70)
+        ours.train()
+    assert len(failed) >= 2
+    fixed = make(data=data, tokens_per_batch=192, **kept)
+    fixed.train()
+    assert_same_run(ours, fixed)
+
+
+def test_a_callback_that_asks_for_a_loader_does_not_make_a_step_forget_its_beginning(make: Callable[..., Any]) -> None:
+    class AsksForLoader(TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            trainer.get_train_dataloader()
+
+    fixed = make()
+    fixed.train()
+    trainer = make(**AUTO)
+    trainer.add_callback(AsksForLoader())
+    failed = fails(trainer, "backward", (1, 1), lambda *_: trainer._memory.checkpointed == LAYERS)
+    trainer.train()
+    assert len(failed) == 2
+    assert_same_run(trainer, fixed)
+
+
+def test_a_step_that_was_not_begun_is_not_computed_again(make: Callable[..., Any]) -> None:
+    """Code that calls `training_step` by itself says nothing of where an optimizer step begins."""
+    ours = make(**AUTO)
+    loader = ours.get_train_dataloader()
+    fails(ours, "backward", (0, 0), lambda *_: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.training_step(ours.model, next(iter(loader)))
+
+
+@pytest.mark.parametrize("kind", ["lomo", "layerwise"])
+def test_no_step_is_computed_again_whose_backward_changes_weights(kind: str) -> None:
+    names = [each for each in OptimizerNames if kind in each.value]
+    for name in names:
+        args = SimpleNamespace(world_size=1, n_gpu=1, optim=name)  # transformers makes it an enum's member
+        trainer = SimpleNamespace(args=args, is_deepspeed_enabled=False, is_fsdp_enabled=False)
+        assert f"optim={name.value} changes the weights in the backward pass" in str(memory_choice._why_once(trainer))
+    assert len(names) > 1
+
+
+def test_auto_trains_a_model_that_cannot_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asked for `auto`, so it must not end a run that would train without it."""
+    caplog.set_level(logging.INFO, "fastdpo")
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    trained = []
+    for given in (False, None):
+        set_seed(3)
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB, **sizes))
+        trainer = make_trainer(tmp_path / str(given), model, gradient_checkpointing=given, max_steps=2)
+        trainer.train()
+        trained.append(weights(trainer.model))
+    assert torch.equal(*trained)
+    assert "auto recomputes no layers, because the model can't (ValueError: OpenAIGPTLMHeadModel" in caplog.text
+
+
 def test_what_cannot_be_lowered_ends_the_run_with_advice(
     make: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,13 +360,15 @@ def test_a_resumed_run_keeps_its_batches_on_a_device_with_other_memory(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "MOST_TOKENS", 128)
-    whole = make(**TOKENS, save_strategy="steps", save_steps=1)
-    whole.train()
-    monkeypatch.setattr(fit, "MOST_TOKENS", 320)
-    resumed = make(**TOKENS)
-    resumed.train(f"{whole.args.output_dir}/checkpoint-1")
-    assert resumed._memory.tokens == 128
-    assert torch.equal(weights(whole.model), weights(resumed.model))
+    for given in (TOKENS, {"tokens_per_batch": 128}):
+        whole = make(**given, save_strategy="steps", save_steps=1)
+        whole.train()
+        with monkeypatch.context() as patch:
+            patch.setattr(fit, "MOST_TOKENS", 320)
+            resumed = make(**TOKENS, resume_changed=given != TOKENS)
+            resumed.train(f"{whole.args.output_dir}/checkpoint-1")
+        assert resumed._memory.tokens == 128
+        assert torch.equal(weights(whole.model), weights(resumed.model))
 
 
 @pytest.mark.parametrize(("share", "expected"), [(3.0, LAYERS), (0.6, 0)])
@@ -372,7 +479,10 @@ def test_layers_of_a_tower_that_sees_images_are_not_counted() -> None:
         model = Gemma3ForConditionalGeneration(
             Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
         )
-    assert fit.recomputable(model) == list(model.model.language_model.layers)
+    assert decoder_layers(model) == list(model.model.language_model.layers)
+    text_only = tiny_llama()
+    text_only.get_decoder = lambda: None  # as code of others may do
+    assert decoder_layers(text_only) == list(text_only.model.layers)
 
 
 def test_the_free_memory_of_a_container_is_what_its_limit_leaves(

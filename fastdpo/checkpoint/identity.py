@@ -15,7 +15,7 @@ from fastdpo.data.columns import REFERENCES
 from fastdpo.model.adapted_layers import unwrap
 from fastdpo.reference.fingerprint import numerics
 from fastdpo.report.facts import versions
-from fastdpo.sharding import local, plain_name, shape_of
+from fastdpo.sharding import local, plain_name, plain_parts, shape_of
 
 IRRELEVANT = {
     *("output_dir", "run_name", "project", "report_to", "log_level", "log_level_replica", "log_on_each_node"),
@@ -132,8 +132,9 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return 16 hex digits of names, dtypes, shapes and evenly spaced elements of tensors; see `_SAMPLE`."""
     parts, described = [], []
     for name, tensor in named:
-        flat = local(tensor).reshape(-1)
-        parts.append(flat[:: max(1, len(flat) // _SAMPLE)].contiguous().view(torch.uint8))
+        for part in plain_parts(local(tensor)):
+            flat = part.reshape(-1)
+            parts.append(flat[:: max(1, len(flat) // _SAMPLE)].contiguous().view(torch.uint8))
         described.append((name, str(tensor.dtype), shape_of(tensor)))
     found = hashlib.sha256()
     for part in parts:

@@ -143,13 +143,22 @@ def compile_layers(model: Any, **options: Any) -> int:
         model: a patched model.
         options: of `torch.compile`.
     """
-    decoder = unwrap(model).get_decoder()  # of the text alone, where the body also sees images
-    layers = [each for each in decoder.modules() if isinstance(each, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     for layer in layers:
         layer.compile(**options)
     state = vars(unwrap(model))
     state["_fastdpo"] = state["_fastdpo"]._replace(compiled=bool(layers))
     return len(layers)
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Return the layers of a model's decoder that can be compiled, and recomputed, one by one, in their order.
+
+    Those of a tower that sees images are left out, because they do not run on text.
+    """
+    model = unwrap(model)
+    decoder = model.get_decoder() or model  # code of others may know no decoder
+    return [each for each in decoder.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def is_patched(model: Any) -> bool:

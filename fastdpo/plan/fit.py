@@ -1,27 +1,29 @@
 """How a run's training steps fit into its device's memory, with any number of decoder layers recomputed.
 
 With L layers, the first k are recomputed in the backward pass, and the others keep their activations. The memory model
-gives the peak of a step for k = 0 and k = L. At each moment of a step memory is linear in k, so the peak, a maximum of
-such lines, is convex in k, and lies below its chord:
+gives the peak of a step for k = 0 and k = L. Let s(k) be the share of what recomputing all layers saves that the first
+k layers save: k / L where layers are alike, and less where the first ones are smaller than the others, such as the
+dense layers below a mixture of experts. At each moment of a step memory is linear in s, so the peak, a maximum of such
+lines, is convex in s, and lies below its chord:
 
-    peak(k) <= (1 - k / L) * peak(0) + k / L * peak(L)
+    peak(k) <= (1 - s(k)) * peak(0) + s(k) * peak(L)
 """
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
 from fastdpo.config.checks import in_bytes
 from fastdpo.data.columns import REFERENCES
-from fastdpo.data.grouping import arrays
-from fastdpo.data.packing import responses_of, rows_of
+from fastdpo.data.grouping import arrays, groups_of
+from fastdpo.data.packing import responses_of, rows_of, shared_prefix_batch
 from fastdpo.data.sampler import example_sizes
 from fastdpo.data.vision.images import has_images
 from fastdpo.model.adapted_layers import unwrap
@@ -54,8 +56,16 @@ class Fit:
 
     def peak(self, checkpointed: int, rows: int) -> float:
         """Return the bytes of a step with so many layers recomputed, which are never fewer than it will take."""
-        share = checkpointed / self.layers
+        share = float(self._saved[checkpointed])
         return (1 - share) * float(self.none.peak(rows)) + share * float(self.full.peak(rows))
+
+    @cached_property
+    def _saved(self) -> np.ndarray[Any, Any]:
+        """`[layers + 1]`: the share of what recomputing saves that the first layers save."""
+        saved = np.ones(self.layers)
+        if len(self.none.kept_by_layer) == len(self.full.kept_by_layer) == self.layers:
+            saved = np.maximum(np.subtract(self.none.kept_by_layer, self.full.kept_by_layer), 1)
+        return np.concatenate(([0.0], np.cumsum(saved) / saved.sum()))
 
     def fewest(self, rows: int, scale: float = 1.0) -> int:
         """Return the fewest layers to recompute; all, if even that does not fit.
@@ -78,14 +88,6 @@ class Fit:
         else:
             found = full if checkpointing else none
         return max(64, found // 64 * 64)
-
-
-def recomputable(model: Any) -> list[Any]:
-    """Return the layers of a model's text decoder that can be recomputed one by one, in the order in which they run.
-
-    Those of a tower that sees images are left out: on text they do not run, so that recomputing them saves nothing.
-    """
-    return [each for each in unwrap(model).get_decoder().modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def fit_of(trainer: Any, dataset: Any, layers: int, free: int | None) -> Fit:
@@ -121,7 +123,7 @@ def fit_of(trainer: Any, dataset: Any, layers: int, free: int | None) -> Fit:
     none, full = (
         memory_model(
             policy.config,
-            _ratios(dataset, trainer._layout),
+            _ratios(dataset, trainer._layout, args.group_by_prompt if args.tokens_per_batch else None),
             precision=Precision(weights, autocast),
             checkpointing=on,
             has_reference=reference is not None,
@@ -141,8 +143,21 @@ def fit_of(trainer: Any, dataset: Any, layers: int, free: int | None) -> Fit:
     return Fit(none, full, layers, examples, free)
 
 
-def _ratios(dataset: Dataset, layout: str) -> Ratios:
-    """Return what batches hold for each of their rows, by evenly spaced examples; the grid's share is its largest."""
+def _ratios(dataset: Dataset, layout: str, group_by_prompt: int | None = None) -> Ratios:
+    """Return what batches hold for each of their rows, by evenly spaced examples; the grid's share is its largest.
+
+    Args:
+        dataset: tokenised rows.
+        layout: that of the batches.
+        group_by_prompt: most examples of a group where rows that they share are counted once; None where all are
+            counted. Batches of large groups hold more for each row, and large groups come together, so that the 95th
+            percentile of the groups counts.
+    """
+    if group_by_prompt is not None:
+        groups = groups_of(dataset, group_by_prompt).rows
+        each = max(1, len(dataset) // _SAMPLE)
+        parts = [_graph_ratios(dataset.select(rows).to_list(), layout) for rows in groups[::each]]
+        return Ratios(*(float(x) for x in np.quantile(parts, 0.95, axis=0)))
     sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLE)))
     rows, paths, targets, responses, longest = 0, 0, 0, 0, 0
     for example in arrays(sample):
@@ -153,3 +168,10 @@ def _ratios(dataset: Dataset, layout: str) -> Ratios:
         responses += len(lengths)
         longest = max(longest, prompt + max(lengths) - 1)
     return Ratios(paths / rows, targets / rows, responses * longest / rows)
+
+
+def _graph_ratios(examples: list[dict[str, Any]], layout: str) -> Ratios:
+    batch = shared_prefix_batch(examples, layout=layout, pad_to_multiple_of=1, across_examples=True)
+    longest, responses = max(batch["tree_seqlens_k"]), len(batch["cu_target"]) - 1
+    parts = (len(batch["tree_kv_index"]), len(batch["target_ids"]), responses * longest)
+    return Ratios(*(part / batch["num_packed_tokens"] for part in parts))

@@ -15,7 +15,7 @@ Shapes: T rows of the packed batch, K key-path entries, M targets, D hidden size
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class Memory:
     """Bytes that a device sends in an optimizer step."""
     head_workspace: int = WORKSPACE_BYTES
     """Bound of what the head keeps, and of that in which it works; above the default, of what it keeps alone."""
+    kept_by_layer: tuple[int, ...] = field(default=(), compare=False)
+    """Bytes that the forward of each layer keeps of some batch, by which layers compare; empty where they are alike."""
 
     @property
     def persistent(self) -> int:
@@ -182,26 +184,27 @@ def memory_model(
             make_fake(each)
         setting = Setting(ratios, precision, accumulates, runs_reference, backends, chosen, Place())
         try:
-            (small, small_kept), (large, large_kept) = traces(model, reference, TRACED_ROWS, setting)
+            small, large = traces(model, reference, TRACED_ROWS, setting)
         except (RuntimeError, NotImplementedError) as error:  # some routers and kinds of RoPE depend on values
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise ValueError(f"{type(model).__name__} can't be run without the values of its weights: {why}") from error
         # the trace has whole gradients
         gradients = fixed.gradients - _bytes(p for p in model.parameters() if p.requires_grad) if accumulates else 0
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
-        lines = {line_of(*pair) for pair in zip(small, large, strict=True)}
+        lines = {line_of(*pair) for pair in zip(small.operations, large.operations, strict=True)}
         return Memory(
             weights=fixed.weights + _bytes(model.buffers()),
             reference=fixed.reference + _bytes((reference or model).buffers()) if has_reference else 0,
             gradients=fixed.gradients,
             optimizer=fixed.optimizer,
-            kept_per_row=(large_kept - small_kept) / (TRACED_ROWS[1] - TRACED_ROWS[0]),
+            kept_per_row=(large.kept - small.kept) / (TRACED_ROWS[1] - TRACED_ROWS[0]),
             workspace_per_row=ratios.targets * vocabulary * precision.compute.itemsize,
             timeline=upper_envelope({line._replace(fixed=line.fixed + gradients) for line in lines}),
             attention=tuple(sorted(chosen)),
             buffers=fixed.buffers,
             sent=fixed.sent,
             head_workspace=head_workspace,
+            kept_by_layer=large.by_layer,
         )
 
 

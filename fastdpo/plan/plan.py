@@ -23,7 +23,8 @@ from fastdpo.loss.options import from_config
 from fastdpo.model.attention.backends import Usable
 from fastdpo.model.layout import choose_layout
 from fastdpo.model.policy import configs_of, disable_dropout
-from fastdpo.plan.fit import Fit, recomputable
+from fastdpo.model.scoring_forward import decoder_layers
+from fastdpo.plan.fit import Fit
 from fastdpo.plan.free_memory import GIB, KEPT_FREE, RESERVED
 from fastdpo.plan.memory import Memory, memory_model, meta_model
 from fastdpo.plan.resident import Job
@@ -185,7 +186,7 @@ def make_plan(
         steps=steps,
         memory=memory,
         checkpointing=AUTO if args.gradient_checkpointing == AUTO else checkpointing,
-        layers=len(recomputable(models[0])),
+        layers=len(decoder_layers(models[0])),
         assumed=assumed,
         gpu_memory=gpu_memory,
         job=job,

@@ -13,7 +13,7 @@ import torch
 
 from fastdpo.model.adapted_layers import tensors_in_use, unwrap
 from fastdpo.reference.cache import FORMAT
-from fastdpo.sharding import reshard, whole
+from fastdpo.sharding import plain_parts, reshard, whole
 
 _COSMETIC = {
     *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
@@ -48,7 +48,8 @@ def fingerprint(model: Any, *, autocast: torch.dtype | None = None) -> tuple[str
     for name, each in tensors:
         tensor = whole(each)
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for part in plain_parts(tensor):
+            weights.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         device = tensor.device.type
     description = {
         "format": FORMAT,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastdpo import sharding
 from fastdpo.config.auto import AUTO
-from fastdpo.plan.fit import Fit, fit_of, recomputable
+from fastdpo.model.scoring_forward import decoder_layers
+from fastdpo.plan.fit import Fit, fit_of
 from fastdpo.plan.free_memory import GIB, measured_peak, usable_memory
 from fastdpo.settings.failures import is_out_of_memory
 
@@ -65,7 +66,7 @@ class MemoryChoice:
         chooses_layers = args.gradient_checkpointing == AUTO
         if self._chooses_tokens and not isinstance(self._rows, Dataset):
             raise ValueError("tokens_per_batch=auto needs a datasets.Dataset, to plan whole epochs; this is a stream")
-        layers = recomputable(trainer.model)
+        layers = decoder_layers(trainer.model)
         usable, before = usable_memory(trainer), _rng_state()
         if self._once and measured_peak(args.device) is None and not self._chooses_tokens:
             self._say_unknown(chooses_layers, f"it is not counted on the {args.device.type}, and {self._once}")
@@ -145,28 +146,30 @@ class MemoryChoice:
 
         Args:
             run: runs a batch and returns its part of the loss, `[]`.
-            inputs: the batch; it was given to `begin`, if the step was begun.
+            inputs: the batch. If it was not given to `begin`, its step is not known, and it is run just once.
         """
         trainer, at = self._trainer, self._at
         if at >= len(self._queue):
-            self._queue.append([inputs])
+            self._set_layers()
+            return run(inputs)
         if at == 0:
             self._rng = _rng_state()
-        sums, again = trainer._sums.copy(), False
+        sums, again, now = trainer._sums.copy(), False, at
         while True:
             self._set_layers()
             try:
                 if again:
                     self._begin_again()
-                    for part in (part for parts in self._queue[:at] for part in parts):
-                        run(part)
-                    trainer._sums = sums.copy()
+                    for now in range(at):
+                        for part in self._queue[now]:
+                            run(part)
+                    now, trainer._sums = at, sums.copy()
                 losses = [run(part) for part in self._queue[at]]
                 self._at += 1
                 self._largest_seen = max([self._largest_seen, *map(_size, self._queue[at])])
                 return torch.stack(losses).sum()
             except Exception as error:
-                if not is_out_of_memory(error) or not self._lower(at):
+                if not is_out_of_memory(error) or not self._lower(now):
                     raise
             again = True  # out here, where the error does not hold the failed step's tensors any more
 
@@ -241,15 +244,14 @@ class MemoryChoice:
     # Cutting micro-batches
 
     def _cut_smaller(self, at: int) -> bool:
-        parts, before = self._queue[at], self._most
-        self._most = max(map(_size, parts)) // 2
-        self._queue[at] = [smaller for part in parts for smaller in self._parts(part)]
-        if len(self._queue[at]) == len(parts):
+        """Cut all micro-batches, so that the parts of the one at `at` become smaller; return whether they could."""
+        count, before = len(self._queue[at]), self._most
+        self._most = max(map(_size, self._queue[at])) // 2
+        cut = [[smaller for part in parts for smaller in self._parts(part)] for parts in self._queue]
+        if len(cut[at]) == count:
             self._most = before
             return False
-        self._queue[at + 1 :] = [
-            [smaller for part in parts for smaller in self._parts(part)] for parts in self._queue[at + 1 :]
-        ]
+        self._queue = cut
         return True
 
     def _parts(self, batch: Any) -> list[Any]:
@@ -265,7 +267,7 @@ class MemoryChoice:
     def _keys(self, batch: Any) -> list[Any] | None:
         """Return by what the rows of a batch's examples are found; None if it can't be cut."""
         if self._places is None:
-            names = [name for name in ("pair_index", "label") if name in self._rows.column_names]
+            names = [name for name in ("pair_index", "label") if name in batch and name in self._rows.column_names]
             columns = [self._rows[name] for name in names] if "pair_index" in names else []
             keys = [tuple(map(int, key)) for key in zip(*columns, strict=True)]
             self._places = {key: place for place, key in enumerate(keys)}
@@ -287,9 +289,25 @@ def _why_once(trainer: Any) -> str | None:
     args = trainer.args
     if args.world_size > 1 or args.n_gpu > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return "several processes, FSDP or DeepSpeed can't compute a step again"
-    if "lomo" in str(args.optim):
-        return f"optim={args.optim} changes the weights in the backward pass, so no step can be computed again"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if any(each in optimizer for each in ("lomo", "layerwise")):
+        return f"optim={optimizer} changes the weights in the backward pass, so no step can be computed again"
     return None
+
+
+def leave_out_checkpointing(trainer: Any) -> None:
+    """Switch `gradient_checkpointing: auto` off where code of a model can't checkpoint, because nobody asked for it."""
+    args, model = trainer.args, trainer.model
+    if args.gradient_checkpointing != AUTO:
+        return
+    try:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        logger.info("gradient_checkpointing=auto recomputes no layers, because the model can't (%s)", why)
+        args.gradient_checkpointing = False
+        if hasattr(args, "activation_checkpointing"):
+            args.activation_checkpointing = False
 
 
 def _size(batch: Any) -> int:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastdpo import checks, sharding
 from fastdpo.config import DPOConfig
@@ -29,7 +29,7 @@ from fastdpo.model.scoring_forward import TokenScores, evaluating
 from fastdpo.reference.share import ReferenceTime
 from fastdpo.report import metrics
 from fastdpo.trainer.balance import add_balance, own_tokens
-from fastdpo.trainer.memory_choice import MemoryChoice
+from fastdpo.trainer.memory_choice import MemoryChoice, leave_out_checkpointing
 from fastdpo.trainer.offloading import offloading
 
 EvalDataset: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
@@ -58,10 +58,21 @@ class PackedTrainer(Trainer):
         self._of_whole_step: deque[tuple[Any, Tensor | None]] = deque()  # one entry per micro-batch of a step
         self._first_loss_is_known = False
         self._runs_cuda_graphs = False
-        self._memory: MemoryChoice | None = None  # while it trains with a setting that is auto
+        self._memory: MemoryChoice | None = None  # of a training with a setting that is auto
         self.histograms: dict[str, list[tuple[int, metrics.Histogram]]] = {}
         super().__init__(**others)
         self.model_accepts_loss_kwargs = True  # older transformers go by this flag instead
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, without gradient checkpointing if that is "auto" and the model can't do it."""
+        leave_out_checkpointing(self)
+        output: TrainOutput = super().train(*args, **kwargs)
+        return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._reference_time, self._memory = ReferenceTime(self.args.device), None
+        output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        return output
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of `per_device_train_batch_size` examples, or of up to `tokens_per_batch` tokens."""
@@ -71,10 +82,9 @@ class PackedTrainer(Trainer):
                 f"the train dataset has {len(self.train_dataset)} examples, which fill no batch, and "
                 "dataloader_drop_last=True leaves out all others; leave it off, or lower per_device_train_batch_size"
             )
-        self._reference_time = ReferenceTime(args.device)
-        self._memory = (
-            MemoryChoice(self, loader) if AUTO in (args.gradient_checkpointing, args.tokens_per_batch) else None
-        )
+        # a callback may ask for another loader, which must not change the run
+        if self._memory is None and AUTO in (args.gradient_checkpointing, args.tokens_per_batch):
+            self._memory = MemoryChoice(self, loader)
         tokens: Any = args.tokens_per_batch if self._memory is None else self._memory.tokens
         return planned(loader, args, self._layout, tokens)
 

@@ -220,7 +220,8 @@ class SavingTrainer(PackedTrainer):
 
     def _check_weights(self) -> None:
         self._guard.check_now()
-        bad = checks.first_not_finite((name, sharding.local(p)) for name, p in self.model.named_parameters())
+        named = self.model.named_parameters()
+        bad = checks.first_not_finite((name, x) for name, p in named for x in sharding.plain_parts(sharding.local(p)))
         if self.args.world_size > 1 and sharding.is_sharded(
             self.model
         ):  # another process may have found it in its shards
@@ -260,7 +261,7 @@ class SavingTrainer(PackedTrainer):
             "sums": self._sums.state(),
             "histograms": self.histograms,
             "place": self._place,
-            "tokens_per_batch": None if self._memory is None else self._memory.tokens or 0,
+            "tokens_per_batch": (self.args.tokens_per_batch if self._memory is None else self._memory.tokens) or 0,
         }
 
     def _earlier_tokens(self) -> int | None:

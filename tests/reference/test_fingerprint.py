@@ -1,6 +1,7 @@
 """What a cached reference log-prob depends on: each edit that changes a number misses it, no other does."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fastdpo
+from fastdpo.checkpoint.identity import weights_digest
+from fastdpo.checks import first_not_finite
 from fastdpo.model import adapters
 from fastdpo.reference import precompute
 from fastdpo.reference.fingerprint import fingerprint
+from fastdpo.sharding import plain_parts
 from tests.helpers.trainers import rows, tiny_llama
 
 ROWS = 6
@@ -318,3 +322,40 @@ def test_values_are_float32_and_exact_in_the_column(tmp_path: Path) -> None:
     assert batch["ref_token_logps"].dtype == torch.float32
     chosen, rejected = ([row[k] for row in values] for k in (0, 1))
     assert np.array_equal(batch["ref_token_logps"].numpy(), np.concatenate([*chosen, *rejected]))
+
+
+class Quantised(torch.Tensor):
+    """A weight made of two tensors, which knows no operation but `detach`, as torchao's know only few."""
+
+    @staticmethod
+    def __new__(cls, whole: torch.Tensor, scale: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, (3, 4), dtype=torch.float32)
+
+    def __init__(self, whole: torch.Tensor, scale: torch.Tensor) -> None:
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["whole", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], *_: Any) -> Any:
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.detach.default:
+            raise NotImplementedError(func)
+        return cls(args[0].whole, args[0].scale)
+
+
+def test_quantised_weights_are_read_by_the_tensors_that_they_are_made_of() -> None:
+    def digests(scale: float) -> tuple[str, str]:
+        model = tiny_llama(num_hidden_layers=1)
+        weight = Quantised(torch.arange(12, dtype=torch.int8).view(3, 4), torch.full((3,), scale))
+        model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return fingerprint(model)[0], weights_digest(model.named_parameters())
+
+    assert digests(0.5) == digests(0.5)
+    assert all(one != other for one, other in zip(digests(0.5), digests(0.75), strict=True))
+    broken = Quantised(torch.ones(2, dtype=torch.int8), torch.tensor([1.0, math.nan]))
+    assert first_not_finite(("w", part) for part in plain_parts(broken)) == "w"

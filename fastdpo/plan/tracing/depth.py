@@ -8,12 +8,12 @@ and the bytes alive after it are a straight line in the number of periods. Those
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastdpo.model.scoring_forward import find_head
+from fastdpo.model.scoring_forward import decoder_layers, find_head
 from fastdpo.plan.tracing.trace import PROBED_ROWS, Operation, Place, Setting, trace
 
 PERIODS = (3, 4)
@@ -37,12 +37,19 @@ class Stack(NamedTuple):
         setattr(self.owner, self.name, self.layers[: periods * self.period])
 
 
-def traces(
-    model: Any, reference: Any | None, sizes: Sequence[int], setting: Setting
-) -> list[tuple[list[Operation], int]]:
-    """Run a step for each number of rows; return the operations of each, and the bytes that the body keeps.
+class Traced(NamedTuple):
+    """A step for one number of rows."""
 
-    Not all operations are returned where layers are alike, but those after which most bytes are alive.
+    operations: list[Operation]
+    """Where layers are alike, not all of them, but those after which most bytes are alive."""
+    kept: int
+    """Bytes that the forward of the body keeps for the backward."""
+    by_layer: tuple[int, ...] = ()
+    """The part of each of `decoder_layers`; empty where layers are alike."""
+
+
+def traces(model: Any, reference: Any | None, sizes: Sequence[int], setting: Setting) -> list[Traced]:
+    """Run a step for each number of rows.
 
     Args:
         model: as in `fastdpo.plan.tracing.trace.trace`.
@@ -69,14 +76,16 @@ def traces(
         for stack in stacks:
             stack.cut(whole)
         continued = [
-            (_continued(few, more, whole), _line(few_kept, more_kept, whole))
+            Traced(_continued(few, more, whole), _line(few_kept, more_kept, whole))
             for (few, few_kept), (more, more_kept) in zip(*steps, strict=True)
         ]
-        if all(operations for operations, _ in continued):
+        if all(step.operations for step in continued):
             return continued
-    found = [trace(model, reference, n, setting) for n in sizes]
+    layers = decoder_layers(model)
+    with _inside(layers, setting.place):
+        found = [trace(model, reference, n, setting) for n in sizes]
     _check_alike(model, [operations for operations, _ in found])
-    return found
+    return [Traced(operations, kept, _kept_by(len(layers), operations)) for operations, kept in found]
 
 
 def _check_alike(model: Any, steps: Sequence[Sequence[Operation]]) -> None:
@@ -153,6 +162,35 @@ def _watching(stacks: Sequence[Stack], place: Place) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _inside(layers: Sequence[nn.Module], place: Place) -> Iterator[None]:
+    """Inside the block, `place` has the layer that an operation of a forward belongs to."""
+    outer: list[int] = []
+    handles = []
+    for number, layer in enumerate(layers):
+
+        def enter(*_: Any, number: int = number) -> None:
+            outer.append(place.layer)
+            place.layer = number
+
+        handles.append(layer.register_forward_pre_hook(enter))
+        handles.append(layer.register_forward_hook(lambda *_: setattr(place, "layer", outer.pop())))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept_by(count: int, operations: Sequence[Operation]) -> tuple[int, ...]:
+    """Return the bytes that the policy's forward has more after each layer than before it."""
+    kept = [0] * count
+    for group, after in pairwise(_by_layer([each for each in operations if each.part == 0])):
+        if group[0].layer >= 0:
+            kept[group[0].layer] += after[0].alive - group[0].alive
+    return tuple(kept)
 
 
 def _continued(few: Sequence[Operation], more: Sequence[Operation], periods: int) -> list[Operation]:
