@@ -202,7 +202,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             1,
             "optim must be one of adamw_torch, adamw_torch_fused,",
         ),
-        (("train", QUICKSTART, "--lr_scheduler_type", "cosin"), 1, "'greedy']; did you mean 'cosine'?"),
+        (("train", QUICKSTART, "--lr_scheduler_type", "cosin"), 1, "'cosin' is unknown; did you mean 'cosine'?"),
         (("train", QUICKSTART, "--dtype", "float32", "--model_init_kwargs", "{dtype: bfloat16}"), 1, "leave one out"),
         (
             ("score", QUICKSTART),

@@ -24,7 +24,7 @@ EXPECTED = {
     "BloomForCausalLM": ("padded", "fused"),
     "Gemma3ForConditionalGeneration": ("shared", "fused"),  # it also sees
     "XLNetLMHeadModel": ("refused", ""),  # it looks ahead
-    "XLMWithLMHeadModel": ("refused", ""),  # its rows differ with what they are padded to
+    "XLMWithLMHeadModel": ("padded", "fused"),  # without a mask, it would take tokens like the pad token for padding
     "CpmAntForCausalLM": ("refused", ""),  # it sees the padding
 }
 

@@ -208,18 +208,21 @@ def test_tries_to_reach_the_hub_are_one_line(caplog: pytest.LogCaptureFixture) -
 def test_a_signal_raises_once_and_handlers_come_back(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(failures.os, "_exit", lambda code: codes.append(code))
-    before = signal.getsignal(signum)
-    with signals_raise() as came:
-        assert stopped_by() is None
-        with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signum)
-        assert came == [signum]
-        assert stopped_by() == f"stopped by {signal.Signals(signum).name}".replace("SIGINT", "Ctrl-C")
-        assert not codes
-        with pytest.raises(Interrupted):  # in truth the process has ended by here
-            os.kill(os.getpid(), signum)
-        assert codes == [128 + signum]
-    assert signal.getsignal(signum) == before
+    before = signal.signal(signum, signal.SIG_DFL)  # under nohup, pytest ignores SIGHUP
+    try:
+        with signals_raise() as came:
+            assert stopped_by() is None
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signum)
+            assert came == [signum]
+            assert stopped_by() == f"stopped by {signal.Signals(signum).name}".replace("SIGINT", "Ctrl-C")
+            assert not codes
+            with pytest.raises(Interrupted):  # in truth the process has ended by here
+                os.kill(os.getpid(), signum)
+            assert codes == [128 + signum]
+        assert signal.getsignal(signum) == signal.SIG_DFL
+    finally:
+        signal.signal(signum, before)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
