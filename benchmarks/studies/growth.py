@@ -5,10 +5,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.studies.growth --table    # write table and picture from the numbers
 
 Each sweep doubles one size and keeps the others. A time is the process's CPU time on one thread, the least of several
-rounds in which fastdpo and plain PyTorch take turns, so that other work on the machine matters little. The exponent is
-the slope of log time over log size by least squares, with its standard error. The floating-point operations of matrix
-products are counted. Memory is the exact peak of what PyTorch's allocator handed out, inputs and the head's gradients
-left out. Everything is forward and backward, in float32.
+rounds in which all sizes, fastdpo and plain PyTorch take turns, so that other work on the machine matters little. The
+exponent is the slope of log time over log size by least squares, with its standard error. The floating-point operations
+of matrix products are counted. Memory is the exact peak of what PyTorch's allocator handed out, inputs and the head's
+gradients left out. Everything is forward and backward, in float32.
 
 Shapes: N rows (tokens of responses), D hidden size, V vocabulary, T tokens of a pair.
 """
@@ -207,15 +207,16 @@ def measure(sweep: Sweep, rounds: int) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {
         name: {"seconds": [], "peak_bytes": [], "flops": []} for name in (OURS, PLAIN)
     }
-    for size in sweep.sizes:
-        runs = sweep.make(size)
+    made = [sweep.make(size) for size in sweep.sizes]
+    for runs in made:
         for name, run in runs.items():
             found[name]["peak_bytes"].append(peak_of(run))
             found[name]["flops"].append(flops_of(run.call))
             found[name]["seconds"].append(math.inf)
-        for _ in range(rounds):
+    for _ in range(rounds):  # over all sizes, so that a slow minute does not bend the curve
+        for at, runs in enumerate(made):
             for name, run in runs.items():
-                found[name]["seconds"][-1] = min(found[name]["seconds"][-1], cpu_seconds(run.call))
+                found[name]["seconds"][at] = min(found[name]["seconds"][at], cpu_seconds(run.call))
     return found
 
 
@@ -304,7 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="Measure nothing, and write the tables from the numbers in the repository."
     )
-    parser.add_argument("--rounds", type=int, default=5, help="Timed rounds, of which the fastest counts (default: 5).")
+    parser.add_argument("--rounds", type=int, default=7, help="Timed rounds, of which the fastest counts (default: 7).")
     args = parser.parse_args()
     if not args.table:
         if torch.get_num_threads() > 1:
