@@ -152,7 +152,7 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
 
 
 DENSE_FIRST = Glm4MoeConfig(
-    **{"hidden_size": 48, "num_hidden_layers": 6, "first_k_dense_replace": 3, "intermediate_size": 32},
+    **{"hidden_size": 48, "num_hidden_layers": 4, "first_k_dense_replace": 2, "intermediate_size": 32},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": VOCAB},
     **{"n_routed_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 200, "n_shared_experts": 1},
 )
