@@ -78,8 +78,8 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"head_workspace": "-3GiB"}, "head_workspace must be a number of bytes"),
         ({"head_workspace": "0.5MiB"}, r"head_workspace must be at least 1048576 bytes \(1MiB\), got '0.5MiB'"),
         ({"head_workspace": 256}, "head_workspace must be at least 1048576 bytes"),
-        ({"num_train_epochs": -2}, "num_train_epochs must be at least 0, got -2"),
-        ({"num_train_epochs": float("nan")}, "num_train_epochs must be at least 0, got nan"),
+        ({"num_train_epochs": -2}, "num_train_epochs must be a number of at least 0, got -2"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs must be a number of at least 0, got nan"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
@@ -98,6 +98,11 @@ def test_overrides_win(yaml_file: Path) -> None:
 def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(yaml_file, bad)
+
+
+def test_epochs_are_a_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_train_epochs must be a number of at least 0, got '2'"):
+        DPOConfig(output_dir=str(tmp_path), num_train_epochs="2")
 
 
 @pytest.mark.parametrize(
