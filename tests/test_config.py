@@ -100,9 +100,17 @@ def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: s
         read_config(yaml_file, bad)
 
 
-def test_epochs_are_a_number(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_train_epochs must be a number of at least 0, got '2'"):
-        DPOConfig(output_dir=str(tmp_path), num_train_epochs="2")
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"num_train_epochs": "2"}, "num_train_epochs must be a number of at least 0, got '2'"),
+        ({"loss_type": None}, "loss_type must be one of sigmoid, .*, got None"),
+        ({"loss_type": [["ipo"]]}, r"loss_type must be one of sigmoid, .*, got \['ipo'\]"),
+    ],
+)
+def test_a_value_that_only_a_script_can_pass_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(output_dir=str(tmp_path), **bad)
 
 
 @pytest.mark.parametrize(
