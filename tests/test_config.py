@@ -78,8 +78,8 @@ def test_overrides_win(yaml_file: Path) -> None:
         ({"head_workspace": "-3GiB"}, "head_workspace must be a number of bytes"),
         ({"head_workspace": "0.5MiB"}, r"head_workspace must be at least 1048576 bytes \(1MiB\), got '0.5MiB'"),
         ({"head_workspace": 256}, "head_workspace must be at least 1048576 bytes"),
-        ({"num_train_epochs": -2}, "num_train_epochs must be at least 0, got -2"),
-        ({"num_train_epochs": float("nan")}, "num_train_epochs must be at least 0, got nan"),
+        ({"num_train_epochs": -2}, "num_train_epochs must be a number of at least 0, got -2"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs must be a number of at least 0, got nan"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, drop, got 'ignore'"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True cuts the tensors of a batch"),
@@ -98,6 +98,19 @@ def test_overrides_win(yaml_file: Path) -> None:
 def test_a_bad_setting_is_named(yaml_file: Path, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(yaml_file, bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"num_train_epochs": "2"}, "num_train_epochs must be a number of at least 0, got '2'"),
+        ({"loss_type": None}, "loss_type must be one of sigmoid, .*, got None"),
+        ({"loss_type": [["ipo"]]}, r"loss_type must be one of sigmoid, .*, got \['ipo'\]"),
+    ],
+)
+def test_a_value_that_only_a_script_can_pass_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(output_dir=str(tmp_path), **bad)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What scripts and callbacks written for TRL's trainer find in ours: rows, reference, tokens, attributes, card."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import fastdpo
 from fastdpo.model import policy
+from fastdpo.trainer import packed_trainer
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.trainers import lora, losses, rows, tiny_llama
 
@@ -45,8 +48,31 @@ def test_a_best_metric_that_does_not_exist_stops_the_first_evaluation(text_train
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+    assert "test_loss" in trainer.evaluate(metric_key_prefix="test"), "a callback's own evaluation chooses no model"
     trainer.is_in_train = False
     assert "eval_rewards/margins" in trainer.evaluate(), "an evaluation of its own needs no best metric"
+
+
+def test_a_second_training_counts_neither_the_pause_before_it_nor_what_a_stopped_one_left(
+    text_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer, pause = text_trainer(max_steps=2, logging_steps=2), [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + pause[0])
+    monkeypatch.setattr(packed_trainer, "time", clock)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    with monkeypatch.context() as broken:
+        broken.setattr(trainer, "_get_grad_norm", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    pause[0] = 1e6
+    trainer.train()
+    again = trainer.state.log_history[0]
+    assert again["num_tokens"] == first["num_tokens"]
+    assert again["tokens_per_second"] > 0.1, "of a million seconds"
 
 
 # The reference of rows that are passed to evaluate

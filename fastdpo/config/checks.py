@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 from accelerate.utils import DynamoBackend
@@ -39,8 +40,9 @@ def check_values(config: Any, settings: ObjectiveSettings) -> None:
         )
     if config.max_length is not None and config.max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {config.max_length}")
-    if not config.num_train_epochs >= 0:  # nor nan
-        raise ValueError(f"num_train_epochs must be at least 0, got {config.num_train_epochs}")
+    epochs: Any = config.num_train_epochs
+    if not isinstance(epochs, Real) or not float(epochs) >= 0:  # nor nan
+        raise ValueError(f"num_train_epochs must be a number of at least 0, got {epochs!r}")
     for name in AT_LEAST_ONE:
         if (value := getattr(config, name)) not in (None, AUTO) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -280,6 +280,9 @@ def with_parameter(parameter: str) -> list[str]:
 
 def from_config(config: Any) -> ObjectiveSettings:
     """Return the settings that the attributes of `config` hold, but for those that have no effect."""
+    given: Any = config.loss_type
+    for name in given if isinstance(given, (list, tuple)) else [given]:  # scripts may pass None or lists of lists
+        check_name("loss_type", name, OBJECTIVES)
     values = {field.name: getattr(config, field.name) for field in fields(ObjectiveSettings)}
     return ObjectiveSettings(**values | {name: getattr(ObjectiveSettings, name) for name in without_effect(config)})
 

@@ -120,10 +120,11 @@ def fit_of(trainer: Any, dataset: Any, layers: int, free: int | None) -> Fit:
     adapters = list(getattr(trainer.model, "peft_config", {}).values())
     stage = sharding.zero_stage(args)
     strategy = f"zero{stage}" if stage else "fsdp2" if trainer.is_fsdp_enabled else "ddp"
+    ratios = _ratios(dataset, trainer._layout, args.group_by_prompt if args.tokens_per_batch else None)
     none, full = (
         memory_model(
             policy.config,
-            _ratios(dataset, trainer._layout, args.group_by_prompt if args.tokens_per_batch else None),
+            ratios,
             precision=Precision(weights, autocast),
             checkpointing=on,
             has_reference=reference is not None,

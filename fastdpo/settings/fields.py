@@ -74,7 +74,8 @@ def choices(setting: Setting) -> list[str]:
         ours, constant = _CHOICES[setting.name]
         return _strings(Path(__file__).parent.parent / ours, constant)
     theirs, _ = _training_arguments()
-    for name in setting.types if setting.group == TRANSFORMERS else ():
+    enums = [name for name in setting.types - {"None"} if name[0].isupper()]  # a file takes 20 ms to be parsed
+    for name in enums if setting.group == TRANSFORMERS else ():
         for file in (theirs, theirs.with_name("trainer_utils.py")):
             if names := _strings(file, name):
                 return names

@@ -47,7 +47,6 @@ OLD_NAMES = {
     "warmup_ratio": "use warmup_steps, which takes a share below 1 too",
     **dict.fromkeys(("fp16_backend", "half_precision_backend", "fp16_opt_level"), "use fp16 or bf16 alone"),
 }
-
 """Settings and arguments of TRL and transformers that are gone, each with what to do instead."""
 
 MEANT = {

@@ -266,7 +266,7 @@ class DPOTrainer(TRLAttributes, SavingTrainer):
             ValueError: the reference's log-probs of this dataset are needed and can't be computed any more; or, in
                 training, `metric_for_best_model` is none of the metrics.
         """
-        is_whole = eval_dataset is None
+        is_whole = eval_dataset is None and metric_key_prefix == "eval"
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self._prepare_dataset(eval_dataset, metric_key_prefix)
             if self._is_precomputed:

@@ -71,6 +71,7 @@ class PackedTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._reference_time, self._memory = ReferenceTime(self.args.device), None
+        self._clock, self._sums = None, metrics.RunningSums()  # an earlier training may have left some
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import AddedToken
 
 import fastdpo
 from fastdpo.data import prepare as prepare_module
@@ -42,6 +43,19 @@ def test_responses_without_an_end_are_said(end: list[int], logged: Callable[...,
     cut = [message for level, message in logged([row] * 30, max_length=4) if "has no end" in message]
     assert [("EOS (1)" in message and "may learn to go on" in message) for message in warned] == [True] * (not end)
     assert not cut, "of what is cut, nobody knows the end"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_turn_may_end_with_a_token_that_was_added(
+    special: bool, logged: Callable[..., list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=special)], special_tokens=special)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert end not in tokenizer.all_special_ids
+    monkeypatch.setitem(globals(), "TOKENIZER", tokenizer)
+    row = {"prompt_ids": [70, 71], "chosen_ids": [80, 81, end], "rejected_ids": [82, end]}
+    assert "WARNING" not in {level for level, _ in logged([row] * 3, vocab_size=end + 1)}
 
 
 def test_the_whole_summary(logged: Callable[..., list[tuple[str, str]]]) -> None:
