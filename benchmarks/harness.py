@@ -208,13 +208,15 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}")
+        raise UsageError(f"{self.prog.removeprefix('fastdpo ')}: {message}")
 
     def parse(self, words: list[str]) -> argparse.Namespace:
         """Return the arguments; a flag is the same with `_` as with `-`."""
         args, rest = self.parse_known_args([_dashed(word) if word.startswith("--") else word for word in words])
         if rest:
             flag = rest[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"expected an option, got {rest[0]!r}")
             self.error(f"unknown option {flag}{nearest(flag, self._option_string_actions)}")
         return args
 

@@ -304,6 +304,10 @@ def _levers_of(folder: Path) -> str:
     return f"Lengths like {most_variants(folder)}.\n\n{levers(folder)}"
 
 
+def _head_of(folder: Path) -> str:
+    return f"Numbers with slashes between them are those of fastdpo / TRL / plain PyTorch.\n\n{head(folder)}"
+
+
 Part = tuple[str, dict[str, Callable[[Path], str]], dict[str, Callable[[Path, Path], None]]]
 PARTS: dict[str, Part] = {
     "training.jsonl": (
@@ -313,7 +317,7 @@ PARTS: dict[str, Part] = {
     ),
     "head.jsonl": (
         "The head alone, forward and backward",
-        {"Beside TRL": head, "Beside all peers": peers},
+        {"Beside TRL": _head_of, "Beside all peers": peers},
         {"head.png": draw_head},
     ),
 }

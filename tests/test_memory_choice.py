@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,7 @@ def test_as_few_layers_are_recomputed_as_fit_and_no_number_changes(
         assert [len(each) for each in runs] == [2 * 6] * k + [6] * (LAYERS - k)
         said = f"gradient_checkpointing=auto recomputes {k} of 4 layers; a step with the largest possible batch, "
         assert f"{said}the 4 largest examples with together {rows_} tokens" in caplog.text
+        assert re.search(r", takes [1-9]\S* [KM]iB \(computed\) of the [1-9]", caplog.text)
         assert torch.equal(weights(trainer.model), weights(fixed.model))
         assert losses(trainer) == losses(fixed)
 

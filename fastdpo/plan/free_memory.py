@@ -20,6 +20,14 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes in the largest unit of which it holds at least one, as messages and tables show it."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:,.0f} B"
+
+
 def usable_memory(trainer: Any) -> int | None:
     """Return the bytes that a step may take in all, weights and optimizer state included; None if nobody knows.
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastdpo.config.auto import AUTO
-from fastdpo.plan.free_memory import GIB, KEPT_FREE, RESERVED
+from fastdpo.plan.free_memory import GIB, KEPT_FREE, RESERVED, size_text
 from fastdpo.plan.memory import Memory
 from fastdpo.plan.plan import Plan
 from fastdpo.plan.token_stats import TokenStats
@@ -61,16 +61,16 @@ def tables(plan: Plan) -> str:
         *([("gathered weights and sent gradients", on.buffers)] if n > 1 else []),
         ("largest head workspace (of two)", on.workspace(int(batches.rows.max()))),
     ]
-    needed: list[tuple[str, ...]] = [(name, _size(size), _size(size)) for name, size in constant]
-    needed.append(("kept for the backward, per token", _size(on.kept_per_row), _size(off.kept_per_row)))
+    needed: list[tuple[str, ...]] = [(name, size_text(size), size_text(size)) for name, size in constant]
+    needed.append(("kept for the backward, per token", size_text(on.kept_per_row), size_text(off.kept_per_row)))
     largest = int(batches.rows.max())
     for rows, label in [(largest, "largest batch of that order"), *((n, f"tokens_per_batch={n}") for n in BUDGETS)]:
-        needed.append((f"peak, {label}", _size(on.peak(rows)), _size(off.peak(rows))))
+        needed.append((f"peak, {label}", size_text(on.peak(rows)), size_text(off.peak(rows))))
     if plan.gpu_memory is not None:
         label = f"largest tokens_per_batch in {plan.gpu_memory:g} GiB"
         needed.append((label, *(f"{plan.fits[kind]:,}" if plan.fits[kind] else "none" for kind in (True, False))))
     if n > 1:
-        needed.append(("sent by each GPU in an optimizer step", _size(on.sent), _size(off.sent)))
+        needed.append(("sent by each GPU in an optimizer step", size_text(on.sent), size_text(off.sent)))
     kind = {True: "with gradient checkpointing", False: "without"}
     return "\n".join(
         [
@@ -110,10 +110,10 @@ def _head_advice(memory: Memory, rows: int) -> list[str]:
     kept = memory.head_workspace / needed
     larger = f"{math.ceil(needed / GIB * 10) / 10:.1f}GiB"
     return [
-        f"head: head_workspace={_size(memory.head_workspace)} holds {kept:.0%} of the probabilities of the largest "
+        f"head: head_workspace={size_text(memory.head_workspace)} holds {kept:.0%} of the probabilities of the largest "
         f"batch, and the backward computes the others again; head_workspace={larger} holds all of them, for "
-        f"{_size(needed - memory.head_workspace)} more memory and {(1 - kept) / (4 - kept):.0%} fewer multiplications "
-        "in the head if its backward is exact (not with a soft-cap)"
+        f"{size_text(needed - memory.head_workspace)} more memory and {(1 - kept) / (4 - kept):.0%} fewer "
+        "multiplications in the head if its backward is exact (not with a soft-cap)"
     ]
 
 
@@ -158,13 +158,6 @@ def _spread(values: np.ndarray[Any, Any]) -> tuple[str, ...]:
 
 def _rows(rows: Sequence[int]) -> str:
     return f"{len(rows):,} (first: row {rows[0]})"
-
-
-def _size(size: float) -> str:
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size:,.0f} B"
 
 
 def draw_lengths(stats: TokenStats, path: str | PathLike[str]) -> None:

@@ -20,7 +20,7 @@ from fastdpo import sharding
 from fastdpo.config.auto import AUTO
 from fastdpo.model.scoring_forward import decoder_layers
 from fastdpo.plan.fit import Fit, fit_of
-from fastdpo.plan.free_memory import GIB, measured_peak, usable_memory
+from fastdpo.plan.free_memory import measured_peak, size_text, usable_memory
 from fastdpo.settings.failures import is_out_of_memory
 
 logger = logging.getLogger("fastdpo")
@@ -96,10 +96,9 @@ class MemoryChoice:
         if self.tokens is None and (count := min(count, len(found.examples))) > 1:
             said_batch = f"the {count} largest examples with together {self._largest_batch:,} tokens"
         logger.info(
-            "memory: %s; a step with the largest possible batch, %s, takes %.2f GiB (computed) of the %.2f GiB that "
-            "it may use",
+            "memory: %s; a step with the largest possible batch, %s, takes %s (computed) of the %s that it may use",
             "; ".join([*([self._said_layers()] if chooses_layers else []), *self._said_tokens(kept)]),
-            *(said_batch, found.peak(recomputed, self._largest_batch) / GIB, found.usable / GIB),
+            *(said_batch, *map(size_text, (found.peak(recomputed, self._largest_batch), found.usable))),
         )
 
     def _ask(self, layers: int, usable: int | None) -> Fit:
@@ -235,10 +234,9 @@ class MemoryChoice:
                 new = sharding.largest(new, trainer.args.device)
         if new != self.checkpointed or self._once:
             self.checkpointed = new
-            sizes = (measured / GIB, computed / GIB)
             logger.info(
-                "memory: %s from now on, because a step took %.2f GiB, and %.2f were computed",
-                *(self._said_layers(), *sizes),
+                "memory: %s from now on, because a step took %s, and %s were computed",
+                *(self._said_layers(), size_text(measured), size_text(computed)),
             )
 
     # Cutting micro-batches

@@ -199,6 +199,7 @@ def test_shapes_are_divided_until_they_suit_the_machine(monkeypatch: pytest.Monk
         (["head", "--rows", "33"], "--rows 33: half of the rows are those of chosen responses"),
         (["head", "--vocab", "0"], "--hidden, --vocab and --repetitions must be positive, got 0"),
         (["head", "--model", "llama-9"], "got 'llama-9'; did you mean 'llama-3-8b'?"),
+        (["head", "128"], "bench head: expected an option, got '128'"),
         (["head", "--repetition=3"], "unknown option --repetition; did you mean '--repetitions'?"),
         (["head", "--cases=models", "--dtype=float32"], "--cases has its own settings in place of --dtype; leave out"),
         (
@@ -227,6 +228,7 @@ def test_a_wrong_word_is_one_line(words: list[str], message: str, capsys: pytest
         command(["bench", *words])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastdpo: ")
+    assert "fastdpo" not in line.removeprefix("fastdpo: ").partition(": ")[0]
     assert message in line
 
 

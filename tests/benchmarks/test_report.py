@@ -63,6 +63,7 @@ def test_a_report_of_own_results(results: Path, capsys: pytest.CaptureFixture[st
     shape = "gpt2: N=64 D=32 V=1000"
     assert f"| {shape} | peaked | float32 | frozen | 0.30 / 1.00 / - | 25% | 17 / 17 / - | 3e-5 / 3e-5 / - |" in text
     assert "| **fastdpo torch, sparse** | 0.10 | 25% | 17 | - | - | - | 3e-5 | 2.0e-3 |" in text
+    assert "are those of fastdpo / TRL / plain PyTorch.\n\n| shape |" in text
     assert "| CCE | did not return |" in text
     assert "| TL;DR | 26.67 | 8.89 | **3.0** | 400 | 1000 | 2e-4 |" in text
     assert "Measured on a machine, 3 threads, with PyTorch 2.99, TRL 9.1, 2030-01-02." in text
