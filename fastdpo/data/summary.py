@@ -100,9 +100,7 @@ class Reporter:
     def _warn_of_no_end(self, rows: Dataset) -> None:
         """Warn if no response of rows that came as token ids ends as an answer does, although none was cut here."""
         ends = {*getattr(self.tokenizer, "all_special_ids", ())}
-        added = getattr(
-            self.tokenizer, "added_tokens_decoder", {}
-        )  # the end of a turn, as <|eot_id|>, may be just here
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # <|eot_id|> and the like end a turn too
         ends |= {i for i, token in added.items() if str(token).strip()}
         responses = [ids for row in rows if "completion" not in row["notes"] for ids in responses_of(row)]
         if ends and responses and not any(ends & {*ids[-2:]} for ids in responses):  # a line break may follow
