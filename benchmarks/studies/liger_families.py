@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             model = make_tiny(name)
             row = compare(model.cuda() if on_gpu else model)
         except (NotBuildableError, ValueError) as error:
-            row = {"class": name, "error": " ".join(str(error).split())}
+            row = {"class": name, "error": re.sub(r" \(/[^)]*\)", "", " ".join(str(error).split()))}  # no path of here
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.out:
