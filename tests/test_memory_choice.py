@@ -185,6 +185,7 @@ def test_a_step_takes_no_more_than_the_chord(kind: str, monkeypatch: pytest.Monk
         some = step_of(k)
         for n in (200, 3000, 50_000):
             assert none.peak(n) > some.peak(n) >= full.peak(n)
+            assert some.peak(n) > full.peak(n) or k > depth // 2, "the last layer may be no moment of the peak"
             assert some.peak(n) <= whole.peak(k, n) + 1 < 1.5 * some.peak(n)
 
 

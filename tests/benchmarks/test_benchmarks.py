@@ -450,8 +450,12 @@ def test_variants_do_not_see_each_others_densities() -> None:
 
 
 def test_matmul_is_timed_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, made, own = rows.make_inputs(cases.Case(12, 16, 50)), [], torch.mm
     monkeypatch.setattr(head, "MATMUL_ROWS", 5)
-    head.matmul(rows.make_inputs(cases.Case(12, 16, 50)))
+    monkeypatch.setattr(head.torch, "mm", lambda *given, out: made.append(own(*given, out=out).clone()))
+    head.matmul(inputs)
+    assert [len(block) for block in made] == [5, 5, 2]
+    torch.testing.assert_close(torch.cat(made), inputs.hidden @ inputs.weight.T)
 
 
 NOTING = """#!/usr/bin/env bash

@@ -35,5 +35,5 @@ def test_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert sum(each["reads"] for part, row in found.items() if part not in once for each in row.values()) == 0
     flops = {part: sum(each["flops"] for each in row.values()) for part, row in found.items()}
-    assert flops["norms"] == 0 < flops["MLP"]
+    assert flops["head"] == flops["norms"] == 0 < flops["MLP"]
     assert found["MLP"].keys() == {"forward", "recomputed", "backward", "reference"}
